@@ -1,0 +1,23 @@
+{
+  # One addon for everything that moves bytes (they share replicas in memory), one for the network
+  # (libbpf, AF_PACKET), one plain library that QEMU preloads.
+  "target_defaults": {
+    "cflags_cc!": ["-fno-exceptions", "-fno-rtti", "-std=gnu++17", "-std=gnu++20"],
+    "cflags_cc": ["-std=c++20", "-fexceptions", "-O2", "-g", "-Wall", "-Wextra", "-Werror",
+                  "-Wno-unused-parameter", "-Wno-missing-field-initializers", "-pthread"],
+    "include_dirs": ["<!(node -p \"require('node-addon-api').include_dir\")", "native"],
+    "defines": ["NAPI_VERSION=8", "_GNU_SOURCE", "_FILE_OFFSET_BITS=64"],
+  },
+  "targets": [
+    {
+      "target_name": "dataplane",
+      "sources": ["<!@(node scripts/native-sources.mjs common pagestore memtap mcdist blktap dataplane)"],
+      "libraries": ["-lsodium", "-luring"],
+    },
+    {
+      "target_name": "netback",
+      "sources": ["<!@(node scripts/native-sources.mjs common netback)"],
+      "libraries": ["-lbpf"],
+    },
+  ],
+}

@@ -1,0 +1,47 @@
+// Pages and the two sides that move them: who provides a generation's pages, who fetches them.
+//
+// A generation is an immutable image of 4 KiB pages (RAM or disk alike). Everything in native/ that
+// moves bytes speaks of generations through the two interfaces below, so that memory, disk and the
+// network never know each other.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace sf {
+
+constexpr size_t kPageBytes = 4096;
+using PageIndex = uint64_t;
+
+// kZero: the page is known to be all zeros and has no bytes anywhere.
+enum class PageState : uint8_t { kAbsent = 0, kPresent = 1, kZero = 2 };
+
+enum class ReadResult : uint8_t {
+  kData,    // 4096 bytes were written to `out`
+  kZero,    // the page is all zeros; `out` was not touched
+  kAbsent,  // not held here (yet): ask elsewhere
+  kError,   // it is held here and cannot be read (I/O error, the VM is gone)
+};
+
+// Holds (part of) a generation and reads its pages: a parent's memory, a disk's view, a replica.
+// Implementations are thread-safe; read() may block on local I/O, never on the network.
+class PageProvider {
+ public:
+  virtual ~PageProvider() = default;
+  virtual uint64_t pages() const = 0;
+  virtual ReadResult read(PageIndex page, uint8_t* out) = 0;
+};
+
+enum class Urgency : uint8_t { kFault = 0, kPrefetch = 1 };
+
+// Gets absent pages into a replica (the mcdist client). want() never blocks; the answer arrives as
+// Replica::fill(), fill_zero() or fail() on any thread. A page asked again while it is under way is
+// not asked twice.
+class PageFetcher {
+ public:
+  virtual ~PageFetcher() = default;
+  virtual void want(PageIndex page, Urgency urgency) = 0;
+};
+
+}  // namespace sf

@@ -1,0 +1,108 @@
+// A replica: a host's sparse copy of one generation, filled on demand.
+//
+// States of a page:  absent -> present   (fill)
+//                    absent -> zero      (fill_zero)
+// Invariants:
+//  - A page never leaves `present` or `zero`, and its bytes never change: a generation is immutable.
+//  - `present` is set only after all 4096 bytes are in the file. On tmpfs (Medium::kMemory) the page
+//    also enters the page cache whole, in one step (UFFDIO_COPY): VMs that map the file see it there
+//    at once, without reading the bitmap, and must never see a page half written.
+//  - Each waiter is called exactly once: with success, or with the error that ended the source.
+// The bitmaps live in a file beside the data (`PATH.map`, mapped shared), so that a replica survives
+// the death of the process that fills it. A replica is not made durable: after a power cut the
+// clones are gone, and so is it.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "common/fd.h"
+#include "common/page.h"
+#include "common/status.h"
+
+namespace sf {
+
+enum class Medium : uint8_t {
+  kMemory,  // a file on tmpfs that VMs map privately as their RAM
+  kDisk,    // a file on any file system, read with pread
+};
+
+class Replica final : public PageProvider {
+ public:
+  using Done = std::function<void(const Status&)>;
+
+  // Opens PATH and PATH.map, or makes them. `generation` is bound to the map at creation; opening it
+  // as another generation, size or medium is E_REPLICA_MISMATCH. Two processes must not fill one
+  // replica: the map is locked (E_IN_USE).
+  static Status Open(const std::string& path, const std::string& generation, uint64_t pages,
+                     Medium medium, std::shared_ptr<Replica>* out);
+  ~Replica() override;
+
+  const std::string& generation() const { return generation_; }
+  uint64_t pages() const override { return pages_; }
+  PageState state(PageIndex page) const;
+  ReadResult read(PageIndex page, uint8_t* out) override;  // never waits for the fetcher
+
+  // True if this call changed the page, false if it was there already. Throws nothing; a full file
+  // system is an error status, and the page stays absent.
+  Status fill(PageIndex page, const uint8_t* data, bool* changed = nullptr);
+  Status fill_zero(PageIndex page, uint64_t count = 1);
+
+  // Calls `done` when the page is present or zero (at once, on this thread, if it is already), or
+  // with the error after fail(). `done` may run on any thread and must not block.
+  void want(PageIndex page, Done done);
+
+  // Asks for a page nobody waits for yet.
+  void prefetch(PageIndex page);
+
+  // The fetcher must not call back into the replica from inside want(). It must outlive its time
+  // as the fetcher: set nullptr (which waits for calls under way)
+  // before it goes. Waiters stay, and are asked of the next fetcher.
+  void set_fetcher(PageFetcher* fetcher);
+
+  // The source is gone for good: absent pages, waited for or wanted later, end with `status`.
+  void fail(const Status& status);
+
+  uint64_t present_count() const { return present_.load(std::memory_order_relaxed); }
+  uint64_t zero_count() const { return zero_.load(std::memory_order_relaxed); }
+  uint64_t waiting_count() const;
+
+  // A new read-only descriptor of the data file, to be handed to a VM. Owned by the caller.
+  Status open_readonly(Fd* out) const;
+  const std::string& path() const { return path_; }
+
+ private:
+  Replica() = default;
+  bool test(const std::atomic<uint64_t>* words, PageIndex page) const;
+  bool set(std::atomic<uint64_t>* words, PageIndex page);
+  Status write_page(PageIndex page, const uint8_t* data);
+  void wake(PageIndex page);
+
+  std::string path_;
+  std::string generation_;
+  uint64_t pages_ = 0;
+  Medium medium_ = Medium::kDisk;
+  Fd data_;
+  Fd map_;
+  Fd uffd_;                 // kMemory only: registered over data_map_ so that UFFDIO_COPY may fill it
+  uint8_t* data_map_ = nullptr;
+  uint8_t* map_base_ = nullptr;
+  size_t map_bytes_ = 0;
+  std::atomic<uint64_t>* present_words_ = nullptr;
+  std::atomic<uint64_t>* zero_words_ = nullptr;
+  std::atomic<uint64_t> present_{0};
+  std::atomic<uint64_t> zero_{0};
+
+  mutable std::mutex mutex_;  // guards waiters_ and failed_
+  std::unordered_map<PageIndex, std::vector<Done>> waiters_;
+  Status failed_;
+  std::mutex fetcher_mutex_;  // held while the fetcher is called; taken before mutex_, never after
+  PageFetcher* fetcher_ = nullptr;
+};
+
+}  // namespace sf
