@@ -1,0 +1,138 @@
+/**
+ * What sfld asks of its data plane: one JSON object a line over a Unix socket. Every method can be
+ * repeated: after a crash on either side sfld tells the data plane all that should exist, and what
+ * exists already is left as it is. No page passes through here.
+ */
+
+/** Where a host gets the pages of a generation that it does not hold itself. */
+export interface GenerationSource {
+  address: string;
+  port: number;
+  group: string;
+  group_port: number;
+  /** 32 bytes, hexadecimal. */
+  key: string;
+}
+
+export interface ReplicaStats {
+  pages: number;
+  present: number;
+  zero: number;
+  waiting: number;
+  /** Pages this host asked for itself; the rest of `present` came with answers to other hosts. */
+  requested: number;
+}
+
+export interface ForkCommit {
+  dirty_pages: number;
+  /** Runs of pages known to be zero, as [first, count, ...]. */
+  zero_runs: number[];
+  duration_us: number;
+}
+
+export interface DataplaneMethods {
+  ping: { params: Record<string, never>; result: { pid: number } };
+  'replica.open': {
+    params: {
+      generation: string;
+      path: string;
+      pages: number;
+      medium: 'memory' | 'disk';
+      source: GenerationSource;
+    };
+    result: Record<string, never>;
+  };
+  'replica.zero': {
+    params: { generation: string; runs: number[] };
+    result: Record<string, never>;
+  };
+  'replica.stats': { params: { generation: string }; result: ReplicaStats };
+  'replica.close': {
+    params: { generation: string; path: string };
+    result: Record<string, never>;
+  };
+  'vm.expect': {
+    params: {
+      vm: string;
+      token: string;
+      ram_bytes: number;
+      /** The RAM generation a clone stands on; absent for a booted VM. */
+      replica?: string;
+      /** Open generations of this VM, oldest first: adopted if this data plane is a new one. */
+      generations: { generation: string; directory: string }[];
+    };
+    result: Record<string, never>;
+  };
+  'vm.attached': { params: { vm: string; timeout_ms: number }; result: { pid: number } };
+  'vm.fork_begin': {
+    params: {
+      vm: string;
+      generation: string;
+      directory: string;
+      /** The hypervisor's record of the VM: the watchdog resumes it if the caller goes away. */
+      rescue: { driver: string; record: unknown };
+    };
+    result: Record<string, never>;
+  };
+  'vm.fork_commit': { params: { vm: string; generation: string }; result: ForkCommit };
+  /** The VM runs again: the watchdog stands down. */
+  'vm.fork_end': { params: { vm: string }; result: Record<string, never> };
+  'vm.fork_abort': { params: { vm: string; generation: string }; result: Record<string, never> };
+  'vm.drop_generation': {
+    params: { vm: string; generation: string; directory: string };
+    result: Record<string, never>;
+  };
+  'vm.remove': { params: { vm: string }; result: Record<string, never> };
+  'vm.stats': { params: { vm: string }; result: Record<string, number> };
+  'disk.create': {
+    params: { directory: string; size_bytes: number; image?: string; replica?: string };
+    result: Record<string, never>;
+  };
+  'disk.open': {
+    params: {
+      disk: string;
+      directory: string;
+      replica?: string;
+      socket: string;
+      export_name: string;
+      uid: number;
+      gid: number;
+    };
+    result: { size_bytes: number };
+  };
+  'disk.fork': {
+    params: { disk: string; generation: string };
+    result: { duration_us: number };
+  };
+  'disk.drop_generation': {
+    params: { disk: string; generation: string };
+    result: Record<string, never>;
+  };
+  'disk.close': { params: { disk: string }; result: Record<string, never> };
+  'disk.stats': { params: { disk: string }; result: Record<string, number> };
+  'generation.serve': {
+    params: {
+      generation: string;
+      of: { vm: string } | { disk: string };
+      key: string;
+      group: string;
+      group_port: number;
+    };
+    result: { port: number };
+  };
+  'generation.unserve': { params: { generation: string }; result: Record<string, never> };
+  /** Bytes put on the wire for a generation, headers included, and the pages they carried. */
+  'generation.stats': { params: { generation: string }; result: Record<string, number> };
+}
+
+export type Method = keyof DataplaneMethods;
+export type Params<M extends Method> = DataplaneMethods[M]['params'];
+export type Result<M extends Method> = DataplaneMethods[M]['result'];
+
+/** What the data plane says unasked. */
+export type DataplaneEvent =
+  | { event: 'vm.lost'; vm: string; code: string; message: string }
+  | { event: 'generation.failed'; vm: string; generation: string; message: string };
+
+/** Longest line either side takes: zero maps of large VMs are the longest that occur. */
+export const LINE_LIMIT_BYTES = 32 * 1024 * 1024;

@@ -1,0 +1,281 @@
+import { mkdir, rm } from 'node:fs/promises';
+import { dirname } from 'node:path';
+import { SnowflockError } from '../common/errors.js';
+import type { Logger } from '../common/log.js';
+import { Disk } from '../cow-disk/disk.js';
+import { rescueVm } from '../hypervisor/index.js';
+import { McdistClient, McdistServer } from '../mcdist/mcdist.js';
+import { MemtapServer } from '../memtap/memtap.js';
+import { openReplica, type ProviderHandle, type Replica } from '../pagestore/replica.js';
+import type { DataplaneEvent } from './protocol.js';
+import type { Handlers } from './rpc.js';
+
+export interface DataplaneOptions {
+  memtapSocket: string;
+  /** Group whose members (the VMs' user) may connect to memtap. */
+  vmGid: number;
+  /** This host's address on the uplink: requests are answered from it, groups joined on it. */
+  address: string;
+  mcdistPort: number;
+}
+
+interface OpenReplica {
+  replica: Replica;
+  client: McdistClient;
+}
+
+interface Fork {
+  generation: string;
+  /** Takes the watchdog off the caller's connection. */
+  stand_down: () => void;
+}
+
+/**
+ * The objects of the data plane and the methods sfld calls on them. States of a fork here:
+ * begun (pre-protected, watchdog armed) -> committed (generation open) -> ended (watchdog off).
+ * If the caller's connection closes before `ended`, the watchdog aborts an uncommitted generation
+ * and resumes the VM: a parent never stays paused because sfld is gone.
+ */
+export class Dataplane {
+  readonly #options: DataplaneOptions;
+  readonly #log: Logger;
+  readonly #memtap: MemtapServer;
+  readonly #mcdist: McdistServer;
+  readonly #replicas = new Map<string, OpenReplica>();
+  readonly #disks = new Map<string, Disk>();
+  readonly #forks = new Map<string, Fork>();
+  readonly #served = new Set<string>();
+
+  constructor(options: DataplaneOptions, log: Logger, emit: (event: DataplaneEvent) => void) {
+    this.#options = options;
+    this.#log = log;
+    this.#memtap = new MemtapServer({ socketPath: options.memtapSocket, socketGid: options.vmGid });
+    this.#mcdist = new McdistServer({
+      bindAddress: options.address,
+      port: options.mcdistPort,
+      interfaceAddress: options.address,
+    });
+    this.#memtap.on('lost', ({ vm, code, message }) =>
+      emit({ event: 'vm.lost', vm, code, message }),
+    );
+    this.#memtap.on('generation-failed', ({ vm, generation, message }) =>
+      emit({ event: 'generation.failed', vm, generation, message }),
+    );
+  }
+
+  get handlers(): Handlers {
+    return {
+      ping: () => ({ pid: process.pid }),
+      'replica.open': async (p) => {
+        if (this.#replicas.has(p.generation)) return {};
+        await mkdir(dirname(p.path), { recursive: true });
+        const replica = openReplica(p.path, p.generation, p.pages, p.medium);
+        const client = new McdistClient({
+          generation: p.generation,
+          key: Buffer.from(p.source.key, 'hex'),
+          replica: replica.handle,
+          server: { address: p.source.address, port: p.source.port },
+          group: p.source.group,
+          groupPort: p.source.group_port,
+          interfaceAddress: this.#options.address,
+        });
+        this.#replicas.set(p.generation, { replica, client });
+        return {};
+      },
+      'replica.zero': (p) => {
+        const { replica } = this.#replica(p.generation);
+        for (let i = 0; i + 1 < p.runs.length; i += 2) {
+          replica.fillZero(p.runs[i] ?? 0, p.runs[i + 1] ?? 0);
+        }
+        return {};
+      },
+      'replica.stats': (p) => {
+        const { replica, client } = this.#replica(p.generation);
+        return { ...replica.stats(), requested: client.stats().pagesRequested };
+      },
+      'replica.close': async (p) => {
+        const open = this.#replicas.get(p.generation);
+        this.#replicas.delete(p.generation);
+        if (open !== undefined) {
+          await open.client.close();
+          open.replica.close();
+        }
+        await rm(p.path, { force: true });
+        await rm(`${p.path}.map`, { force: true });
+        return {};
+      },
+      'vm.expect': (p) => {
+        if (this.#memtap.has(p.vm)) return {};
+        this.#memtap.expect({
+          id: p.vm,
+          token: p.token,
+          ramBytes: p.ram_bytes,
+          ...(p.replica === undefined ? {} : { replica: this.#replica(p.replica).replica.handle }),
+        });
+        for (const { generation, directory } of p.generations) {
+          this.#memtap.adoptGeneration(p.vm, { generation, directory });
+        }
+        return {};
+      },
+      'vm.attached': (p) => this.#memtap.attached(p.vm, p.timeout_ms),
+      'vm.fork_begin': async (p, caller) => {
+        if (this.#forks.has(p.vm)) {
+          throw new SnowflockError('E_STATE', `VM ${p.vm} is being forked already`);
+        }
+        const gone = (): void => this.#abandoned(p.vm, p.rescue);
+        caller.closed.once('closed', gone);
+        this.#forks.set(p.vm, {
+          generation: p.generation,
+          stand_down: () => caller.closed.off('closed', gone),
+        });
+        try {
+          await mkdir(p.directory, { recursive: true });
+          await this.#memtap.forkBegin(p.vm, { generation: p.generation, directory: p.directory });
+        } catch (error) {
+          this.#forkEnded(p.vm);
+          throw error;
+        }
+        return {};
+      },
+      'vm.fork_commit': async (p) => {
+        const done = await this.#memtap.forkCommit(p.vm, p.generation);
+        return {
+          dirty_pages: done.dirtyPages,
+          zero_runs: [...done.zeroRuns],
+          duration_us: done.durationUs,
+        };
+      },
+      'vm.fork_end': (p) => {
+        this.#forkEnded(p.vm);
+        return {};
+      },
+      'vm.fork_abort': async (p) => {
+        this.#forkEnded(p.vm);
+        if (this.#memtap.has(p.vm)) await this.#memtap.forkAbort(p.vm, p.generation);
+        return {};
+      },
+      'vm.drop_generation': async (p) => {
+        await this.#memtap.dropGeneration(p.vm, p.generation);
+        await rm(p.directory, { recursive: true, force: true });
+        return {};
+      },
+      'vm.remove': (p) => {
+        this.#forkEnded(p.vm);
+        this.#memtap.remove(p.vm);
+        return {};
+      },
+      'vm.stats': (p) => ({ ...this.#memtap.stats(p.vm) }),
+      'disk.create': async (p) => {
+        await Disk.create(p.directory, {
+          sizeBytes: p.size_bytes,
+          base:
+            p.replica !== undefined
+              ? { kind: 'replica', generation: p.replica }
+              : p.image !== undefined
+                ? { kind: 'image', path: p.image }
+                : { kind: 'none' },
+        });
+        return {};
+      },
+      'disk.open': async (p) => {
+        const known = this.#disks.get(p.disk);
+        if (known !== undefined) return { size_bytes: known.info().sizeBytes };
+        const disk = await Disk.open(
+          p.directory,
+          p.replica === undefined ? {} : { replica: this.#replica(p.replica).replica.handle },
+        );
+        try {
+          await disk.serve({
+            socketPath: p.socket,
+            exportName: p.export_name,
+            uid: p.uid,
+            gid: p.gid,
+          });
+        } catch (error) {
+          await disk.close();
+          throw error;
+        }
+        this.#disks.set(p.disk, disk);
+        return { size_bytes: disk.info().sizeBytes };
+      },
+      'disk.fork': async (p) => {
+        const { durationUs } = await this.#disk(p.disk).fork(p.generation);
+        return { duration_us: durationUs };
+      },
+      'disk.drop_generation': async (p) => {
+        await this.#disk(p.disk).dropGeneration(p.generation);
+        return {};
+      },
+      'disk.close': async (p) => {
+        const disk = this.#disks.get(p.disk);
+        this.#disks.delete(p.disk);
+        await disk?.close();
+        return {};
+      },
+      'disk.stats': (p) => ({ ...this.#disk(p.disk).stats() }),
+      'generation.serve': (p) => {
+        if (!this.#served.has(p.generation)) {
+          const provider: ProviderHandle =
+            'vm' in p.of
+              ? this.#memtap.provider(p.of.vm, p.generation)
+              : this.#disk(p.of.disk).provider(p.generation);
+          this.#mcdist.serve({
+            generation: p.generation,
+            key: Buffer.from(p.key, 'hex'),
+            provider,
+            group: p.group,
+            groupPort: p.group_port,
+          });
+          this.#served.add(p.generation);
+        }
+        return { port: this.#mcdist.port };
+      },
+      'generation.unserve': async (p) => {
+        if (this.#served.delete(p.generation)) await this.#mcdist.unserve(p.generation);
+        return {};
+      },
+      'generation.stats': (p) => ({ ...this.#mcdist.stats(p.generation) }),
+    };
+  }
+
+  async close(): Promise<void> {
+    for (const { client, replica } of this.#replicas.values()) {
+      await client.close();
+      replica.close();
+    }
+    await this.#mcdist.close();
+    for (const disk of this.#disks.values()) await disk.close();
+    this.#memtap.close();
+  }
+
+  #replica(generation: string): OpenReplica {
+    const open = this.#replicas.get(generation);
+    if (open === undefined) {
+      throw new SnowflockError('E_NOT_FOUND', `no replica of generation ${generation} is open`);
+    }
+    return open;
+  }
+
+  #disk(id: string): Disk {
+    const disk = this.#disks.get(id);
+    if (disk === undefined) throw new SnowflockError('E_NOT_FOUND', `disk ${id} is not open`);
+    return disk;
+  }
+
+  #forkEnded(vm: string): void {
+    this.#forks.get(vm)?.stand_down();
+    this.#forks.delete(vm);
+  }
+
+  #abandoned(vm: string, rescue: { driver: string; record: unknown }): void {
+    const fork = this.#forks.get(vm);
+    this.#forks.delete(vm);
+    this.#log.warn({ vm }, 'sfld went away during a fork: resuming the parent');
+    void (async () => {
+      if (fork !== undefined && this.#memtap.has(vm)) {
+        await this.#memtap.forkAbort(vm, fork.generation);
+      }
+      await rescueVm(rescue.driver, rescue.record);
+    })().catch((error: unknown) => this.#log.error({ vm, error }, 'cannot resume the parent'));
+  }
+}

@@ -1,0 +1,133 @@
+/**
+ * Capturing a VM: its RAM and disk become one generation each, its device state goes into a
+ * descriptor (paper section 3.2).
+ *
+ * Order, and why it is safe:
+ *   1. forkBegin      memtap protects RAM while the VM runs; what is written meanwhile is noted
+ *   2. pause          no vCPU runs, I/O is drained: what the disk and RAM hold now is the instant
+ *   3. captureState   device state; QEMU may still touch RAM here, so it comes before 4
+ *   4. commit + seal  the pages noted in 1 are protected again; the disk's top slice is sealed
+ *   5. resume         from here on every write copies the old page into the generation first
+ * Whatever fails, the VM is resumed and the generation given up; if this process dies, the data
+ * plane's watchdog does both.
+ */
+import { rm, writeFile } from 'node:fs/promises';
+import { SnowflockError } from '../common/errors.js';
+import { encodeDescriptor } from '../descriptor/descriptor.js';
+import { FAMILY_NETWORK, FAMILY_PREFIX, GUEST_MAC } from '../network/addresses.js';
+import type { Host, LiveVm } from './host.js';
+import type { ForkRecord, GenerationRef } from './records.js';
+
+/** Captures into `fork` (state `capturing` -> `open`) and returns the descriptor's bytes. */
+export async function captureVm(host: Host, live: LiveVm, fork: ForkRecord): Promise<Buffer> {
+  const { record, vm } = live;
+  const call = host.dataplane.call;
+  if (record.hypervisor === null) {
+    throw new SnowflockError('E_STATE', `VM ${record.name} is not running`);
+  }
+  await vm.prepareCapture();
+  await call('vm.fork_begin', {
+    vm: record.id,
+    generation: fork.ram.id,
+    directory: fork.ram_directory,
+    rescue: record.hypervisor,
+  });
+  let sealed = false;
+  try {
+    const pausedAt = performance.now();
+    let state: Buffer;
+    let zeroRuns: number[];
+    try {
+      await vm.pause();
+      state = await vm.captureState();
+      const [commit] = await Promise.all([
+        call('vm.fork_commit', { vm: record.id, generation: fork.ram.id }),
+        call('disk.fork', { disk: record.id, generation: fork.disk.id }).then(() => {
+          sealed = true;
+        }),
+      ]);
+      zeroRuns = commit.zero_runs;
+      fork.dirty_pages = commit.dirty_pages;
+    } finally {
+      await vm.resume();
+    }
+    fork.parent_pause_ms = performance.now() - pausedAt;
+    await call('vm.fork_end', { vm: record.id });
+    await Promise.all([
+      serve(host, fork.ram, { vm: record.id }),
+      serve(host, fork.disk, { disk: record.id }),
+    ]);
+    const descriptor = encodeDescriptor({
+      fork: fork.id,
+      shape: record.shape,
+      ram: fork.ram,
+      disk: fork.disk,
+      network: {
+        family: record.family,
+        guest_mac: GUEST_MAC,
+        network: FAMILY_NETWORK,
+        prefix: FAMILY_PREFIX,
+      },
+      parent: { host: host.config.name, vm: record.id },
+      created_ms: fork.created_ms,
+      state,
+      zeroRuns,
+    });
+    fork.descriptor_bytes = descriptor.length;
+    fork.state = 'open';
+    if (fork.held) await writeFile(fork.descriptor_path, descriptor, { mode: 0o600 });
+    await host.forks.save(fork);
+    return descriptor;
+  } catch (error) {
+    await dropGenerations(host, fork, sealed).catch((cleanup: unknown) =>
+      host.log.error({ fork: fork.id, error: String(cleanup) }, 'cannot give up a generation'),
+    );
+    throw error;
+  }
+}
+
+export function serve(
+  host: Host,
+  generation: GenerationRef,
+  of: { vm: string } | { disk: string },
+  call: Host['dataplane']['call'] = host.dataplane.call,
+): Promise<unknown> {
+  return call('generation.serve', {
+    generation: generation.id,
+    of,
+    key: generation.source.key,
+    group: generation.source.group,
+    group_port: generation.source.group_port,
+  });
+}
+
+async function dropGenerations(host: Host, fork: ForkRecord, sealed: boolean): Promise<void> {
+  const call = host.dataplane.call;
+  await call('generation.unserve', { generation: fork.ram.id });
+  await call('generation.unserve', { generation: fork.disk.id });
+  await call('vm.fork_abort', { vm: fork.vm, generation: fork.ram.id });
+  if (sealed) await call('disk.drop_generation', { disk: fork.vm, generation: fork.disk.id });
+  await rm(fork.ram_directory, { recursive: true, force: true });
+}
+
+/** Ends the generations of a fork that nobody needs any more; its record stays, for joins. */
+export async function closeFork(host: Host, fork: ForkRecord): Promise<void> {
+  if (fork.state !== 'open') return;
+  fork.state = 'closed';
+  const call = host.dataplane.call;
+  const [ram, disk] = await Promise.all([
+    call('generation.stats', { generation: fork.ram.id }),
+    call('generation.stats', { generation: fork.disk.id }),
+  ]);
+  fork.wire = { ram, disk };
+  await host.forks.save(fork);
+  await call('generation.unserve', { generation: fork.ram.id });
+  await call('generation.unserve', { generation: fork.disk.id });
+  await call('vm.drop_generation', {
+    vm: fork.vm,
+    generation: fork.ram.id,
+    directory: fork.ram_directory,
+  });
+  await call('disk.drop_generation', { disk: fork.vm, generation: fork.disk.id });
+  await rm(fork.descriptor_path, { force: true });
+}

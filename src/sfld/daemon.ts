@@ -1,0 +1,154 @@
+/** The SnowFlock local daemon (paper section 3.8): makes the parts, finds what ran, serves. */
+import { flockSync } from './lock.js';
+import { join } from 'node:path';
+import { Resources } from '../allocator/resources.js';
+import { TicketBook } from '../allocator/tickets.js';
+import { Cluster } from '../cluster/cluster.js';
+import type { ClusterConfig } from '../cluster/config.js';
+import type { Logger } from '../common/log.js';
+import { driverByName } from '../hypervisor/index.js';
+import { NetbackFilter } from '../netback-filter/filter.js';
+import { serve } from './capture.js';
+import { Clones } from './clones.js';
+import { DataplaneSupervisor } from './dataplane.js';
+import { noteEnd } from './fork.js';
+import { type Host, makeFolders } from './host.js';
+import { Leases } from './leases.js';
+import { listenLocal } from './local-api.js';
+import { LocalHost } from './local-host.js';
+import { listenPeers } from './peer-api.js';
+import { Peers, RemoteHost } from './peers.js';
+import type { ForkRecord, VmRecord } from './records.js';
+import { Store } from './store.js';
+import { adoptVms, endVm, expectVm, memtapSocket, openDisk } from './vms.js';
+
+export interface Daemon {
+  readonly host: Host;
+  /** Path of the local API's socket. */
+  readonly socket: string;
+  /** Ends the daemon. VMs and the data plane go on unless `endVms` is set. */
+  close(options: { endVms: boolean }): Promise<void>;
+}
+
+export function apiSocket(config: { runDir: string }): string {
+  return join(config.runDir, 'sfld.sock');
+}
+
+/** Errors: E_IN_USE if a daemon already runs on this state. */
+export async function startDaemon(config: ClusterConfig, log: Logger): Promise<Daemon> {
+  await makeFolders(config);
+  const lock = flockSync(join(config.stateDir, 'sfld.lock'), config.stateDir);
+  const vms = await Store.open<VmRecord>(join(config.stateDir, 'vms'));
+  const forks = await Store.open<ForkRecord>(join(config.stateDir, 'forks'));
+  const cluster = new Cluster(config);
+  const dataplane = new DataplaneSupervisor(
+    {
+      socket: join(config.runDir, 'dataplane.sock'),
+      memtapSocket: memtapSocket(config),
+      vmGid: config.vmGid,
+      address: config.address,
+      mcdistPort: config.mcdistPort,
+      logPath: join(config.stateDir, 'log', 'dataplane.log'),
+    },
+    log,
+    (call) => restore(host, call),
+  );
+  const self = new LocalHost(
+    config.name,
+    () => host,
+    () => clones,
+    () => leases,
+  );
+  const host: Host = {
+    config,
+    log,
+    dataplane,
+    driver: driverByName('qemu'),
+    filter: await NetbackFilter.attach({ uplink: config.uplink }),
+    resources: new Resources(config.resources),
+    tickets: new TicketBook(),
+    peers: new Peers([self, ...cluster.others().map((client) => new RemoteHost(client))]),
+    vms,
+    forks,
+    live: new Map(),
+  };
+  const clones = new Clones(host);
+  const leases = new Leases(host);
+  dataplane.on('event', (event) => {
+    if (event.event === 'vm.lost') {
+      log.error({ vm: event.vm, code: event.code }, event.message);
+      void endVm(host, event.vm, { status: null, reason: 'lost', message: event.message });
+    } else {
+      log.error({ vm: event.vm, generation: event.generation }, event.message);
+    }
+  });
+  for (const record of vms.all()) {
+    if (record.state !== 'ended') host.resources.restore(record.reservation, needOf(record));
+  }
+  await dataplane.ready();
+  await abandonHalfForks(host);
+  await adoptVms(host);
+  const peerServer = await listenPeers(host, self);
+  const socket = apiSocket(config);
+  const local = await listenLocal(host, socket);
+  void cluster.warm().catch((error: unknown) => log.warn({ error: String(error) }, 'warm-up'));
+  return {
+    host,
+    socket,
+    async close({ endVms }) {
+      leases.close();
+      await local.close();
+      if (endVms) {
+        for (const record of vms.all()) {
+          await endVm(host, record.id, {
+            status: null,
+            reason: 'killed',
+            message: 'the daemon is ending',
+          });
+        }
+      }
+      await peerServer.close();
+      for (const live of host.live.values()) {
+        live.channel.close();
+        live.dhcp.close();
+        live.vm.release();
+      }
+      cluster.close();
+      await dataplane.close(endVms);
+      if (endVms) await host.filter.detach();
+      lock.release();
+    },
+  };
+}
+
+function needOf(record: VmRecord): { memoryBytes: number; vcpus: number } {
+  return { memoryBytes: record.ram_bytes, vcpus: record.vcpus };
+}
+
+/** Tells a data plane, new or found again, all that should exist. */
+async function restore(host: Host, call: Host['dataplane']['call']): Promise<void> {
+  for (const record of host.vms.all()) {
+    if (record.state === 'ended' || record.state === 'ending') continue;
+    await expectVm(call, host, record);
+    await openDisk(call, host, record);
+  }
+  for (const fork of host.forks.all()) {
+    if (fork.state !== 'open') continue;
+    await serve(host, fork.ram, { vm: fork.vm }, call);
+    await serve(host, fork.disk, { disk: fork.vm }, call);
+  }
+}
+
+/** Forks that an earlier daemon did not finish: their clones never ran, or nobody knows of them. */
+async function abandonHalfForks(host: Host): Promise<void> {
+  for (const fork of host.forks.all()) {
+    for (const clone of fork.clones) {
+      if (clone.ok || clone.end !== null) continue;
+      await noteEnd(host, fork.id, clone.vmid, {
+        status: null,
+        reason: 'failed',
+        message: 'the daemon ended during the fork',
+      });
+    }
+  }
+}

@@ -1,0 +1,412 @@
+/**
+ * VM fork on the parent's host (paper sections 1 and 3.8): capture once, start clones on many hosts.
+ * The hosts make their clones ready while the parent is still being captured. A host that fails
+ * costs its own clones only; each clone has its own result.
+ */
+import { EventEmitter } from 'node:events';
+import { join } from 'node:path';
+import { readFile } from 'node:fs/promises';
+import { randomBytes } from 'node:crypto';
+import { asSnowflockError, SnowflockError } from '../common/errors.js';
+import { newEpoch, newGenerationId, newGenerationKey, newSecretId, newVmId } from '../common/ids.js';
+import { groupFor } from '../mcdist/group.js';
+import { ipOfVmid, wireMac } from '../network/addresses.js';
+import type { Placement, Ticket } from '../allocator/tickets.js';
+import { captureVm, closeFork } from './capture.js';
+import type { Host, LiveVm } from './host.js';
+import type {
+  CloneResult,
+  EndReport,
+  ForkRecord,
+  GenerationRef,
+  PendingReply,
+  PrepareRequest,
+  VmRecord,
+} from './records.js';
+
+/** Emits the fork's id whenever one of its clones changed. */
+const changes = new EventEmitter<{ changed: [string] }>();
+changes.setMaxListeners(0);
+
+const CLOSED_FORKS_KEPT = 64;
+
+/** Forks a running VM with a ticket. Resolves when every clone runs or has failed. */
+export async function forkVm(
+  host: Host,
+  live: LiveVm,
+  ticketId: string,
+  pendingId: string | null,
+): Promise<ForkRecord> {
+  const requestedAt = performance.now();
+  const { record } = live;
+  begin(live);
+  try {
+    const ticket = host.tickets.use(ticketId, record.id);
+    const fork = newFork(host, live, ticketId, false);
+    const captured = captureVm(host, live, fork);
+    captured.catch(() => {});
+    await spawnClones(host, record, fork, ticket, captured, pendingId, requestedAt);
+    await captured; // a failed capture fails the fork as a whole
+    await forgetOldForks(host, record.id);
+    return fork;
+  } finally {
+    end(live);
+  }
+}
+
+/** `sf_checkpoint_parent`: captures, and holds the generations until they are released. */
+export async function checkpointVm(host: Host, live: LiveVm): Promise<ForkRecord> {
+  begin(live);
+  try {
+    const fork = newFork(host, live, null, true);
+    await captureVm(host, live, fork);
+    return fork;
+  } finally {
+    end(live);
+  }
+}
+
+/** `sf_create_clones`: clones of an earlier checkpoint. */
+export async function createClones(
+  host: Host,
+  live: LiveVm,
+  checkpoint: string,
+  ticketId: string,
+): Promise<ForkRecord> {
+  const requestedAt = performance.now();
+  const fork = host.forks.get(checkpoint);
+  if (fork === undefined || fork.vm !== live.record.id || !fork.held || fork.state !== 'open') {
+    throw new SnowflockError('E_NOT_FOUND', `VM ${live.record.name} has no checkpoint ${checkpoint}`);
+  }
+  const ticket = host.tickets.use(ticketId, live.record.id);
+  const descriptor = readFile(fork.descriptor_path);
+  await spawnClones(host, live.record, fork, ticket, descriptor, null, requestedAt);
+  fork.ticket = ticketId;
+  await host.forks.save(fork);
+  return fork;
+}
+
+/** Lets a checkpoint go: its generations end with the last clone made of them. */
+export async function releaseCheckpoint(host: Host, fork: ForkRecord): Promise<void> {
+  fork.held = false;
+  await settle(host, fork);
+}
+
+function begin(live: LiveVm): void {
+  if (live.forking || live.record.state !== 'running') {
+    throw new SnowflockError('E_STATE', `VM ${live.record.name} is ${live.forking ? 'being forked' : live.record.state}`);
+  }
+  live.forking = true;
+}
+
+function end(live: LiveVm): void {
+  live.forking = false;
+}
+
+function newFork(host: Host, live: LiveVm, ticket: string | null, held: boolean): ForkRecord {
+  const { config } = host;
+  const { record } = live;
+  const id = newSecretId('fork');
+  const ram = newGeneration(host, record.ram_bytes);
+  return {
+    id,
+    vm: record.id,
+    state: 'capturing',
+    held,
+    ticket,
+    ram,
+    disk: newGeneration(host, record.disk_bytes),
+    ram_directory: join(config.ramDir, 'generation', ram.id),
+    descriptor_path: join(config.stateDir, 'descriptor', id),
+    descriptor_bytes: 0,
+    created_ms: Date.now(),
+    parent_pause_ms: null,
+    fork_ms: null,
+    dirty_pages: null,
+    wire: null,
+    clones: [],
+  };
+}
+
+function newGeneration(host: Host, bytes: number): GenerationRef {
+  const id = newGenerationId();
+  const { group, port } = groupFor(id);
+  return {
+    id,
+    pages: Math.ceil(bytes / 4096),
+    source: {
+      address: host.config.address,
+      port: host.config.mcdistPort,
+      group,
+      group_port: port,
+      key: newGenerationKey(),
+    },
+  };
+}
+
+async function spawnClones(
+  host: Host,
+  record: VmRecord,
+  fork: ForkRecord,
+  ticket: Ticket,
+  descriptor: Promise<Buffer>,
+  pendingId: string | null,
+  requestedAt: number,
+): Promise<void> {
+  const vmids = await allocateVmids(host, record, ticket.granted);
+  const first = fork.clones.length;
+  const jobs = ticket.placements.map((placement) => {
+    const mine = vmids.splice(0, placement.count).map((vmid) => ({ vm: newVmId(), vmid }));
+    for (const { vm, vmid } of mine) {
+      fork.clones.push({
+        vm,
+        vmid,
+        host: placement.host,
+        ip: ipOfVmid(vmid),
+        wire_mac: wireMac(record.family, vmid),
+        ok: false,
+        asked_ms: 0,
+        running_ms: null,
+        reply_ms: null,
+        error: null,
+        end: null,
+      });
+    }
+    return { placement, mine };
+  });
+  const added = fork.clones.slice(first);
+  const summary = {
+    ticket: ticket.id,
+    granted: String(ticket.granted),
+  };
+  await Promise.all(
+    jobs.map(async ({ placement, mine }) => {
+      const sentAt = performance.now() - requestedAt;
+      for (const clone of added) {
+        if (clone.host === placement.host) clone.asked_ms = sentAt;
+      }
+      try {
+        await spawnOnHost(host, record, fork, placement, mine, descriptor, pendingId, summary, sentAt);
+      } catch (error) {
+        const { code, message } = asSnowflockError(error, 'E_CLONE_START');
+        for (const { vmid } of mine) {
+          const clone = added.find((one) => one.vmid === vmid);
+          if (clone === undefined || clone.ok) continue;
+          clone.error = { code, message };
+          clone.end = { status: null, reason: 'failed', message };
+        }
+      }
+    }),
+  );
+  const running = added.map((clone) => clone.running_ms).filter((ms) => ms !== null);
+  fork.fork_ms = running.length === 0 ? null : Math.max(...running);
+  await settle(host, fork);
+}
+
+async function spawnOnHost(
+  host: Host,
+  record: VmRecord,
+  fork: ForkRecord,
+  placement: Placement,
+  mine: { vm: string; vmid: number }[],
+  descriptor: Promise<Buffer>,
+  pendingId: string | null,
+  summary: Record<string, string>,
+  sentAt: number,
+): Promise<void> {
+  const peer = host.peers.get(placement.host);
+  const request: PrepareRequest = {
+    fork: fork.id,
+    parent: { host: host.config.name, vm: record.id },
+    family: record.family,
+    family_host: record.family_host,
+    image: record.image,
+    name: record.name,
+    ram_bytes: record.ram_bytes,
+    vcpus: record.vcpus,
+    shape: record.shape,
+    ram: fork.ram,
+    disk: fork.disk,
+    reservation: placement.reservation,
+    clones: mine.map(({ vm, vmid }) => ({
+      vm,
+      vmid,
+      epoch: newEpoch(),
+      seed: randomBytes(32).toString('hex'),
+      reply:
+        pendingId === null ? null : { id: pendingId, args: { vmid: String(vmid), ...summary } },
+    })),
+  };
+  try {
+    await peer.prepare(request);
+    const bytes = await descriptor;
+    const reports = await peer.start(fork.id, bytes);
+    for (const report of reports) {
+      const clone = fork.clones.find((one) => one.vmid === report.vmid);
+      if (clone === undefined) continue;
+      clone.ok = report.ok;
+      clone.running_ms = report.running_ms === null ? null : sentAt + report.running_ms;
+      clone.error = report.error;
+      if (!report.ok && clone.end === null) {
+        const message = report.error?.message ?? 'the clone did not start';
+        clone.end = { status: null, reason: 'failed', message };
+      }
+    }
+  } catch (error) {
+    // Also when the host cannot be reached: it removes what it prepared by itself after a while.
+    peer.abort(fork.id, mine.map(({ vm }) => vm)).catch((abortError: unknown) => {
+      host.log.warn({ host: placement.host, error: String(abortError) }, 'cannot abort a fork');
+    });
+    throw error;
+  }
+}
+
+/** A clone's guest answered under its new identity, `replyMs` after its host was asked. */
+export function cloneReplied(host: Host, forkId: string, vmid: number, replyMs: number): void {
+  const clone = host.forks.get(forkId)?.clones.find((one) => one.vmid === vmid);
+  if (clone === undefined) return;
+  clone.reply_ms = clone.asked_ms + replyMs;
+  changes.emit('changed', forkId);
+}
+
+/** Called on the clone's host: tells the parent's host that a clone ended. */
+export async function cloneEnded(host: Host, record: VmRecord, end: EndReport): Promise<void> {
+  if (record.parent === null) return;
+  const { host: parentHost, fork } = record.parent;
+  await host.peers.get(parentHost).reportEnd(fork, record.vmid, end);
+}
+
+/** Called on the parent's host. */
+export async function noteEnd(
+  host: Host,
+  forkId: string,
+  vmid: number,
+  end: EndReport,
+): Promise<void> {
+  const fork = host.forks.get(forkId);
+  const clone = fork?.clones.find((one) => one.vmid === vmid);
+  if (fork === undefined || clone === undefined || clone.end !== null) return;
+  clone.end = end;
+  await settle(host, fork);
+}
+
+async function settle(host: Host, fork: ForkRecord): Promise<void> {
+  changes.emit('changed', fork.id);
+  if (fork.state === 'capturing') return;
+  const over = !fork.held && fork.clones.every((clone) => clone.end !== null);
+  if (over) await closeFork(host, fork);
+  else await host.forks.save(fork);
+}
+
+/** Waits until every clone of a ticket's fork has ended. Errors: E_TICKET_UNKNOWN, E_TIMEOUT. */
+export async function joinFork(
+  host: Host,
+  live: LiveVm,
+  ref: string,
+  timeoutMs: number,
+): Promise<CloneResult[]> {
+  const fork = host.forks
+    .all()
+    .find((one) => one.vm === live.record.id && (one.ticket === ref || one.id === ref));
+  if (fork === undefined) {
+    throw new SnowflockError('E_TICKET_UNKNOWN', `VM ${live.record.name} has no fork ${ref}`);
+  }
+  await new Promise<void>((resolve, reject) => {
+    const timer = setTimeout(() => {
+      changes.off('changed', check);
+      reject(new SnowflockError('E_TIMEOUT', `clones of ${ref} still run after ${timeoutMs} ms`));
+    }, timeoutMs);
+    const check = (): void => {
+      if (fork.clones.some((clone) => clone.end === null)) return;
+      clearTimeout(timer);
+      changes.off('changed', check);
+      resolve();
+    };
+    changes.on('changed', check);
+    check();
+  });
+  return fork.clones;
+}
+
+/** Kills clones of a VM: all of a fork, or one by its vmid. Returns how many were asked to end. */
+export async function killClones(
+  host: Host,
+  live: LiveVm,
+  which: { fork: string } | { vmid: number },
+): Promise<number> {
+  const targets = host.forks
+    .all()
+    .filter((fork) => fork.vm === live.record.id)
+    .flatMap((fork) => fork.clones.map((clone) => ({ fork, clone })))
+    .filter(({ fork, clone }) =>
+      'vmid' in which
+        ? clone.vmid === which.vmid
+        : fork.id === which.fork || fork.ticket === which.fork,
+    );
+  if (targets.length === 0) {
+    throw new SnowflockError('E_NOT_FOUND', `VM ${live.record.name} has no such clone`);
+  }
+  const alive = targets.filter(({ clone }) => clone.end === null);
+  await Promise.all(alive.map(({ fork, clone }) => kill(host, fork, clone, 'killed by its parent')));
+  return alive.length;
+}
+
+async function kill(
+  host: Host,
+  fork: ForkRecord,
+  clone: CloneResult,
+  message: string,
+): Promise<void> {
+  const end: EndReport = { status: null, reason: 'killed', message };
+  await host.peers.get(clone.host).endClone(clone.vm, end);
+  await noteEnd(host, fork.id, clone.vmid, end);
+}
+
+/** The parent is ending: so do its clones, and its forks are forgotten. */
+export async function endForksOf(host: Host, vm: string, why: string): Promise<void> {
+  for (const fork of host.forks.all().filter((one) => one.vm === vm)) {
+    fork.held = false;
+    const alive = fork.clones.filter((clone) => clone.end === null);
+    await Promise.all(
+      alive.map((clone) =>
+        kill(host, fork, clone, why).catch(async (error: unknown) => {
+          // An unreachable host ends its orphans by itself when their lease runs out.
+          const { message } = asSnowflockError(error);
+          await noteEnd(host, fork.id, clone.vmid, { status: null, reason: 'lost', message });
+        }),
+      ),
+    );
+    await closeFork(host, fork).catch((error: unknown) =>
+      host.log.error({ fork: fork.id, error: String(error) }, 'cannot close a fork'),
+    );
+    await host.forks.remove(fork.id);
+  }
+}
+
+async function forgetOldForks(host: Host, vm: string): Promise<void> {
+  const closed = host.forks
+    .all()
+    .filter((fork) => fork.vm === vm && fork.state === 'closed')
+    .sort((a, b) => b.created_ms - a.created_ms);
+  for (const fork of closed.slice(CLOSED_FORKS_KEPT)) await host.forks.remove(fork.id);
+}
+
+/** vmids are unique in the family for ever; the family's host gives them out. */
+async function allocateVmids(host: Host, record: VmRecord, n: number): Promise<number[]> {
+  if (record.family_host !== host.config.name) {
+    return host.peers.get(record.family_host).allocateVmids(record.family, n);
+  }
+  return takeVmids(host, record.family, n);
+}
+
+export async function takeVmids(host: Host, family: number, n: number): Promise<number[]> {
+  const first = host.vms.all().find((vm) => vm.family === family && vm.vmid === 0);
+  if (first === undefined) throw new SnowflockError('E_NOT_FOUND', `no family ${family} here`);
+  if (first.next_vmid + n > 0xfd00) {
+    throw new SnowflockError('E_CAPACITY', `family ${family} has used up its 64,768 vmids`);
+  }
+  const vmids = Array.from({ length: n }, (_, i) => first.next_vmid + i);
+  first.next_vmid += n;
+  await host.vms.save(first);
+  return vmids;
+}

@@ -1,0 +1,105 @@
+/** The sf_* calls of a guest (paper section 2.1), as they come through its channel. */
+import type { GuestCall } from '../api/guest-channel.js';
+import { SnowflockError } from '../common/errors.js';
+import { checkpointVm, createClones, forkVm, joinFork, killClones } from './fork.js';
+import type { Host, LiveVm } from './host.js';
+import type { CloneResult, ForkRecord } from './records.js';
+import { requestTicket } from './tickets.js';
+import { endVm } from './vms.js';
+
+/** A join may wait as long as a job takes; the guest's own limit, if it has one, comes first. */
+const JOIN_LIMIT_MS = 24 * 3600 * 1000;
+
+export async function handleGuestCall(
+  host: Host,
+  live: LiveVm,
+  call: GuestCall,
+): Promise<Record<string, string>> {
+  const { args } = call;
+  const { record } = live;
+  host.log.debug({ vm: record.id, verb: call.verb, args }, 'guest call');
+  switch (call.verb) {
+    case 'info':
+      return {
+        vmid: String(record.vmid),
+        name: record.name,
+        host: host.config.name,
+        family: String(record.family),
+      };
+    case 'request_ticket': {
+      const ticket = await requestTicket(host, live, number(args, 'n'));
+      return { ticket: ticket.id, granted: String(ticket.granted) };
+    }
+    case 'clone': {
+      const fork = await forkVm(host, live, text(args, 'ticket'), call.id);
+      return { vmid: '0', ...forkReply(fork) };
+    }
+    case 'checkpoint_parent': {
+      const fork = await checkpointVm(host, live);
+      return { checkpoint: fork.id };
+    }
+    case 'create_clones': {
+      const fork = await createClones(host, live, text(args, 'checkpoint'), text(args, 'ticket'));
+      return forkReply(fork);
+    }
+    case 'join': {
+      const clones = await joinFork(host, live, text(args, 'ticket'), JOIN_LIMIT_MS);
+      return { results: results(clones) };
+    }
+    case 'kill': {
+      const which =
+        args.vmid !== undefined
+          ? { vmid: number(args, 'vmid') }
+          : { fork: text(args, 'ticket') };
+      return { killed: String(await killClones(host, live, which)) };
+    }
+    case 'exit': {
+      if (record.parent === null) {
+        throw new SnowflockError('E_STATE', 'only a clone can sf_exit; shut the parent down');
+      }
+      const status = number(args, 'status') & 0xff;
+      // Not awaited: the VM that would read the answer is the one that ends.
+      void endVm(host, record.id, { status, reason: 'exit', message: `exit status ${status}` });
+      return {};
+    }
+    default:
+      throw new SnowflockError('E_ARGUMENT', `no such call: ${call.verb}`);
+  }
+}
+
+function forkReply(fork: ForkRecord): Record<string, string> {
+  const started = fork.clones.filter((clone) => clone.ok).map((clone) => clone.vmid);
+  return {
+    fork: fork.id,
+    ticket: fork.ticket ?? '',
+    started: String(started.length),
+    vmids: started.join(','),
+    results: results(fork.clones),
+  };
+}
+
+/** `vmid:outcome` pairs: an exit status, or the reason why there is none (or not yet: running). */
+function results(clones: CloneResult[]): string {
+  return clones
+    .map((clone) => {
+      if (clone.end === null) return `${clone.vmid}:${clone.ok ? 'running' : 'failed'}`;
+      return `${clone.vmid}:${clone.end.status ?? clone.end.reason}`;
+    })
+    .join(',');
+}
+
+function text(args: Record<string, string>, name: string): string {
+  const value = args[name];
+  if (value === undefined || value === '') {
+    throw new SnowflockError('E_ARGUMENT', `the call lacks ${name}`);
+  }
+  return value;
+}
+
+function number(args: Record<string, string>, name: string): number {
+  const value = Number(text(args, name));
+  if (!Number.isInteger(value) || value < 0) {
+    throw new SnowflockError('E_ARGUMENT', `${name} must be a whole number`);
+  }
+  return value;
+}

@@ -1,0 +1,82 @@
+import { mkdir } from 'node:fs/promises';
+import { join } from 'node:path';
+import type { Resources } from '../allocator/resources.js';
+import type { TicketBook } from '../allocator/tickets.js';
+import type { GuestChannel } from '../api/guest-channel.js';
+import type { HostConfig } from '../cluster/config.js';
+import { SnowflockError } from '../common/errors.js';
+import type { Logger } from '../common/log.js';
+import type { DhcpService } from '../dhcp/service.js';
+import type { HypervisorDriver, Vm } from '../hypervisor/driver.js';
+import type { NetbackFilter } from '../netback-filter/filter.js';
+import type { DataplaneSupervisor } from './dataplane.js';
+import type { Peers } from './peers.js';
+import type { ForkRecord, VmRecord } from './records.js';
+import type { Store } from './store.js';
+
+/** A VM that runs on this host, with what belongs to it in this process. */
+export interface LiveVm {
+  record: VmRecord;
+  vm: Vm;
+  channel: GuestChannel;
+  dhcp: DhcpService;
+  /** Set while a fork of this VM is under way: one at a time. */
+  forking: boolean;
+}
+
+/** All that the parts of the daemon share; made once in daemon.ts. */
+export interface Host {
+  readonly config: HostConfig;
+  readonly log: Logger;
+  readonly dataplane: DataplaneSupervisor;
+  readonly driver: HypervisorDriver;
+  readonly filter: NetbackFilter;
+  readonly resources: Resources;
+  readonly tickets: TicketBook;
+  readonly peers: Peers;
+  readonly vms: Store<VmRecord>;
+  readonly forks: Store<ForkRecord>;
+  readonly live: Map<string, LiveVm>;
+}
+
+/** Paths of one VM's files. `run` holds sockets and must stay short (107 bytes for a socket). */
+export function vmPaths(config: HostConfig, vm: string): Record<'run' | 'nbd' | 'log', string> {
+  const run = join(config.runDir, 'vm', vm);
+  return { run, nbd: join(run, 'nbd.sock'), log: join(config.stateDir, 'log', `${vm}.log`) };
+}
+
+export function replicaPath(
+  config: HostConfig,
+  kind: 'ram' | 'disk',
+  generation: string,
+): string {
+  return kind === 'ram'
+    ? join(config.ramDir, 'replica', generation)
+    : join(config.stateDir, 'replica', generation);
+}
+
+export async function makeFolders(config: HostConfig): Promise<void> {
+  for (const folder of [
+    config.runDir,
+    join(config.runDir, 'vm'),
+    config.stateDir,
+    join(config.stateDir, 'log'),
+    join(config.stateDir, 'disk'),
+    join(config.stateDir, 'replica'),
+    join(config.stateDir, 'descriptor'),
+    config.ramDir,
+    join(config.ramDir, 'replica'),
+    join(config.ramDir, 'generation'),
+  ]) {
+    // Others may pass through, so that the VMs' user reaches its sockets; nobody may look around.
+    await mkdir(folder, { recursive: true, mode: 0o711 });
+  }
+}
+
+export function liveVm(host: Host, id: string): LiveVm {
+  const live = host.live.get(id);
+  if (live === undefined) {
+    throw new SnowflockError('E_NOT_FOUND', `no VM ${id} runs on host ${host.config.name}`);
+  }
+  return live;
+}

@@ -1,0 +1,142 @@
+import { SnowflockError } from '../common/errors.js';
+import { ipOfVmid, wireMac } from '../network/addresses.js';
+import type { Clones } from './clones.js';
+import { cloneReplied, noteEnd, takeVmids } from './fork.js';
+import type { Host } from './host.js';
+import type { Leases } from './leases.js';
+import type { Capacity, HostPort, VmCounters, VmSummary } from './peers.js';
+import type { EndReport, PrepareRequest, StartReport, VmRecord } from './records.js';
+import { endVm } from './vms.js';
+
+/** This host's own port: what others reach through the peer API, and this daemon directly. */
+export class LocalHost implements HostPort {
+  readonly #host: () => Host;
+  readonly #clones: () => Clones;
+  readonly #leases: () => Leases;
+  readonly name: string;
+
+  constructor(name: string, host: () => Host, clones: () => Clones, leases: () => Leases) {
+    this.name = name;
+    this.#host = host;
+    this.#clones = clones;
+    this.#leases = leases;
+  }
+
+  async capacity(): Promise<Capacity> {
+    const free = this.#host().resources.free();
+    return { memory_bytes: free.memoryBytes, vcpus: free.vcpus };
+  }
+
+  async reserve(
+    id: string,
+    n: number,
+    need: { memory_bytes: number; vcpus: number },
+  ): Promise<number> {
+    const host = this.#host();
+    for (let shares = n; shares > 0; shares--) {
+      try {
+        host.resources.reserve(id, {
+          memoryBytes: need.memory_bytes * shares,
+          vcpus: need.vcpus * shares,
+        });
+        return shares;
+      } catch (error) {
+        if (!(error instanceof SnowflockError) || error.code !== 'E_CAPACITY') throw error;
+      }
+    }
+    return 0;
+  }
+
+  async release(id: string): Promise<void> {
+    this.#host().resources.release(id);
+  }
+
+  async prepare(request: PrepareRequest): Promise<void> {
+    this.#clones().prepare(request);
+  }
+
+  start(fork: string, descriptor: Buffer): Promise<StartReport[]> {
+    const host = this.#host();
+    return this.#clones().start(fork, descriptor, ({ parentHost, vmid, replyMs }) => {
+      host.peers
+        .get(parentHost)
+        .reportReply(fork, vmid, replyMs)
+        .catch((error: unknown) => {
+          host.log.warn({ fork, vmid, error: String(error) }, 'cannot report a reply');
+        });
+    });
+  }
+
+  async abort(fork: string, vms: string[]): Promise<void> {
+    await this.#clones().abort(fork);
+    // Those that had run already: the parent's host gave them up.
+    for (const vm of vms) {
+      await endVm(this.#host(), vm, {
+        status: null,
+        reason: 'failed',
+        message: 'the fork was given up by the parent host',
+      });
+    }
+  }
+
+  async endClone(vm: string, end: EndReport): Promise<void> {
+    await endVm(this.#host(), vm, end);
+  }
+
+  async reportEnd(fork: string, vmid: number, end: EndReport): Promise<void> {
+    await noteEnd(this.#host(), fork, vmid, end);
+  }
+
+  async reportReply(fork: string, vmid: number, replyMs: number): Promise<void> {
+    cloneReplied(this.#host(), fork, vmid, replyMs);
+  }
+
+  allocateVmids(family: number, n: number): Promise<number[]> {
+    return takeVmids(this.#host(), family, n);
+  }
+
+  async renew(from: string, vms: string[]): Promise<string[]> {
+    return this.#leases().renewed(from, vms);
+  }
+
+  async list(): Promise<VmSummary[]> {
+    const host = this.#host();
+    return host.vms.all().map((record) => summary(host.config.name, record));
+  }
+
+  async counters(vm: string): Promise<VmCounters> {
+    const host = this.#host();
+    const record = host.vms.get(vm);
+    if (record === undefined) throw new SnowflockError('E_NOT_FOUND', `no VM ${vm} here`);
+    const stats = await host.dataplane.call('vm.stats', { vm });
+    const replica =
+      record.base === null
+        ? undefined
+        : await host.dataplane.call('replica.stats', { generation: record.base.ram.id });
+    return {
+      ram_pages: record.ram_bytes / 4096,
+      replica_present: replica?.present ?? 0,
+      replica_zero: replica?.zero ?? 0,
+      pages_fetched: stats.pagesFetched ?? 0,
+    };
+  }
+}
+
+export function summary(host: string, record: VmRecord): VmSummary {
+  return {
+    id: record.id,
+    name: record.name,
+    host,
+    kind: record.kind,
+    state: record.state,
+    family: record.family,
+    vmid: record.vmid,
+    ip: ipOfVmid(record.vmid),
+    wire_mac: wireMac(record.family, record.vmid),
+    image: record.image,
+    ram_bytes: record.ram_bytes,
+    vcpus: record.vcpus,
+    parent: record.parent?.vm ?? null,
+    created_ms: record.created_ms,
+  };
+}

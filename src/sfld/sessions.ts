@@ -1,0 +1,166 @@
+/**
+ * `exec` and `console` sessions: an HTTP upgrade turns the connection into a stream. `exec` speaks
+ * one JSON object a line ({stdin}, {eof}, {signal} in; {stdout}, {stderr}, {exited} out, bytes as
+ * base64); `console` carries raw bytes. A VM of another host is reached through that host's daemon,
+ * over mutual TLS; this one only passes bytes on.
+ */
+import type { IncomingMessage } from 'node:http';
+import { request as httpsRequest } from 'node:https';
+import { connect } from 'node:net';
+import type { Duplex } from 'node:stream';
+import { pipeline } from 'node:stream';
+import { loadTlsIdentity } from '../cluster/index.js';
+import { asSnowflockError, SnowflockError } from '../common/errors.js';
+import { readLines } from '../common/lines.js';
+import type { Host, LiveVm } from './host.js';
+import { liveVm } from './host.js';
+import { locate } from './locate.js';
+
+const LINE_LIMIT_BYTES = 256 * 1024;
+const CONNECT_LIMIT_MS = 5_000;
+/** Output not yet taken by the caller; beyond it the guest program waits. */
+const OUTPUT_LIMIT_BYTES = 1024 * 1024;
+
+export interface ExecRequest {
+  argv: string[];
+  env: Record<string, string>;
+}
+
+/** Answers an upgrade request for `/v1/vms/REF/exec` or `/console`. `direct`: only VMs of this host. */
+export async function acceptSession(
+  host: Host,
+  request: IncomingMessage,
+  socket: Duplex,
+  direct: boolean,
+): Promise<void> {
+  socket.on('error', () => socket.destroy());
+  try {
+    const url = new URL(request.url ?? '/', 'http://host');
+    const match = /^\/v1\/vms\/([^/]+)\/(exec|console)$/.exec(url.pathname);
+    if (match === null) throw new SnowflockError('E_NOT_FOUND', `no session ${url.pathname}`);
+    const ref = decodeURIComponent(match[1] ?? '');
+    const where = direct ? { host: host.config.name, vm: ref } : await locate(host, ref);
+    if (where.host !== host.config.name) {
+      await passOn(host, where, `${match[2]}${url.search}`, socket);
+      return;
+    }
+    const live = liveVm(host, where.vm);
+    if (match[2] === 'console') {
+      await consoleSession(live, socket);
+    } else {
+      execSession(live, parseExec(url), socket);
+    }
+  } catch (error) {
+    const mapped = asSnowflockError(error);
+    const body = JSON.stringify({ error: mapped.toJSON() });
+    socket.end(
+      `HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: ${Buffer.byteLength(body)}\r\nconnection: close\r\n\r\n${body}`,
+    );
+  }
+}
+
+function parseExec(url: URL): ExecRequest {
+  const value: unknown = JSON.parse(url.searchParams.get('request') ?? 'null');
+  const { argv, env } = (value ?? {}) as Partial<ExecRequest>;
+  if (!Array.isArray(argv) || argv.length === 0 || argv.some((arg) => typeof arg !== 'string')) {
+    throw new SnowflockError('E_ARGUMENT', 'exec needs a command');
+  }
+  return { argv, env: env ?? {} };
+}
+
+function switchProtocols(socket: Duplex): void {
+  socket.write(
+    'HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: snowflock\r\n\r\n',
+  );
+}
+
+async function consoleSession(live: LiveVm, socket: Duplex): Promise<void> {
+  const console = connect(live.vm.record.console_socket);
+  await new Promise<void>((resolve, reject) => {
+    console.once('connect', () => resolve());
+    console.once('error', (error) =>
+      reject(new SnowflockError('E_QEMU', `cannot open the console: ${error.message}`)),
+    );
+  });
+  switchProtocols(socket);
+  pipeline(socket, console, () => {});
+  pipeline(console, socket, () => {});
+}
+
+function execSession(live: LiveVm, request: ExecRequest, socket: Duplex): void {
+  const session = live.channel.exec(request);
+  switchProtocols(socket);
+  const send = (message: unknown): void => {
+    if (!socket.destroyed) socket.write(`${JSON.stringify(message)}\n`);
+  };
+  const pass = (name: 'stdout' | 'stderr', stream: NodeJS.ReadableStream): void => {
+    stream.on('data', (data: Buffer) => {
+      send({ [name]: data.toString('base64') });
+      if (socket.writableLength > OUTPUT_LIMIT_BYTES) {
+        stream.pause();
+        socket.once('drain', () => stream.resume());
+      }
+    });
+  };
+  pass('stdout', session.stdout);
+  pass('stderr', session.stderr);
+  session.exited.then(
+    (exited) => {
+      send({ exited });
+      socket.end();
+    },
+    (error: unknown) => {
+      send({ error: asSnowflockError(error).toJSON() });
+      socket.end();
+    },
+  );
+  readLines(socket, LINE_LIMIT_BYTES, (line) => {
+    try {
+      const message = JSON.parse(line) as { stdin?: string; eof?: boolean; signal?: string };
+      if (message.stdin !== undefined) session.stdin.write(Buffer.from(message.stdin, 'base64'));
+      if (message.eof === true) session.stdin.end();
+      if (message.signal !== undefined) session.signal(message.signal);
+    } catch (error) {
+      socket.destroy(error instanceof Error ? error : new Error(String(error)));
+    }
+  });
+  // The caller went away: so does its program.
+  socket.once('close', () => session.signal('SIGHUP'));
+}
+
+async function passOn(
+  host: Host,
+  where: { host: string; vm: string },
+  tail: string,
+  socket: Duplex,
+): Promise<void> {
+  const address = host.config.hosts.find((one) => one.name === where.host);
+  if (address === undefined) throw new SnowflockError('E_PEER', `no host ${where.host}`);
+  const outgoing = httpsRequest({
+    ...loadTlsIdentity(host.config),
+    servername: address.name,
+    host: address.address,
+    port: address.port,
+    path: `/v1/vms/${encodeURIComponent(where.vm)}/${tail}`,
+    headers: { connection: 'upgrade', upgrade: 'snowflock' },
+    timeout: CONNECT_LIMIT_MS,
+  });
+  const far = await new Promise<Duplex>((resolve, reject) => {
+    outgoing.on('upgrade', (_response, upgraded) => {
+      upgraded.setTimeout(0);
+      resolve(upgraded);
+    });
+    outgoing.on('response', (response) => {
+      response.resume();
+      reject(new SnowflockError('E_PEER', `${where.host} refused the session`));
+    });
+    outgoing.on('timeout', () => outgoing.destroy(new Error('no answer')));
+    outgoing.on('error', (error) =>
+      reject(new SnowflockError('E_PEER', `cannot reach ${where.host}: ${error.message}`)),
+    );
+    outgoing.end();
+  });
+  switchProtocols(socket);
+  pipeline(socket, far, () => {});
+  pipeline(far, socket, () => {});
+}

@@ -1,0 +1,373 @@
+/**
+ * VMs of this host: starting a family's first VM, finding VMs again after a restart, ending them.
+ * Clones are made in clones.ts; both end here.
+ */
+import { chown, mkdir, rm } from 'node:fs/promises';
+import { join } from 'node:path';
+import { randomBytes } from 'node:crypto';
+import { GuestChannel, type GuestIdentity } from '../api/guest-channel.js';
+import { asSnowflockError, SnowflockError } from '../common/errors.js';
+import { newEpoch, newSecretId, newVmId } from '../common/ids.js';
+import { Undo } from '../common/undo.js';
+import { DhcpService } from '../dhcp/service.js';
+import type { Vm, VmSpec } from '../hypervisor/driver.js';
+import { loadImage } from '../image/manifest.js';
+import { nativePath } from '../common/native.js';
+import {
+  FAMILY_GATEWAY,
+  FAMILY_PREFIX,
+  GUEST_MAC,
+  ipOfVmid,
+} from '../network/addresses.js';
+import { openTap, type Tap } from '../network/tap.js';
+import { handleGuestCall } from './guest-calls.js';
+import { type Host, type LiveVm, liveVm, replicaPath, vmPaths } from './host.js';
+import { endForksOf, cloneEnded } from './fork.js';
+import type { EndReport, VmRecord } from './records.js';
+
+const READY_LIMIT_MS = 120_000;
+
+export interface RunRequest {
+  image: string;
+  name: string;
+  ram_bytes: number;
+  vcpus: number;
+}
+
+/** Boots a VM, the first of a new family, and waits until its guest agent answers. */
+export async function runVm(host: Host, request: RunRequest): Promise<VmRecord> {
+  const image = await loadImage(host.config.imageDir, request.image);
+  if (host.vms.all().some((vm) => vm.name === request.name && vm.state !== 'ended')) {
+    throw new SnowflockError('E_EXISTS', `a VM named ${request.name} exists`);
+  }
+  const undo = new Undo();
+  const id = newVmId();
+  try {
+    const reservation = newSecretId('res');
+    host.resources.reserve(reservation, { memoryBytes: request.ram_bytes, vcpus: request.vcpus });
+    undo.add('reservation', () => host.resources.release(reservation));
+    host.resources.commit(reservation);
+    const record: VmRecord = {
+      id,
+      name: request.name,
+      kind: 'parent',
+      image: request.image,
+      family: newFamily(host),
+      family_host: host.config.name,
+      vmid: 0,
+      ram_bytes: request.ram_bytes,
+      disk_bytes: image.diskBytes,
+      vcpus: request.vcpus,
+      state: 'starting',
+      created_ms: Date.now(),
+      token: randomBytes(16).toString('hex'),
+      epoch: newEpoch(),
+      reservation,
+      disk_directory: join(host.config.stateDir, 'disk', id),
+      tap: tapName(id),
+      hypervisor: null,
+      shape: null,
+      next_vmid: 1,
+      base: null,
+      parent: null,
+      end: null,
+    };
+    await host.vms.save(record);
+    undo.add('record', () => host.vms.remove(id));
+    await host.dataplane.call('disk.create', {
+      directory: record.disk_directory,
+      size_bytes: image.diskBytes,
+      image: image.disk,
+    });
+    undo.add('disk', () => rm(record.disk_directory, { recursive: true, force: true }));
+    const { spec, dhcp, tap } = await makeParts(host, record, undo);
+    const vm = await host.driver.boot({
+      ...spec,
+      boot: { kernel: image.kernel, initrd: image.initrd, cmdline: image.cmdline },
+    });
+    tap.close();
+    undo.add('VM', () => vm.destroy());
+    record.hypervisor = { driver: host.driver.name, record: vm.record };
+    record.shape = vm.shape;
+    await host.vms.save(record);
+    const live = await goLive(host, record, vm, dhcp);
+    undo.add('channel', () => live.channel.close());
+    await live.channel.hello(identity(record, image.name), undefined, READY_LIMIT_MS);
+    record.state = 'running';
+    await host.vms.save(record);
+    return record;
+  } catch (error) {
+    host.live.delete(id);
+    await undo.run(host.log);
+    throw error;
+  }
+}
+
+/** Tap names are limited to 15 bytes and unique per network namespace. */
+export function tapName(vm: string): string {
+  return `sf-${vm}`;
+}
+
+/** What `hello` tells the guest; the seed is new each time. */
+export function identity(record: VmRecord, name = record.name, seed?: string): GuestIdentity {
+  return {
+    epoch: record.epoch,
+    vmid: record.vmid,
+    family: record.family,
+    ip: ipOfVmid(record.vmid),
+    prefix: FAMILY_PREFIX,
+    gateway: FAMILY_GATEWAY,
+    mtu: 1500,
+    hostname: record.vmid === 0 ? name : `${name}-${record.vmid}`,
+    seed: seed ?? randomBytes(32).toString('hex'),
+    timeNs: BigInt(Math.round((performance.timeOrigin + performance.now()) * 1e6)),
+    generation: record.base?.ram.id ?? '',
+  };
+}
+
+/** The host's side of a VM: memory server, disk, network; then the driver's specification of it. */
+export async function makeParts(
+  host: Host,
+  record: VmRecord,
+  undo: Undo,
+): Promise<{ spec: VmSpec; dhcp: DhcpService; tap: Tap }> {
+  const { config } = host;
+  const paths = vmPaths(config, record.id);
+  await mkdir(paths.run, { recursive: true, mode: 0o700 });
+  await chown(paths.run, config.vmUid, config.vmGid);
+  undo.add('run folder', () => rm(paths.run, { recursive: true, force: true }));
+  await expectVm(host.dataplane.call, host, record);
+  undo.add('memtap', () => host.dataplane.call('vm.remove', { vm: record.id }));
+  await openDisk(host.dataplane.call, host, record);
+  undo.add('disk server', () => host.dataplane.call('disk.close', { disk: record.id }));
+  const tap = openTap(record.tap);
+  undo.add('tap', () => tap.close());
+  const ip = ipOfVmid(record.vmid);
+  host.filter.addVm({
+    tap: record.tap,
+    family: record.family,
+    vmid: record.vmid,
+    guestMac: GUEST_MAC,
+    ip,
+  });
+  undo.add('filter', () => host.filter.removeVm(record.tap));
+  const dhcp = new DhcpService({ tap: record.tap, ip, hostname: record.name, log: host.log });
+  undo.add('DHCP', () => dhcp.close());
+  const spec: VmSpec = {
+    id: record.id,
+    runDir: paths.run,
+    logPath: paths.log,
+    ramBytes: record.ram_bytes,
+    vcpus: record.vcpus,
+    disk: { nbdSocket: paths.nbd, exportName: record.id },
+    nic: { tapFd: tap.fd, mac: GUEST_MAC },
+    memtap: {
+      socket: memtapSocket(config),
+      vm: record.id,
+      token: record.token,
+      agentPath: nativePath('memtap-agent.so'),
+    },
+    user: { uid: config.vmUid, gid: config.vmGid },
+  };
+  return { spec, dhcp, tap };
+}
+
+export function memtapSocket(config: { runDir: string }): string {
+  return join(config.runDir, 'memtap.sock');
+}
+
+type Call = Host['dataplane']['call'];
+
+/** Tells the data plane of a VM; repeated after each of its restarts. */
+export async function expectVm(call: Call, host: Host, record: VmRecord): Promise<void> {
+  const { base } = record;
+  if (base !== null) {
+    await call('replica.open', {
+      generation: base.ram.id,
+      path: replicaPath(host.config, 'ram', base.ram.id),
+      pages: base.ram.pages,
+      medium: 'memory',
+      source: base.ram.source,
+    });
+  }
+  await call('vm.expect', {
+    vm: record.id,
+    token: record.token,
+    ram_bytes: record.ram_bytes,
+    ...(base === null ? {} : { replica: base.ram.id }),
+    generations: host.forks
+      .all()
+      .filter((fork) => fork.vm === record.id && fork.state === 'open')
+      .sort((a, b) => a.created_ms - b.created_ms)
+      .map((fork) => ({ generation: fork.ram.id, directory: fork.ram_directory })),
+  });
+}
+
+export async function openDisk(call: Call, host: Host, record: VmRecord): Promise<void> {
+  const { base } = record;
+  if (base !== null) {
+    await call('replica.open', {
+      generation: base.disk.id,
+      path: replicaPath(host.config, 'disk', base.disk.id),
+      pages: base.disk.pages,
+      medium: 'disk',
+      source: base.disk.source,
+    });
+  }
+  await call('disk.open', {
+    disk: record.id,
+    directory: record.disk_directory,
+    ...(base === null ? {} : { replica: base.disk.id }),
+    socket: vmPaths(host.config, record.id).nbd,
+    export_name: record.id,
+    uid: host.config.vmUid,
+    gid: host.config.vmGid,
+  });
+}
+
+/** Joins a started VM with its guest channel and watches for its end. */
+export async function goLive(
+  host: Host,
+  record: VmRecord,
+  vm: Vm,
+  dhcp: DhcpService,
+): Promise<LiveVm> {
+  const channel = new GuestChannel({ socketPath: vm.channelSocket, log: host.log });
+  const live: LiveVm = { record, vm, channel, dhcp, forking: false };
+  channel.setCallHandler((call) => handleGuestCall(host, live, call));
+  host.live.set(record.id, live);
+  vm.on('exited', ({ status, signal, logTail }) => {
+    if (record.state === 'ending' || record.state === 'ended') return;
+    // With -no-reboot a guest's orderly shutdown ends the process with status 0.
+    const clean = status === 0;
+    void endVm(host, record.id, {
+      status: clean ? 0 : null,
+      reason: clean ? 'shutdown' : 'crashed',
+      message: clean ? 'the guest shut down' : `VM process ended (${signal ?? status}): ${logTail}`,
+    });
+  });
+  await channel.connect();
+  return live;
+}
+
+/** Finds the VMs of an earlier daemon again; those whose process is gone are cleaned up. */
+export async function adoptVms(host: Host): Promise<void> {
+  for (const record of host.vms.all()) {
+    if (record.state === 'ended') continue;
+    const vm =
+      record.hypervisor === null ? null : await host.driver.adopt(record.hypervisor.record);
+    const halfMade = record.state === 'starting';
+    if (vm === null || halfMade || record.state === 'ending') {
+      await vm?.destroy();
+      await endVm(host, record.id, {
+        status: null,
+        reason: halfMade ? 'failed' : 'crashed',
+        message: halfMade ? 'the daemon ended while the VM was being made' : 'VM process is gone',
+      }, true);
+      continue;
+    }
+    try {
+      await adoptVm(host, record, vm);
+      host.log.info({ vm: record.id, name: record.name }, 'VM found again');
+    } catch (error) {
+      const { code, message } = asSnowflockError(error);
+      host.log.error({ vm: record.id, code }, message);
+    }
+  }
+}
+
+async function adoptVm(host: Host, record: VmRecord, vm: Vm): Promise<void> {
+  // The daemon may have died while it held the VM paused; a guest must never stay so.
+  if ((await vm.status()) !== 'running') await vm.resume();
+  const ip = ipOfVmid(record.vmid);
+  host.filter.addVm({
+    tap: record.tap,
+    family: record.family,
+    vmid: record.vmid,
+    guestMac: GUEST_MAC,
+    ip,
+  });
+  const dhcp = new DhcpService({ tap: record.tap, ip, hostname: record.name, log: host.log });
+  const live = await goLive(host, record, vm, dhcp);
+  record.state = 'running';
+  await host.vms.save(record);
+  // Same epoch: the guest only resumes its pending calls. It may be slow; nothing waits for it.
+  live.channel.hello(identity(record), undefined, READY_LIMIT_MS).catch((error: unknown) => {
+    host.log.warn({ vm: record.id, error: String(error) }, 'guest agent does not answer');
+  });
+}
+
+/**
+ * Ends a VM and removes all that belongs to it, its own clones first. Does nothing if that is under
+ * way already; `again` takes up an end that an earlier daemon did not finish.
+ */
+export async function endVm(
+  host: Host,
+  id: string,
+  report: EndReport,
+  again = false,
+): Promise<void> {
+  const record = host.vms.get(id);
+  if (record === undefined || (record.state === 'ending' && !again)) return;
+  record.state = 'ending';
+  record.end = report;
+  await host.vms.save(record);
+  const live = host.live.get(id);
+  const undo = new Undo();
+  // In reverse order: the clones end while their source still lives, then the VM, then its parts.
+  undo.add('run folder', () =>
+    rm(vmPaths(host.config, id).run, { recursive: true, force: true }),
+  );
+  undo.add('reservation', () => host.resources.release(record.reservation));
+  undo.add('replicas', () => closeReplicas(host, record));
+  undo.add('disk', () => rm(record.disk_directory, { recursive: true, force: true }));
+  undo.add('disk server', () => host.dataplane.call('disk.close', { disk: id }));
+  undo.add('memtap', () => host.dataplane.call('vm.remove', { vm: id }));
+  undo.add('filter', () => host.filter.removeVm(record.tap));
+  if (live !== undefined) {
+    undo.add('DHCP', () => live.dhcp.close());
+    undo.add('channel', () => live.channel.close());
+    undo.add('VM', () => live.vm.destroy());
+  }
+  undo.add('clones', () => endForksOf(host, id, 'the parent ended'));
+  await undo.run(host.log);
+  host.live.delete(id);
+  record.state = 'ended';
+  await host.vms.remove(id);
+  if (record.parent !== null) await cloneEnded(host, record, report);
+}
+
+async function closeReplicas(host: Host, record: VmRecord): Promise<void> {
+  const { base } = record;
+  if (base === null) return;
+  const shared = host.vms
+    .all()
+    .some((vm) => vm.id !== record.id && vm.base?.ram.id === base.ram.id);
+  if (shared) return;
+  for (const kind of ['ram', 'disk'] as const) {
+    await host.dataplane.call('replica.close', {
+      generation: base[kind].id,
+      path: replicaPath(host.config, kind, base[kind].id),
+    });
+  }
+}
+
+/** A VM by id or name, on this host. */
+export function findVm(host: Host, ref: string): LiveVm {
+  const found = host.vms
+    .all()
+    .find((vm) => (vm.id === ref || vm.name === ref) && vm.state !== 'ended');
+  if (found === undefined) {
+    throw new SnowflockError('E_NOT_FOUND', `no VM ${ref} on host ${host.config.name}`);
+  }
+  return liveVm(host, found.id);
+}
+
+/** Family ids are unique in the cluster: the host's number above, a random part below. */
+function newFamily(host: Host): number {
+  const taken = new Set(host.vms.all().map((vm) => vm.family));
+  for (;;) {
+    const family = (host.config.number << 16) | randomBytes(2).readUInt16BE();
+    if (!taken.has(family)) return family;
+  }
+}
