@@ -61,6 +61,7 @@ const End = Type.Object({
     ),
   ),
   message: Type.String({ maxLength: 8192 }),
+  pages_fetched: Type.Optional(Type.Integer({ minimum: 0 })),
 });
 const Reserve = Type.Object({
   id: Id,

@@ -11,6 +11,8 @@ export interface EndReport {
   status: number | null;
   reason: 'exit' | 'killed' | 'shutdown' | 'crashed' | 'lost' | 'failed';
   message: string;
+  /** Pages of RAM this VM waited for in its life, where they could still be counted. */
+  pages_fetched?: number;
 }
 
 export interface GenerationRef {

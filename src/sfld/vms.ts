@@ -310,7 +310,9 @@ export async function endVm(
   const record = host.vms.get(id);
   if (record === undefined || (record.state === 'ending' && !again)) return;
   record.state = 'ending';
-  record.end = report;
+  const counted = await host.dataplane.call('vm.stats', { vm: id }).catch(() => undefined);
+  const fetched = counted?.pagesFetched;
+  record.end = fetched === undefined ? report : { ...report, pages_fetched: fetched };
   await host.vms.save(record);
   const live = host.live.get(id);
   const undo = new Undo();
@@ -334,7 +336,7 @@ export async function endVm(
   host.live.delete(id);
   record.state = 'ended';
   await host.vms.remove(id);
-  if (record.parent !== null) await cloneEnded(host, record, report);
+  if (record.parent !== null) await cloneEnded(host, record, record.end);
 }
 
 async function closeReplicas(host: Host, record: VmRecord): Promise<void> {

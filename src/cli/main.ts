@@ -1,0 +1,43 @@
+#!/usr/bin/env node
+/** The command line: one file per group of commands, this one only joins them. */
+import { Command, InvalidArgumentError } from 'commander';
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { projectRoot } from '../common/native.js';
+import { addClusterCommands } from './cluster.js';
+import { addDemoCommand } from './demo.js';
+import { addImageCommands } from './image.js';
+import { reportError } from './output.js';
+import { addVmCommands } from './vm.js';
+
+const { version } = JSON.parse(readFileSync(join(projectRoot, 'package.json'), 'utf8')) as {
+  version: string;
+};
+
+const program = new Command('snowflock')
+  .description('fork() for virtual machines: one running VM becomes many, on many hosts')
+  .version(version)
+  .option('--socket <path>', "the local daemon's socket", process.env.SNOWFLOCK_SOCKET ?? '/run/snowflock/sfld.sock')
+  .option('--json', 'data and errors as JSON')
+  .configureHelp({ showGlobalOptions: true })
+  .showHelpAfterError('(see --help)')
+  .exitOverride();
+
+addVmCommands(program);
+addImageCommands(program);
+addClusterCommands(program);
+addDemoCommand(program);
+
+try {
+  await program.parseAsync();
+} catch (error) {
+  const known = error as { code?: unknown; exitCode?: unknown };
+  if (typeof known.code === 'string' && known.code.startsWith('commander.')) {
+    // Help and version end with 0; wrong usage with 2, as E_ARGUMENT does.
+    process.exitCode = known.exitCode === 0 ? 0 : 2;
+  } else if (error instanceof InvalidArgumentError) {
+    process.exitCode = 2;
+  } else {
+    process.exitCode = reportError(error, program.opts<{ json?: boolean }>().json === true);
+  }
+}
