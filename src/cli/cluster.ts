@@ -1,7 +1,6 @@
 import type { Command } from 'commander';
 import { loadClusterConfig } from '../cluster/config.js';
 import { createLogger } from '../common/log.js';
-import { note } from './output.js';
 
 export function addClusterCommands(program: Command): void {
   program
@@ -14,7 +13,8 @@ export function addClusterCommands(program: Command): void {
       const config = loadClusterConfig(o.config);
       const log = createLogger('sfld');
       const daemon = await startDaemon(config, log);
-      note(`sfld ready: host ${config.name}, socket ${daemon.socket}`);
+      // Data: whoever started the daemon waits for this line.
+      process.stdout.write(`${JSON.stringify({ ready: config.name, socket: daemon.socket })}\n`);
       const signal = await new Promise<NodeJS.Signals>((resolve) => {
         process.once('SIGINT', resolve);
         process.once('SIGTERM', resolve);
