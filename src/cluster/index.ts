@@ -5,7 +5,7 @@ export {
   type PeerClientOptions,
   type RequestOptions,
 } from './client.js';
-export { Cluster } from './cluster.js';
+export { Cluster, type HostReach } from './cluster.js';
 export {
   type ClusterConfig,
   DEFAULT_CONTROL_PORT,
@@ -16,6 +16,6 @@ export {
   parseClusterConfig,
   RUN_DIR_BYTES_MAX,
 } from './config.js';
-export { createPeerServer, type PeerServer, sendEvents } from './server.js';
+export { createPeerServer, listenForPeers, type PeerServer, sendEvents } from './server.js';
 export { loadTlsIdentity, type TlsIdentity } from './tls.js';
 export { BODY_BYTES_MAX } from './wire.js';
