@@ -1,0 +1,6 @@
+export {
+  type ExecResult,
+  Testbed,
+  type TestbedHost,
+  type TestbedOptions,
+} from './testbed.js';
