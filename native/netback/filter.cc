@@ -16,7 +16,7 @@
 namespace sf {
 namespace {
 
-constexpr std::array<const char*, 4> kMaps = {"sf_ports", "sf_by_wire", "sf_config", "sf_stats"};
+constexpr std::array kMaps = {"sf_ports", "sf_by_wire", "sf_config", "sf_stats"};
 
 // The last lines libbpf printed: its return codes alone do not say what was wrong.
 thread_local std::string libbpf_said;
@@ -98,6 +98,15 @@ std::string PortName(const netback_port& port) {
 }
 
 bool IsThere(const netback_port& port) { return NameOf(port.ifindex) == PortName(port); }
+
+// Takes the programs off. Down first: between a guest and the host's stack there is nothing else.
+Status Bare(const netback_port& port) {
+  if (!IsThere(port)) return Status::Ok();
+  Status status = SetLinkUp(PortName(port), false);
+  if (!status.ok() && IsThere(port)) return status;
+  RemoveQdisc(port.ifindex);
+  return Status::Ok();
+}
 
 Status UpdateFailed(const char* map, int error) {
   libbpf_said.clear();
@@ -261,7 +270,8 @@ Status NetbackFilter::AddVm(const Vm& vm) {
     if (!status.ok()) return status;
   }
   Status status = AttachTap(ifindex, vm.interface);
-  return status.ok() ? PutIdentity(ifindex, vm) : status;
+  if (status.ok()) status = PutIdentity(ifindex, vm);
+  return status.ok() ? SetLinkUp(vm.interface, true) : status;
 }
 
 Status NetbackFilter::PutIdentity(uint32_t ifindex, const Vm& vm) {
@@ -309,8 +319,8 @@ Status NetbackFilter::RemoveVm(const std::string& interface) {
     found = true;
     status = DropPort(port);
     if (!status.ok()) return status;
-    // The programs go last: an interface without identity that still has them drops everything.
-    if (IsThere(port)) RemoveQdisc(port.ifindex);
+    status = Bare(port);
+    if (!status.ok()) return status;
   }
   if (!found) return Status::Error("E_NOT_FOUND", "no VM on interface " + interface);
   return Status::Ok();
@@ -364,7 +374,8 @@ Status NetbackFilter::Detach() {
   for (const netback_port& port : ports) {
     status = DropPort(port);
     if (!status.ok()) return status;
-    if (IsThere(port)) RemoveQdisc(port.ifindex);
+    status = Bare(port);
+    if (!status.ok()) return status;
   }
   const uint32_t zero = 0;
   netback_config config = {};

@@ -49,15 +49,15 @@ class NetbackFilter {
   NetbackFilter(const NetbackFilter&) = delete;
   NetbackFilter& operator=(const NetbackFilter&) = delete;
 
-  // A second call for the same interface gives it a new identity. E_EXISTS: the wire MAC belongs to
+  // Also sets the interface up. A second call for the same interface gives it a new identity. E_EXISTS: the wire MAC belongs to
   // another interface.
   Status AddVm(const Vm& vm);
-  // By name, which works after the interface has gone too. E_NOT_FOUND.
+  // By name, which works after the interface has gone too; if it is there it is set down. E_NOT_FOUND.
   Status RemoveVm(const std::string& interface);
   Status Vms(std::vector<Vm>* out) const;
   // One sum over all CPUs for each reason of kernel/netback/reasons.h.
   Status Stats(std::vector<uint64_t>* out) const;
-  // Removes all of it from all interfaces.
+  // Removes all of it from all interfaces; those of VMs are set down.
   Status Detach();
 
   // Puts identities into the maps without an interface: for measuring with many known VMs.

@@ -51,7 +51,7 @@ Status DisableIpv6(const std::string& name) {
                                           : Status::Errno("E_NETWORK", "write " + path);
 }
 
-Status BringUp(const std::string& name, uint32_t mtu) {
+Status SetMtu(const std::string& name, uint32_t mtu) {
   Fd control;
   Status status = ControlSocket(&control);
   if (!status.ok()) return status;
@@ -59,14 +59,6 @@ Status BringUp(const std::string& name, uint32_t mtu) {
   request.ifr_mtu = static_cast<int>(mtu);
   if (::ioctl(control.get(), SIOCSIFMTU, &request) != 0) {
     return Status::Errno("E_NETWORK", "set the MTU of " + name + " to " + std::to_string(mtu));
-  }
-  request = Request(name);
-  if (::ioctl(control.get(), SIOCGIFFLAGS, &request) != 0) {
-    return Status::Errno("E_NETWORK", "read the flags of " + name);
-  }
-  request.ifr_flags = static_cast<int16_t>(request.ifr_flags | IFF_UP);
-  if (::ioctl(control.get(), SIOCSIFFLAGS, &request) != 0) {
-    return Status::Errno("E_NETWORK", "set " + name + " up");
   }
   return Status::Ok();
 }
@@ -90,6 +82,22 @@ Status LinkAddress(const std::string& name, uint32_t* ifindex, uint64_t* mac) {
   return Status::Ok();
 }
 
+Status SetLinkUp(const std::string& name, bool up) {
+  Fd control;
+  Status status = ControlSocket(&control);
+  if (!status.ok()) return status;
+  ifreq request = Request(name);
+  if (::ioctl(control.get(), SIOCGIFFLAGS, &request) != 0) {
+    return Status::Errno("E_NETWORK", "read the flags of " + name);
+  }
+  const int flags = up ? request.ifr_flags | IFF_UP : request.ifr_flags & ~IFF_UP;
+  request.ifr_flags = static_cast<int16_t>(flags);
+  if (::ioctl(control.get(), SIOCSIFFLAGS, &request) != 0) {
+    return Status::Errno("E_NETWORK", "set " + name + (up ? " up" : " down"));
+  }
+  return Status::Ok();
+}
+
 Status OpenTap(const std::string& name, bool vnet_hdr, uint32_t mtu, Fd* out) {
   if (!IsName(name)) {
     return Status::Error("E_ARGUMENT", "a tap's name has 1 to 15 letters, digits, - or _");
@@ -105,7 +113,8 @@ Status OpenTap(const std::string& name, bool vnet_hdr, uint32_t mtu, Fd* out) {
                          "make tap " + name);
   }
   Status status = DisableIpv6(name);
-  if (status.ok()) status = BringUp(name, mtu);
+  if (status.ok()) status = SetMtu(name, mtu);
+  if (status.ok()) status = SetLinkUp(name, true);
   if (status.ok()) *out = std::move(tap);
   return status;
 }

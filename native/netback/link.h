@@ -13,6 +13,9 @@ namespace sf {
 // E_NOT_FOUND, E_NETWORK. The MAC address is a number, first byte on the wire highest.
 Status LinkAddress(const std::string& name, uint32_t* ifindex, uint64_t* mac);
 
+// E_NETWORK.
+Status SetLinkUp(const std::string& name, bool up);
+
 // A new tap that lives as long as its descriptor: up, without IPv6, close-on-exec, non-blocking.
 // With `vnet_hdr` every frame carries a virtio_net_hdr (Documentation/networking/tuntap.rst).
 // E_EXISTS: there is an interface of that name. E_ARGUMENT, E_NETWORK.
