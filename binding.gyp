@@ -18,6 +18,19 @@
       "target_name": "netback",
       "sources": ["<!@(node scripts/native-sources.mjs common netback)"],
       "libraries": ["-lbpf"],
+      "include_dirs": ["."],
+      "dependencies": ["netback_bpf"],
+    },
+    {
+      "target_name": "netback_bpf",
+      "type": "none",
+      "actions": [{
+        "action_name": "clang_bpf",
+        "inputs": ["kernel/netback/netback.bpf.c", "kernel/netback/netback.h",
+                   "kernel/netback/reasons.h", "scripts/bpf-build.mjs"],
+        "outputs": ["<(PRODUCT_DIR)/netback.bpf.o"],
+        "action": ["node", "scripts/bpf-build.mjs", "<(PRODUCT_DIR)/netback.bpf.o"],
+      }],
     },
   ],
 }

@@ -1,0 +1,86 @@
+// Loads the netback filter (kernel/netback), attaches it and keeps its maps.
+//
+// The kernel holds everything: the filter on the uplink holds the maps, the maps name the taps. A
+// process that dies leaves a working filter; the next one finds the maps through the uplink's
+// filter, loads its own programs on them and puts these in the place of the old ones, one by one
+// and without a moment in which none is there.
+//
+// Invariants:
+//   - sf_ports is the truth; sf_by_wire is derived from it and repaired by Attach();
+//   - an interface gets the programs before it gets an identity: without one all is dropped;
+//   - two interfaces never have the same wire MAC.
+//
+// Works in the network namespace of the calling thread. Not thread-safe.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/status.h"
+#include "kernel/netback/netback.h"
+
+struct bpf_object;
+struct bpf_program;
+
+namespace sf {
+
+struct Vm {
+  std::string interface;
+  uint64_t wire_mac = 0;
+  uint64_t guest_mac = 0;
+  uint32_t ip = 0;  // host order
+};
+
+struct TestRun {
+  uint32_t verdict = 0;  // TC_ACT_*
+  uint32_t mean_ns = 0;
+  std::vector<uint8_t> frame;  // as the last repetition left it
+};
+
+class NetbackFilter {
+ public:
+  // `object` is the compiled kernel/netback. E_BPF, E_NETWORK, E_NOT_FOUND (no such interface),
+  // E_IN_USE (somebody else's filter in our place).
+  static Status Attach(const std::string& object, const std::string& uplink,
+                       std::unique_ptr<NetbackFilter>* out);
+  ~NetbackFilter();
+  NetbackFilter(const NetbackFilter&) = delete;
+  NetbackFilter& operator=(const NetbackFilter&) = delete;
+
+  // Also sets the interface up. A second call for the same interface gives it a new identity. E_EXISTS: the wire MAC belongs to
+  // another interface.
+  Status AddVm(const Vm& vm);
+  // By name, which works after the interface has gone too; if it is there it is set down. E_NOT_FOUND.
+  Status RemoveVm(const std::string& interface);
+  Status Vms(std::vector<Vm>* out) const;
+  // One sum over all CPUs for each reason of kernel/netback/reasons.h.
+  Status Stats(std::vector<uint64_t>* out) const;
+  // Removes all of it from all interfaces; those of VMs are set down.
+  Status Detach();
+
+  // Puts identities into the maps without an interface: for measuring with many known VMs.
+  Status PutIdentity(uint32_t ifindex, const Vm& vm);
+  // BPF_PROG_TEST_RUN of from_guest, from_wire or to_guest.
+  Status Run(const std::string& program, const std::vector<uint8_t>& frame, uint32_t ifindex,
+             uint32_t mark, uint32_t repeat, TestRun* out) const;
+
+ private:
+  NetbackFilter() = default;
+  Status AttachUplink(const std::string& object, const std::string& uplink);
+  Status TakeOver(uint32_t program_id);
+  Status Repair();
+  Status AttachTap(uint32_t ifindex, const std::string& name);
+  Status Ports(std::vector<netback_port>* out) const;
+  Status DropPort(const netback_port& port);
+
+  bpf_object* object_ = nullptr;
+  int ports_ = -1;  // map descriptors, owned by object_
+  int by_wire_ = -1;
+  int config_ = -1;
+  int stats_ = -1;
+  uint32_t uplink_ = 0;
+};
+
+}  // namespace sf

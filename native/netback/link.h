@@ -1,0 +1,30 @@
+// Network interfaces: taps, their settings, and the packet socket DHCP listens on. All of it in the
+// network namespace of the calling thread.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "common/fd.h"
+#include "common/status.h"
+
+namespace sf {
+
+// E_NOT_FOUND, E_NETWORK. The MAC address is a number, first byte on the wire highest.
+Status LinkAddress(const std::string& name, uint32_t* ifindex, uint64_t* mac);
+
+// E_NETWORK.
+Status SetLinkUp(const std::string& name, bool up);
+
+// A new tap that lives as long as its descriptor: up, without IPv6, close-on-exec, non-blocking.
+// With `vnet_hdr` every frame carries a virtio_net_hdr (Documentation/networking/tuntap.rst).
+// E_EXISTS: there is an interface of that name. E_ARGUMENT, E_NETWORK.
+Status OpenTap(const std::string& name, bool vnet_hdr, uint32_t mtu, Fd* out);
+
+// A packet(7) socket on the interface that receives what a DHCP client sends there (untagged,
+// unfragmented IPv4, UDP 68 to 67) before tc sees it, and nothing the host sends. What is written
+// to it goes out of the interface with the mark that lets it pass the filter. E_NOT_FOUND,
+// E_NETWORK.
+Status OpenDhcpSocket(const std::string& name, Fd* out);
+
+}  // namespace sf

@@ -1,0 +1,3 @@
+export * from './codec.js';
+export * from './error.js';
+export * from './options.js';

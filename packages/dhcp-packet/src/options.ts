@@ -1,0 +1,93 @@
+/** Option codes (RFC 2132, 3442, 4702) and their plain values. All numbers are big-endian. */
+import { DhcpPacketError } from './error.js';
+
+export const Option = {
+  PAD: 0,
+  SUBNET_MASK: 1,
+  ROUTER: 3,
+  DNS: 6,
+  HOST_NAME: 12,
+  DOMAIN_NAME: 15,
+  INTERFACE_MTU: 26,
+  BROADCAST_ADDRESS: 28,
+  NTP: 42,
+  REQUESTED_ADDRESS: 50,
+  LEASE_SECONDS: 51,
+  OVERLOAD: 52,
+  MESSAGE_TYPE: 53,
+  SERVER_ID: 54,
+  PARAMETER_LIST: 55,
+  MESSAGE: 56,
+  MAX_MESSAGE_BYTES: 57,
+  RENEWAL_SECONDS: 58,
+  REBINDING_SECONDS: 59,
+  CLIENT_ID: 61,
+  RELAY_AGENT: 82,
+  DOMAIN_SEARCH: 119,
+  CLASSLESS_ROUTES: 121,
+  END: 255,
+} as const;
+
+export const MessageType = {
+  DISCOVER: 1,
+  OFFER: 2,
+  REQUEST: 3,
+  DECLINE: 4,
+  ACK: 5,
+  NAK: 6,
+  RELEASE: 7,
+  INFORM: 8,
+} as const;
+
+export type Options = ReadonlyMap<number, Uint8Array>;
+
+function number(options: Options, code: number, bytes: 1 | 2 | 4): number | undefined {
+  const value = options.get(code);
+  if (value === undefined) return undefined;
+  if (value.length !== bytes) {
+    throw new DhcpPacketError('option-value', `option ${code} has ${value.length} bytes`);
+  }
+  return value.reduce((sum, byte) => sum * 256 + byte, 0);
+}
+
+/** Undefined if absent. DhcpPacketError `option-value` if of another length. */
+export const readU8 = (options: Options, code: number) => number(options, code, 1);
+export const readU16 = (options: Options, code: number) => number(options, code, 2);
+export const readU32 = (options: Options, code: number) => number(options, code, 4);
+
+/** An IPv4 address in dotted form. */
+export function readAddress(options: Options, code: number): string | undefined {
+  const value = readU32(options, code);
+  return value === undefined ? undefined : addressText(value);
+}
+
+export function u8(value: number): Uint8Array {
+  return Uint8Array.of(value & 0xff);
+}
+export function u16(value: number): Uint8Array {
+  return Uint8Array.of((value >>> 8) & 0xff, value & 0xff);
+}
+export function u32(value: number): Uint8Array {
+  return Uint8Array.of(value >>> 24, (value >>> 16) & 0xff, (value >>> 8) & 0xff, value & 0xff);
+}
+
+/** One or more addresses in dotted form. */
+export function addresses(...list: string[]): Uint8Array {
+  return Uint8Array.from(list.flatMap((address) => [...u32(addressNumber(address))]));
+}
+
+export function text(value: string): Uint8Array {
+  return new TextEncoder().encode(value);
+}
+
+export function addressText(address: number): string {
+  return [24, 16, 8, 0].map((shift) => (address >>> shift) & 0xff).join('.');
+}
+
+export function addressNumber(address: string): number {
+  const parts = address.split('.');
+  if (parts.length !== 4 || parts.some((part) => !/^\d{1,3}$/.test(part) || Number(part) > 255)) {
+    throw new DhcpPacketError('address', `${address} is no IPv4 address`);
+  }
+  return parts.reduce((sum, part) => sum * 256 + Number(part), 0);
+}

@@ -1,0 +1,208 @@
+/**
+ * The DHCP server of one VM (paper, section 3.7; RFC 2131): it has one address to give, the VM's,
+ * and is the only server the VM can hear. No I/O and no clock of its own.
+ *
+ * States: idle, offered, bound (until the lease ends), released, declined. No state changes what is
+ * answered, since there is nothing else to offer: they tell the operator what the guest did.
+ *
+ *   DISCOVER                          OFFER
+ *   REQUEST, server id not ours       silence (the client chose another)
+ *   REQUEST for the VM's address      ACK (selecting, init-reboot, renewing, rebinding alike)
+ *   REQUEST for another address       NAK: what a clone gets that asks for its parent's
+ *   INFORM from the VM's address      ACK without a lease
+ *   DECLINE, RELEASE                  noted
+ *
+ * Left out on purpose: relayed packets (giaddr) and BOOTP are ignored; there is no pool.
+ */
+import {
+  addresses,
+  type DhcpPacket,
+  encode,
+  FLAG_BROADCAST,
+  MAX_PACKET_BYTES,
+  MessageType,
+  Option,
+  readAddress,
+  readU8,
+  readU16,
+  text,
+  u8,
+  u16,
+  u32,
+} from '../../packages/dhcp-packet/src/index.js';
+import { BROADCAST, GATEWAY, MTU, macText, NETMASK } from '../network/addresses.js';
+
+/** What the server tells its VM. */
+export interface DhcpIdentity {
+  address: string;
+  guestMac: string;
+  hostname?: string;
+  domain?: string;
+  /** Only if there is a gateway that forwards. */
+  router?: string;
+  dns?: readonly string[];
+  /** Default 3600. */
+  leaseSeconds?: number;
+}
+
+export type DhcpState = 'idle' | 'offered' | 'bound' | 'released' | 'declined';
+
+/** What became of a packet. */
+export type DhcpOutcome =
+  | { kind: 'offer' | 'ack' | 'nak'; reply: DhcpReply }
+  | { kind: 'released' | 'declined' | 'ignored' };
+
+export interface DhcpReply {
+  bytes: Uint8Array;
+  /** To the client's own addresses, or to all (it has none yet, or must give it up). */
+  broadcast: boolean;
+  /** Of the unicast IP packet. */
+  address: string;
+}
+
+const NONE = '0.0.0.0';
+const LEASE_SECONDS = 3600;
+const ETHERNET = 1;
+/** RFC 2132, 9.10. */
+const MIN_MAX_MESSAGE_BYTES = 576;
+const IP_AND_UDP_BYTES = 28;
+
+export class DhcpMachine {
+  #identity: DhcpIdentity;
+  #state: DhcpState = 'idle';
+  #leaseEndMs = 0;
+
+  constructor(identity: DhcpIdentity) {
+    this.#identity = identity;
+  }
+
+  get identity(): DhcpIdentity {
+    return this.#identity;
+  }
+
+  /** A bound lease that has run out counts as idle. */
+  state(nowMs: number): DhcpState {
+    return this.#state === 'bound' && nowMs >= this.#leaseEndMs ? 'idle' : this.#state;
+  }
+
+  /** From now on this address and no other: a client that renews the old one gets a NAK. */
+  setIdentity(identity: DhcpIdentity): void {
+    this.#identity = identity;
+    this.#state = 'idle';
+  }
+
+  /** DhcpPacketError if an option has an impossible value. */
+  handle(packet: DhcpPacket, nowMs: number): DhcpOutcome {
+    const { options } = packet;
+    if (
+      packet.op !== 1 ||
+      packet.giaddr !== NONE ||
+      packet.hardwareType !== ETHERNET ||
+      packet.hardwareAddress.length !== 6 ||
+      macText(Buffer.from(packet.hardwareAddress).readUIntBE(0, 6)) !== this.#identity.guestMac
+    ) {
+      return { kind: 'ignored' };
+    }
+    const server = readAddress(options, Option.SERVER_ID);
+    const requested = readAddress(options, Option.REQUESTED_ADDRESS);
+    const { address } = this.#identity;
+    switch (readU8(options, Option.MESSAGE_TYPE)) {
+      case MessageType.DISCOVER:
+        if (this.state(nowMs) !== 'bound') this.#state = 'offered';
+        return { kind: 'offer', reply: this.#reply(packet, MessageType.OFFER) };
+      case MessageType.REQUEST: {
+        if (server !== undefined && server !== GATEWAY) return { kind: 'ignored' };
+        // Renewing and rebinding clients say in ciaddr what the others say in option 50.
+        const wanted = requested ?? packet.ciaddr;
+        if (wanted === NONE) return { kind: 'ignored' };
+        if (wanted !== address || (packet.ciaddr !== NONE && packet.ciaddr !== address)) {
+          return { kind: 'nak', reply: this.#nak(packet, wanted) };
+        }
+        this.#state = 'bound';
+        this.#leaseEndMs = nowMs + this.#leaseSeconds() * 1000;
+        return { kind: 'ack', reply: this.#reply(packet, MessageType.ACK) };
+      }
+      case MessageType.INFORM:
+        if (packet.ciaddr !== address) return { kind: 'ignored' };
+        return { kind: 'ack', reply: this.#reply(packet, MessageType.ACK, false) };
+      case MessageType.DECLINE:
+        if (server !== GATEWAY || requested !== address) return { kind: 'ignored' };
+        this.#state = 'declined';
+        return { kind: 'declined' };
+      case MessageType.RELEASE:
+        if (server !== GATEWAY || packet.ciaddr !== address) return { kind: 'ignored' };
+        this.#state = 'released';
+        return { kind: 'released' };
+      default:
+        return { kind: 'ignored' };
+    }
+  }
+
+  #leaseSeconds(): number {
+    return this.#identity.leaseSeconds ?? LEASE_SECONDS;
+  }
+
+  #header(packet: DhcpPacket, options: Map<number, Uint8Array>): DhcpPacket {
+    // RFC 6842: the client's identifier comes back in every answer.
+    const clientId = packet.options.get(Option.CLIENT_ID);
+    if (clientId !== undefined) options.set(Option.CLIENT_ID, clientId);
+    options.set(Option.SERVER_ID, addresses(GATEWAY));
+    return {
+      ...packet,
+      op: 2,
+      hops: 0,
+      secs: 0,
+      ciaddr: NONE,
+      yiaddr: NONE,
+      siaddr: NONE,
+      options,
+    };
+  }
+
+  #reply(packet: DhcpPacket, type: number, lease = true): DhcpReply {
+    const { address, hostname, domain, router, dns } = this.#identity;
+    const seconds = this.#leaseSeconds();
+    const options = new Map<number, Uint8Array>([
+      [Option.MESSAGE_TYPE, u8(type)],
+      [Option.SUBNET_MASK, addresses(NETMASK)],
+      [Option.BROADCAST_ADDRESS, addresses(BROADCAST)],
+      [Option.INTERFACE_MTU, u16(MTU)],
+    ]);
+    if (router !== undefined) options.set(Option.ROUTER, addresses(router));
+    if (dns !== undefined && dns.length > 0) options.set(Option.DNS, addresses(...dns));
+    if (hostname !== undefined) options.set(Option.HOST_NAME, text(hostname));
+    if (domain !== undefined) options.set(Option.DOMAIN_NAME, text(domain));
+    if (lease) {
+      options.set(Option.LEASE_SECONDS, u32(seconds));
+      options.set(Option.RENEWAL_SECONDS, u32(Math.floor(seconds / 2)));
+      options.set(Option.REBINDING_SECONDS, u32(Math.floor((seconds * 7) / 8)));
+    }
+    const reply = this.#header(packet, options);
+    if (lease) reply.yiaddr = address;
+    if (type === MessageType.ACK) reply.ciaddr = packet.ciaddr;
+    return {
+      bytes: encode(reply, maxBytes(packet)),
+      broadcast: packet.ciaddr === NONE && (packet.flags & FLAG_BROADCAST) !== 0,
+      address: packet.ciaddr === NONE ? address : packet.ciaddr,
+    };
+  }
+
+  #nak(packet: DhcpPacket, wanted: string): DhcpReply {
+    const { address } = this.#identity;
+    const reply = this.#header(
+      packet,
+      new Map([
+        [Option.MESSAGE_TYPE, u8(MessageType.NAK)],
+        [Option.MESSAGE, text(`this VM has ${address}, not ${wanted}`)],
+      ]),
+    );
+    // RFC 2131, 4.3.2: the client must give the address up, so it is not spoken to there.
+    return { bytes: encode(reply, maxBytes(packet)), broadcast: true, address };
+  }
+}
+
+function maxBytes(packet: DhcpPacket): number {
+  const asked = readU16(packet.options, Option.MAX_MESSAGE_BYTES);
+  const ip = Math.max(asked ?? MIN_MAX_MESSAGE_BYTES, MIN_MAX_MESSAGE_BYTES);
+  return Math.min(ip - IP_AND_UDP_BYTES, MAX_PACKET_BYTES);
+}

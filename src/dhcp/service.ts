@@ -1,0 +1,106 @@
+import { DhcpPacketError, decode } from '../../packages/dhcp-packet/src/index.js';
+import { SnowflockError } from '../common/errors.js';
+import { GATEWAY, VMID_GATEWAY, wireMac } from '../network/addresses.js';
+import { FramePort } from '../network/frame-port.js';
+import { native, netback } from '../network/native.js';
+import { parseClientFrame, serverFrame } from './frame.js';
+import { type DhcpIdentity, DhcpMachine, type DhcpOutcome, type DhcpState } from './server.js';
+
+const EVERYBODY = { mac: 'ff:ff:ff:ff:ff:ff', address: '255.255.255.255' };
+/** A client sends a handful of packets in a life; more than this is a flood and is not read. */
+const FRAMES_PER_SECOND = 10;
+const BURST = 20;
+
+export type DhcpEvent = DhcpOutcome['kind'] | 'malformed' | 'lost';
+
+export interface DhcpServiceOptions {
+  /** Name of the VM's interface, in this process's network namespace. */
+  tap: string;
+  /** For the gateway's MAC address, from which the server speaks. */
+  family: number;
+  identity: DhcpIdentity;
+  /** After each packet (its answer is out): what became of it. */
+  onEvent?: (event: DhcpEvent) => void;
+  /** The interface has gone; the service is stopped. */
+  onEnd?: (error: SnowflockError) => void;
+}
+
+/**
+ * Answers the DHCP client of one VM: a packet socket on its tap, which sees the client's packets
+ * before the filter drops them, and a machine. Start it before the VM runs.
+ */
+export class DhcpService {
+  readonly #machine: DhcpMachine;
+  readonly #port: FramePort;
+  readonly #options: DhcpServiceOptions;
+  readonly #counts = new Map<DhcpEvent, number>();
+
+  /** E_NOT_FOUND (interface), E_NETWORK. */
+  constructor(options: DhcpServiceOptions) {
+    this.#options = options;
+    this.#machine = new DhcpMachine(options.identity);
+    const onEnd = options.onEnd;
+    this.#port = new FramePort(
+      native(() => netback().openDhcpSocket(options.tap)),
+      { onFrame: (frame) => this.#receive(frame), ...(onEnd === undefined ? {} : { onEnd }) },
+      { maxFrameBytes: 1514, framesPerSecond: FRAMES_PER_SECOND, burst: BURST },
+    );
+  }
+
+  get state(): DhcpState {
+    return this.#machine.state(Date.now());
+  }
+
+  get identity(): DhcpIdentity {
+    return this.#machine.identity;
+  }
+
+  setIdentity(identity: DhcpIdentity): void {
+    this.#machine.setIdentity(identity);
+  }
+
+  /** Packets by what became of them. */
+  stats(): Partial<Record<DhcpEvent, number>> {
+    return Object.fromEntries(this.#counts);
+  }
+
+  stop(): void {
+    this.#port.close();
+  }
+
+  #receive(frame: Buffer): void {
+    const event = this.#answer(frame);
+    this.#counts.set(event, (this.#counts.get(event) ?? 0) + 1);
+    this.#options.onEvent?.(event);
+  }
+
+  #answer(frame: Buffer): DhcpEvent {
+    const { guestMac } = this.#machine.identity;
+    const datagram = parseClientFrame(frame);
+    if (datagram === undefined) return 'malformed';
+    if (datagram.sourceMac !== guestMac) return 'ignored';
+    let outcome: DhcpOutcome;
+    try {
+      outcome = this.#machine.handle(decode(datagram.payload), Date.now());
+    } catch (error) {
+      if (error instanceof DhcpPacketError) return 'malformed';
+      throw error;
+    }
+    if (!('reply' in outcome)) return outcome.kind;
+    const { reply } = outcome;
+    const bytes = serverFrame({
+      sourceMac: wireMac({ family: this.#options.family, vmid: VMID_GATEWAY }),
+      destinationMac: reply.broadcast ? EVERYBODY.mac : guestMac,
+      source: GATEWAY,
+      destination: reply.broadcast ? EVERYBODY.address : reply.address,
+      payload: reply.bytes,
+    });
+    try {
+      return this.#port.send(bytes) ? outcome.kind : 'lost';
+    } catch (error) {
+      // The interface is down or about to go: the client asks again, or the port ends.
+      if (error instanceof SnowflockError && error.code === 'E_NETWORK') return 'lost';
+      throw error;
+    }
+  }
+}

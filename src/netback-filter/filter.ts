@@ -1,0 +1,118 @@
+import { SnowflockError } from '../common/errors.js';
+import { nativePath } from '../common/native.js';
+import {
+  addressOfVmid,
+  GUEST_MAC,
+  ipNumber,
+  ipText,
+  macNumber,
+  macText,
+  placeOfWireMac,
+  wireMac,
+} from '../network/addresses.js';
+import {
+  type NativeFilter,
+  type NativeVm,
+  native,
+  nativeError,
+  netback,
+} from '../network/native.js';
+import { REASONS } from './reasons.js';
+
+/** A VM as the filter knows it. */
+export interface FilteredVm {
+  /** Name of the VM's tap (or other interface on whose other end the guest is). */
+  tap: string;
+  /** 24 bits. */
+  family: number;
+  /** 0 to 65532. */
+  vmid: number;
+  /** What the guest believes to have. Default GUEST_MAC. */
+  guestMac?: string;
+  /** Default, and only accepted value: the scheme's for this vmid. */
+  ip?: string;
+}
+
+function toNative(vm: FilteredVm): NativeVm {
+  const ip = addressOfVmid(vm.vmid);
+  if (vm.ip !== undefined && vm.ip !== ip) {
+    throw new SnowflockError('E_ARGUMENT', `vmid ${vm.vmid} has address ${ip}, not ${vm.ip}`);
+  }
+  return {
+    tap: vm.tap,
+    wireMac: macNumber(wireMac(vm)),
+    guestMac: macNumber(vm.guestMac ?? GUEST_MAC),
+    ip: ipNumber(ip),
+  };
+}
+
+/**
+ * The netback filter of one host (paper, section 3.7), in this process's network namespace. It lives
+ * in the kernel: a process may die and the next one goes on with `attach`. Policy and states:
+ * kernel/netback/netback.bpf.c.
+ */
+export class NetbackFilter {
+  readonly #filter: NativeFilter;
+
+  private constructor(filter: NativeFilter) {
+    this.#filter = filter;
+  }
+
+  /**
+   * Loads the filter on the uplink, or takes over the one that is there, with all its VMs whose
+   * interfaces still exist.
+   * E_NOT_FOUND (no such interface), E_NETWORK (its MAC address begins with 5e), E_IN_USE (another
+   * tc filter in its place), E_BPF.
+   */
+  static async attach(options: { uplink: string }): Promise<NetbackFilter> {
+    try {
+      return new NetbackFilter(await netback().attach(nativePath('netback.bpf.o'), options.uplink));
+    } catch (error) {
+      throw nativeError(error);
+    }
+  }
+
+  /**
+   * From here on the interface, which is set up, can send and receive as this VM and nothing else.
+   * For an interface that has an identity: replaces it.
+   * E_NOT_FOUND (interface), E_EXISTS (another interface has this identity), E_ARGUMENT, E_BPF.
+   */
+  addVm(vm: FilteredVm): void {
+    const identity = toNative(vm);
+    native(() => this.#filter.addVm(identity));
+  }
+
+  /**
+   * Takes identity and programs away and sets the interface down, for without them its guest would
+   * reach the host's stack. Works by name also when the tap has gone. E_NOT_FOUND.
+   */
+  removeVm(tap: string): void {
+    native(() => this.#filter.removeVm(tap));
+  }
+
+  vms(): Required<FilteredVm>[] {
+    return native(() => this.#filter.vms()).map((vm) => {
+      const place = placeOfWireMac(macText(vm.wireMac));
+      if (place === undefined) {
+        throw new SnowflockError('E_INTERNAL', `${vm.tap} has no VM's wire MAC in the filter`);
+      }
+      return { tap: vm.tap, ...place, guestMac: macText(vm.guestMac), ip: ipText(vm.ip) };
+    });
+  }
+
+  /** Frames by reason since the filter was first attached; names as in reasons.ts. */
+  stats(): Record<string, number> {
+    const counts = native(() => this.#filter.stats());
+    return Object.fromEntries(REASONS.map((reason, number) => [reason.name, counts[number] ?? 0]));
+  }
+
+  /** As `removeVm` for all VMs, then off the uplink. The object is closed then. */
+  detach(): void {
+    native(() => this.#filter.detach());
+  }
+
+  /** Lets go of the filter and leaves it working. */
+  close(): void {
+    this.#filter.close();
+  }
+}

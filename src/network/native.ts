@@ -1,0 +1,82 @@
+/** The `netback` addon as TypeScript sees it: native/netback. All names are namespace-local. */
+import { asSnowflockError, type SnowflockError } from '../common/errors.js';
+import { loadAddon } from '../common/native.js';
+
+/** MAC addresses and IPv4 addresses are numbers, first byte highest. */
+export interface NativeVm {
+  tap: string;
+  wireMac: number;
+  guestMac: number;
+  ip: number;
+}
+
+export interface NativeRun {
+  /** TC_ACT_*: 0 OK, 2 SHOT, 7 REDIRECT, 0xffffffff UNSPEC. */
+  verdict: number;
+  meanNs: number;
+  /** As the last repetition left it. */
+  frame: Buffer;
+}
+
+export interface NativeFilter {
+  addVm(vm: NativeVm): void;
+  removeVm(tap: string): void;
+  vms(): NativeVm[];
+  /** By reason number. */
+  stats(): number[];
+  detach(): void;
+  close(): void;
+  putIdentity(ifindex: number, vm: NativeVm): void;
+  run(
+    program: 'from_guest' | 'from_wire' | 'to_guest',
+    frame: Uint8Array,
+    ifindex: number,
+    mark: number,
+    repeat: number,
+  ): NativeRun;
+}
+
+export interface NativeFramePort {
+  send(frame: Uint8Array): boolean;
+  close(): void;
+}
+
+interface FramePortOptions {
+  maxFrameBytes: number;
+  framesPerSecond: number;
+  burst: number;
+}
+
+interface NetbackAddon {
+  attach(objectPath: string, uplink: string): Promise<NativeFilter>;
+  openTap(name: string, vnetHdr: boolean, mtu: number): number;
+  openDhcpSocket(name: string): number;
+  inNetns<T>(path: string, work: () => T): T;
+  reasonNames: readonly string[];
+  FramePort: new (
+    fd: number,
+    options: FramePortOptions,
+    onFrame: (frame: Buffer) => void,
+    onEnd: (error: Error) => void,
+  ) => NativeFramePort;
+}
+
+let loaded: NetbackAddon | undefined;
+
+export function netback(): NetbackAddon {
+  loaded ??= loadAddon<NetbackAddon>('netback');
+  return loaded;
+}
+
+/** Native errors as SnowflockError. */
+export function native<T>(work: () => T): T {
+  try {
+    return work();
+  } catch (error) {
+    throw asSnowflockError(error, 'E_NETWORK');
+  }
+}
+
+export function nativeError(error: unknown): SnowflockError {
+  return asSnowflockError(error, 'E_NETWORK');
+}
