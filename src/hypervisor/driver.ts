@@ -122,8 +122,9 @@ export interface Vm extends EventEmitter<VmEvents> {
   /** Lets a paused guest go on. Also right after a failed or half-done capture. */
   resume(): Promise<Instant>;
   /**
-   * Device and CPU state of the paused VM, without RAM. The VM stays paused whatever happens.
-   * @throws E_STATE not paused; E_QEMU capture failed; E_TIMEOUT; E_CLOSED VM is gone.
+   * Device and CPU state of the paused VM, without RAM; once per pause. The VM stays
+   * paused whatever happens.
+   * @throws E_STATE not paused, or captured since it was; E_QEMU capture failed; E_TIMEOUT; E_CLOSED VM is gone.
    */
   captureState(options?: { timeoutMs?: number }): Promise<Buffer>;
   /**

@@ -210,11 +210,11 @@ export function buildArgs(spec: VmSpec, choice: ArgsOptions): string[] {
   }
   if (spec.nic) add('-netdev', options({ id: 'net0', fd: TAP_FD, vhost: 'off' }, 'tap'));
   for (const device of devices(spec, machine)) {
-    const kind = String(device['driver']);
+    const kind = String(device.driver);
     const hidden: Record<string, string | number> = {};
-    if (kind.startsWith('virtio-net') && spec.nic) hidden['mac'] = spec.nic.mac;
-    if (kind.startsWith('virtio-net') && machine.transport === 'pci') hidden['romfile'] = '';
-    if (kind === 'virtserialport') hidden['name'] = CHANNEL_NAME;
+    if (kind.startsWith('virtio-net') && spec.nic) hidden.mac = spec.nic.mac;
+    if (kind.startsWith('virtio-net') && machine.transport === 'pci') hidden.romfile = '';
+    if (kind === 'virtserialport') hidden.name = CHANNEL_NAME;
     add('-device', { ...device, ...hidden });
   }
 

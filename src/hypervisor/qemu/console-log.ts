@@ -17,9 +17,12 @@ export function rotateIfLarge(file: string, maxBytes: number): boolean {
   return true;
 }
 
-/** File size limit of the VM process for a given soft bound. */
-export function hardLimit(maxBytes: number): number {
-  return Math.max(8 * maxBytes, 16 << 20);
+/**
+ * File size limit of the VM process. It counts for the file that is guest RAM too, so it cannot be
+ * less than that.
+ */
+export function hardLimit(maxBytes: number, ramBytes: number): number {
+  return Math.max(8 * maxBytes, 16 << 20, ramBytes);
 }
 
 /** Rotates the log while the daemon runs; returns the function that stops it. */

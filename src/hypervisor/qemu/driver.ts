@@ -125,12 +125,14 @@ export class QemuDriver implements HypervisorDriver {
     const memory = this.options.memory?.(spec);
     const { accel } = shape;
     const choice = { machine: this.#machine, accel, incoming, ...(memory ? { memory } : {}) };
+    const logMax = spec.console?.logMaxBytes ?? DEFAULT_LOG_BYTES;
     const began = performance.now();
     const process = await VmProcess.start({
       binary: this.#binary,
       args: buildArgs(spec, choice),
       user: spec.user,
       logFile: paths.log,
+      maxFileBytes: hardLimit(logMax, spec.ramBytes),
       ...(spec.nic ? { inheritFd: spec.nic.tapFd } : {}),
       ...(spec.memtap ? { preload: spec.memtap.agentPath } : {}),
       env: spec.memtap
@@ -141,10 +143,7 @@ export class QemuDriver implements HypervisorDriver {
           }
         : {},
     });
-    const logMax = spec.console?.logMaxBytes ?? DEFAULT_LOG_BYTES;
     try {
-      const limited = process.limitFileSize(hardLimit(logMax));
-      limited.catch(() => {});
       const client = await this.#connect(process, spec, paths.qmp, paths.log);
       const startMs = performance.now() - began;
       const record: VmRecord = {
@@ -167,7 +166,6 @@ export class QemuDriver implements HypervisorDriver {
       };
       const { maxStateBytes } = { maxStateBytes: this.#maxStateBytes };
       const vm = await QemuVm.attach({ process, qmp: client, record, startMs, maxStateBytes });
-      await limited;
       return vm;
     } catch (error) {
       await process.end(0);

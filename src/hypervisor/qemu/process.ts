@@ -10,16 +10,8 @@
  * Left out on purpose: the exit status of a process that an earlier daemon started; the kernel
  * tells it only to the parent.
  */
-import { type ChildProcess, execFile, spawn } from 'node:child_process';
-import {
-  chownSync,
-  closeSync,
-  existsSync,
-  fstatSync,
-  openSync,
-  readFileSync,
-  readSync,
-} from 'node:fs';
+import { type ChildProcess, spawn } from 'node:child_process';
+import { chownSync, closeSync, fstatSync, openSync, readFileSync, readSync } from 'node:fs';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { SnowflockError } from '../../common/errors.js';
 import type { VmUser } from '../driver.js';
@@ -29,9 +21,11 @@ const WRAPPER = [
   'umask 077',
   'ulimit -c 0',
   'ulimit -n 1024',
+  // dash counts in blocks of 512 bytes.
+  'ulimit -f "$SF_FILE_BLOCKS"',
   "trap '' XFSZ",
   'if [ -n "$SF_PRELOAD" ]; then export LD_PRELOAD="$SF_PRELOAD"; fi',
-  'unset SF_PRELOAD',
+  'unset SF_PRELOAD SF_FILE_BLOCKS',
   'exec "$0" "$@"',
 ].join('\n');
 
@@ -90,6 +84,8 @@ export interface StartOptions {
   args: string[];
   user: VmUser;
   logFile: string;
+  /** Bound for every file the process writes; what is beyond it is dropped. */
+  maxFileBytes: number;
   /** Becomes fd 3 of the process. */
   inheritFd?: number;
   preload?: string;
@@ -137,6 +133,7 @@ export class VmProcess {
         detached: true,
         env: {
           PATH: '/usr/bin:/bin',
+          SF_FILE_BLOCKS: String(Math.ceil(options.maxFileBytes / 512)),
           ...(options.preload === undefined ? {} : { SF_PRELOAD: options.preload }),
           ...options.env,
         },
@@ -227,20 +224,5 @@ export class VmProcess {
     const gone = await Promise.race([this.exited.then(() => true), late]);
     stop.abort();
     return gone;
-  }
-
-  /** Hard bound for each file the process writes; the soft one is the rotation of its console log. */
-  async limitFileSize(bytes: number): Promise<void> {
-    // Not a `ulimit` in the wrapper: it would also bound the guest RAM's memfd.
-    if (!existsSync('/usr/bin/prlimit')) {
-      throw new SnowflockError('E_REQUIREMENT', '/usr/bin/prlimit (package util-linux) is missing');
-    }
-    const args = ['--pid', String(this.identity.pid), `--fsize=${bytes}:${bytes}`];
-    await new Promise<void>((resolve, reject) => {
-      execFile('/usr/bin/prlimit', args, { timeout: 5000 }, (error) => {
-        if (!error || !this.alive) resolve();
-        else reject(new SnowflockError('E_QEMU', `prlimit failed: ${error.message}`));
-      });
-    });
   }
 }

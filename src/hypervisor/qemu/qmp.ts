@@ -209,8 +209,8 @@ export class QmpClient extends EventEmitter<{ event: [QmpEvent]; close: [Error |
     if ('QMP' in message) {
       this.#onGreeting?.();
       this.#onGreeting = undefined;
-    } else if (typeof message['event'] === 'string') {
-      this.#event(message['event'], message);
+    } else if (typeof message.event === 'string') {
+      this.#event(message.event, message);
     } else {
       this.#reply(message);
     }
@@ -218,29 +218,29 @@ export class QmpClient extends EventEmitter<{ event: [QmpEvent]; close: [Error |
   }
 
   #event(event: string, message: Record<string, unknown>): void {
-    const stamp = isRecord(message['timestamp']) ? message['timestamp'] : {};
-    const seconds = stamp['seconds'];
-    const micros = stamp['microseconds'];
+    const stamp = isRecord(message.timestamp) ? message.timestamp : {};
+    const seconds = stamp.seconds;
+    const micros = stamp.microseconds;
     const atMs =
       typeof seconds === 'number' && typeof micros === 'number' && seconds >= 0
         ? seconds * 1000 + micros / 1000
         : Date.now();
-    this.emit('event', { event, data: isRecord(message['data']) ? message['data'] : {}, atMs });
+    this.emit('event', { event, data: isRecord(message.data) ? message.data : {}, atMs });
   }
 
   #reply(message: Record<string, unknown>): void {
-    const id = message['id'];
+    const id = message.id;
     const pending = typeof id === 'number' ? this.#pending.get(id) : undefined;
     // A reply that comes after its time limit has nobody waiting for it.
     if (typeof id !== 'number' || !pending) return;
     this.#pending.delete(id);
     clearTimeout(pending.timer);
-    const error = message['error'];
+    const error = message.error;
     if (isRecord(error)) {
-      const qmpClass = String(error['class'] ?? 'GenericError');
-      pending.reject(new QmpError(pending.command, qmpClass, String(error['desc'] ?? '')));
+      const qmpClass = String(error.class ?? 'GenericError');
+      pending.reject(new QmpError(pending.command, qmpClass, String(error.desc ?? '')));
     } else {
-      pending.resolve(message['return']);
+      pending.resolve(message.return);
     }
   }
 

@@ -50,6 +50,8 @@ export class QemuVm extends EventEmitter<VmEvents> implements Vm {
   #qmp: QmpClient;
   #socket: StateSocket | undefined;
   #state: VmState = 'running';
+  /** QEMU gives the state once per pause: it then counts the VM as moved away until `cont`. */
+  #captured = false;
   #loading = false;
   #destroying = false;
   #released = false;
@@ -124,6 +126,7 @@ export class QemuVm extends EventEmitter<VmEvents> implements Vm {
   async #readState(): Promise<{ raw: string }> {
     const { status } = await this.#qmp.execute('query-status', {});
     if (this.#state !== 'exited') this.#state = STATES[status] ?? 'paused';
+    this.#captured = status === 'postmigrate' || status === 'finish-migrate';
     return { raw: status };
   }
 
@@ -140,14 +143,15 @@ export class QemuVm extends EventEmitter<VmEvents> implements Vm {
       this.emit('paused', { atMs });
     } else if (event.event === 'RESUME') {
       this.#state = 'running';
+      this.#captured = false;
       this.emit('resumed', { atMs });
     } else if (event.event === 'SHUTDOWN') {
       this.#state = 'shutdown';
-      if (event.data['guest'] === true) this.#onGuestEnd(String(event.data['reason']));
+      if (event.data.guest === true) this.#onGuestEnd(String(event.data.reason));
     } else if (event.event === 'GUEST_PANICKED') {
       this.emit('panic', { message: 'the guest reported a panic' });
     } else if (event.event === 'MIGRATION') {
-      const status = String(event.data['status']);
+      const status = String(event.data.status);
       for (const listener of [...this.#migrationEnds]) listener(status);
     }
   }
@@ -243,9 +247,13 @@ export class QemuVm extends EventEmitter<VmEvents> implements Vm {
 
   async captureState(limits: { timeoutMs?: number } = {}): Promise<Buffer> {
     this.#expect('capture', 'paused');
+    if (this.#captured) {
+      throw new SnowflockError('E_STATE', `VM ${this.id} must be resumed before the next capture`);
+    }
     const socket = this.#socket;
     if (!socket) throw new SnowflockError('E_CLOSED', `VM ${this.id} was let go`);
     const { state, abort } = socket.receive();
+    this.#captured = true;
     let cause: unknown;
     state.catch((error: unknown) => {
       cause = error;
