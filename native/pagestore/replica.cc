@@ -212,7 +212,11 @@ Status Replica::fill_zero(PageIndex page, uint64_t count) {
   return Status::Ok();
 }
 
-void Replica::wake(PageIndex page) {
+void Replica::wake(PageIndex page) { end_waiters(page, Status::Ok()); }
+
+void Replica::fail_page(PageIndex page, const Status& status) { end_waiters(page, status); }
+
+void Replica::end_waiters(PageIndex page, const Status& status) {
   std::vector<Done> waiters;
   {
     std::lock_guard lock(mutex_);
@@ -221,7 +225,7 @@ void Replica::wake(PageIndex page) {
     waiters = std::move(found->second);
     waiters_.erase(found);
   }
-  for (auto& done : waiters) done(Status::Ok());
+  for (auto& done : waiters) done(status);
 }
 
 void Replica::want(PageIndex page, Done done) {

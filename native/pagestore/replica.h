@@ -68,6 +68,9 @@ class Replica final : public PageProvider {
   // The source is gone for good: absent pages, waited for or wanted later, end with `status`.
   void fail(const Status& status);
 
+  // This page cannot be had now: its waiters end with `status`; wanted later it is asked for again.
+  void fail_page(PageIndex page, const Status& status);
+
   uint64_t present_count() const { return present_.load(std::memory_order_relaxed); }
   uint64_t zero_count() const { return zero_.load(std::memory_order_relaxed); }
   uint64_t waiting_count() const;
@@ -82,6 +85,7 @@ class Replica final : public PageProvider {
   bool set(std::atomic<uint64_t>* words, PageIndex page);
   Status write_page(PageIndex page, const uint8_t* data);
   void wake(PageIndex page);
+  void end_waiters(PageIndex page, const Status& status);
 
   std::string path_;
   std::string generation_;

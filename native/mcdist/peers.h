@@ -1,0 +1,54 @@
+// The members a server has heard of, and what makes their requests fresh: a packet counts only if it
+// carries the cookie this server gave its sender and a counter not seen from it. So a recorded
+// request, sent again by anyone from anywhere (also after a restart of the server, also after the
+// peer's entry was evicted) moves no page; it gets at most a welcome, which is no longer than it.
+#pragma once
+
+#include <netinet/in.h>
+
+#include <list>
+#include <unordered_map>
+
+#include "mcdist/policy.h"
+#include "mcdist/wire.h"
+
+namespace sf::mcdist {
+
+struct Peer {
+  BootId boot{};
+  uint32_t id = 0;  // never given twice
+  uint64_t cookie = 0;
+  ReplayWindow window;
+};
+
+class PeerTable {
+ public:
+  static constexpr size_t kMaxPeers = 1024;
+
+  Peer* find(const BootId& boot) {
+    auto found = index_.find(boot);
+    if (found == index_.end()) return nullptr;
+    order_.splice(order_.begin(), order_, found->second);
+    return &*found->second;
+  }
+  // The peer heard longest ago makes room; its id is written to `evicted` (0: none).
+  Peer& admit(const BootId& boot, uint64_t cookie, uint32_t* evicted) {
+    *evicted = 0;
+    if (order_.size() >= kMaxPeers) {
+      *evicted = order_.back().id;
+      index_.erase(order_.back().boot);
+      order_.pop_back();
+    }
+    order_.push_front(Peer{boot, ++last_id_, cookie, {}});
+    index_[boot] = order_.begin();
+    return order_.front();
+  }
+  size_t size() const { return order_.size(); }
+
+ private:
+  std::list<Peer> order_;  // heard last first
+  std::unordered_map<BootId, std::list<Peer>::iterator, IdHash> index_;
+  uint32_t last_id_ = 0;
+};
+
+}  // namespace sf::mcdist

@@ -1,0 +1,136 @@
+// What the mcdist client decides, without I/O and without a clock: which pages to ask for now, when
+// to ask again, how many prefetches may be under way (receiver-driven retransmission, paper section
+// 3.5). The counterpart of Policy; a simulator drives this code too.
+//
+// States of a page:
+//   (none) -> waiting (want) -> asked (collect) -> (none) (arrived)
+//   asked -> asked (time-out: collect again, flagged as a retry, doubled time-out)
+//   asked -> refused (negative answer) -> asked ... -> given up (negative answers used up)
+//   range (prefetch) -> asked; a range costs one entry however long it is
+// Invariants:
+//  - A page is under way at most once; asked again it is at most made urgent.
+//  - Time-outs come from measured round trips of first requests only (Karn), kept apart for faults
+//    and prefetches, which queue differently at the server.
+//  - Faults are sent before prefetches, retries before first requests.
+//  - Bounded: pages asked per kind by the windows, ranges by max_ranges. Waiting faults are as many
+//    as their waiters in the replica, which the replica's users bound.
+// Not thread-safe.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <set>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "common/page.h"
+#include "mcdist/policy.h"
+#include "mcdist/wire.h"
+
+namespace sf::mcdist {
+
+struct RequesterConfig {
+  // On two busy cores a runnable thread may wait several milliseconds for its turn: a lower bound
+  // below that asks again for what is already in the socket's buffer.
+  TimeNs rto_min = 10 * kMillisecond;
+  TimeNs rto_max = 250 * kMillisecond;  // also how late a restarted server is noticed
+  TimeNs rto_initial = 50 * kMillisecond;
+  uint32_t fault_window = 1024;
+  uint32_t prefetch_window_start = 128;
+  uint32_t prefetch_window_min = 64;
+  uint32_t prefetch_window_max = 1024;  // 4 MiB; the receive buffer holds more than that
+  uint32_t max_ranges = 65536;
+  uint32_t negative_tries = 5;
+};
+
+class Requester {
+ public:
+  // `present(page)`: no need to ask. `missing(page)`: mask of fragments not received yet, 0 for all.
+  Requester(const RequesterConfig& config, std::function<bool(PageIndex)> present,
+            std::function<uint8_t(PageIndex)> missing)
+      : config_(config), present_(std::move(present)), missing_(std::move(missing)),
+        window_(config.prefetch_window_start) {}
+
+  // True if there is something new to send.
+  bool want(PageIndex page, Urgency urgency, TimeNs now);
+  // False: too many ranges, nothing was taken.
+  bool prefetch(PageIndex first, uint64_t count);
+
+  // The page is in the replica (by whoever asked). True if it was under way here.
+  bool arrived(PageIndex page, TimeNs now);
+  enum class Refusal : uint8_t { kUnknown, kAgain, kGiveUp };  // kGiveUp: no longer under way
+  Refusal refused(PageIndex page, TimeNs now);
+  void forget(PageIndex page);  // no longer under way, without an answer
+  void clear();
+
+  // Appends up to `max_runs` runs of what is to be asked now; they count as asked. `timeouts`: also
+  // ask again for what timed out; not while answers may still lie unread in a socket.
+  void collect(TimeNs now, bool timeouts, size_t max_runs, std::vector<Run>* out);
+  // Asks for one page that was just wanted, ahead of collect(). False: leave it to collect().
+  bool ask_now(PageIndex page, TimeNs now, Run* out);
+  // True if collect() stopped early and is to be called again at once.
+  bool more() const { return more_; }
+  // When collect() has something to do again, kNever if nothing is under way.
+  TimeNs due_at() const;
+  // Asks at once for all that is under way (a new server knows nothing of it).
+  void ask_again(TimeNs now);
+  // A round trip measured without a page.
+  void round_trip(TimeNs rtt);
+
+  bool idle() const { return pages_.empty() && ranges_.empty(); }
+  size_t faults_asked() const { return in_flight_[0]; }
+  size_t under_way() const { return pages_.size(); }
+  uint64_t retries() const { return retries_; }
+  uint32_t window() const { return window_; }
+  TimeNs timeout(Urgency urgency) const;
+  TimeNs smoothed_rtt(Urgency urgency) const { return rtt_[static_cast<size_t>(urgency)].smoothed; }
+  // The page that has waited longest, and since when; false if there is none.
+  bool oldest_fault(PageIndex* page, TimeNs* since) const;
+
+ private:
+  struct Page {
+    Urgency urgency = Urgency::kFault;
+    bool asked = false;   // counts in in_flight_
+    uint8_t tries = 0;    // time-outs so far, saturating
+    uint8_t negatives = 0;
+    bool refused = false; // since asked last; siblings' questions bring negative answers as well
+    TimeNs since = 0;
+    TimeNs asked_at = 0;
+    TimeNs due = kNever;  // in due_ unless kNever
+  };
+  using Pages = std::unordered_map<PageIndex, Page>;
+  struct Rtt {
+    bool known = false;
+    TimeNs smoothed = 0;
+    TimeNs variation = 0;
+    void sample(TimeNs rtt);
+  };
+  void set_due(PageIndex page, Page* state, TimeNs due);
+  void erase(Pages::iterator it);
+  void mark_asked(PageIndex page, Page* state, TimeNs now);
+  void ask(PageIndex page, Page* state, TimeNs now, bool retry, std::vector<Run>* out);
+  void collect_timeouts(TimeNs now, size_t max_runs, std::vector<Run>* out);
+  void outcome(bool lost);
+
+  const RequesterConfig config_;
+  const std::function<bool(PageIndex)> present_;
+  const std::function<uint8_t(PageIndex)> missing_;
+  Pages pages_;
+  std::set<std::pair<TimeNs, PageIndex>> due_;
+  std::set<std::pair<TimeNs, PageIndex>> fault_since_;
+  std::deque<PageIndex> fresh_[2];  // wanted, not asked yet; may hold pages gone since
+  std::deque<std::pair<PageIndex, uint64_t>> ranges_;
+  uint32_t in_flight_[2] = {0, 0};
+  Rtt rtt_[2];
+
+  uint32_t window_;
+  bool slow_start_ = true;
+  bool more_ = false;
+  uint32_t epoch_answers_ = 0;
+  uint32_t epoch_losses_ = 0;
+  uint64_t retries_ = 0;
+};
+
+}  // namespace sf::mcdist

@@ -1,0 +1,129 @@
+// The mcdist server of a host: one UDP socket and one thread for all generations it serves.
+//
+// A generation is: not served -> served (serve) -> not served (unserve). Requests for generations
+// not served here are dropped: without their key they cannot be told from noise.
+// Invariants:
+//  - A page is sent only for a request that is authentic, fresh and from a peer with a cookie.
+//  - The provider is read on the server's thread only, and never again once unserve() returned.
+//  - Per generation the state is a Policy and a PeerTable, both bounded.
+// Left out on purpose: a provider that blocks on a slow disk holds up the other generations.
+#pragma once
+
+#include <functional>
+#include <future>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "common/fd.h"
+#include "common/page.h"
+#include "common/status.h"
+#include "mcdist/counters.h"
+#include "mcdist/peers.h"
+#include "mcdist/policy.h"
+#include "mcdist/socket.h"
+#include "mcdist/wire.h"
+
+namespace sf::mcdist {
+
+struct ServerStats {
+  ServerCounters counters;
+  std::atomic<uint64_t> queued{0};
+  std::atomic<uint64_t> peers{0};
+  std::atomic<uint64_t> rate{0};               // limit now, bytes a second
+  std::atomic<uint64_t> mean_receive_rate{0};  // of the clients, as they report it
+  std::atomic<uint64_t> rate_cuts{0};
+};
+
+// Of packets that belong to no generation served here.
+struct StrayStats {
+  Counter wrong_generation{0};
+  Counter bad_packets{0};
+};
+
+class Server {
+ public:
+  struct Options {
+    sockaddr_in bind = {};
+    in_addr interface_address = {};
+    int ttl = 1;
+    size_t mtu_bytes = 1500;
+  };
+  struct Generation {
+    GenerationId id{};
+    Key key{};
+    std::shared_ptr<PageProvider> provider;
+    sockaddr_in group = {};
+    PolicyConfig policy;
+  };
+
+  static Status Open(const Options& options, std::shared_ptr<Server>* out);
+  ~Server();
+
+  uint16_t port() const { return bound_port(socket_); }
+  Status serve(Generation generation);
+  // Waits until the thread has let go of the provider. Unknown generations: nothing happens.
+  void unserve(const GenerationId& id);
+  void close();  // waits for the thread
+
+  std::shared_ptr<const ServerStats> stats(const GenerationId& id) const;  // nullptr: not served
+  std::vector<std::shared_ptr<const ServerStats>> all_stats() const;
+  const StrayStats& stray() const { return stray_; }
+
+ private:
+  struct Served {
+    Served(Generation g, const BootId& boot, std::shared_ptr<ServerStats> s)
+        : generation(std::move(g)),
+          sealer(generation.id, generation.key, boot),
+          policy(generation.policy),
+          stats(std::move(s)) {}
+    Generation generation;
+    Sealer sealer;
+    PeerTable peers;
+    Policy policy;
+    std::vector<Run> zeros, refused;  // answers gathered for one packet
+    std::shared_ptr<ServerStats> stats;
+  };
+
+  explicit Server(const Options& options);
+  void wake();
+  void run();
+  void receive(TimeNs now);
+  void handle(const uint8_t* data, size_t size, const sockaddr_in& from, TimeNs now);
+  void welcome(Served& served, Peer& peer, uint64_t echo, const sockaddr_in& to);
+  TimeNs pump();  // sends a bounded number of pages; when to come again
+  void answer(Served& served, const Policy::Item& item);
+  void send_runs(Served& served, std::vector<Run>* runs, Type type);
+  void emit(Served& served, Header* header, const uint8_t* body, size_t size,
+            const sockaddr_in& to);
+  void flush();
+
+  const Options options_;
+  const unsigned fragments_;
+  Fd socket_;
+  Fd wake_;
+  std::thread thread_;
+  StrayStats stray_;
+
+  mutable std::mutex mutex_;  // guards the three below
+  std::unordered_map<GenerationId, std::shared_ptr<ServerStats>, IdHash> stats_;
+  std::vector<std::function<void()>> commands_;
+  bool closing_ = false;
+  std::mutex join_mutex_;
+
+  // The thread's own.
+  std::unordered_map<GenerationId, std::unique_ptr<Served>, IdHash> served_;
+  ReceiveBatch received_;
+  SendBatch batch_;
+  Served* batch_of_ = nullptr;
+  TimeNs mean_at_ = 0;
+  Request request_;
+  std::vector<uint8_t> body_;
+  alignas(64) uint8_t page_[kPageBytes];
+  uint8_t clear_[kMaxMtuBytes];
+};
+
+}  // namespace sf::mcdist

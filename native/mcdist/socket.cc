@@ -1,0 +1,190 @@
+#include "mcdist/socket.h"
+
+#include <arpa/inet.h>
+#include <poll.h>
+#include <time.h>
+
+namespace sf::mcdist {
+namespace {
+
+// Asked for; the kernel doubles it for its own overhead. Holds more than a full prefetch window.
+constexpr int kBufferBytes = 16 << 20;
+constexpr int kSendWaitMs = 20;
+constexpr int kSendTries = 5;
+
+template <typename T>
+Status option(const Fd& fd, int level, int name, const T& value, const char* what) {
+  if (::setsockopt(fd.get(), level, name, &value, sizeof value) == 0) return Status::Ok();
+  return Status::Errno("E_NETWORK", std::string("setsockopt ") + what);
+}
+
+void size_buffer(const Fd& fd, int force, int plain) {
+  // Without the privilege the system's limit applies: slower under load, never wrong.
+  if (::setsockopt(fd.get(), SOL_SOCKET, force, &kBufferBytes, sizeof kBufferBytes) != 0) {
+    ::setsockopt(fd.get(), SOL_SOCKET, plain, &kBufferBytes, sizeof kBufferBytes);
+  }
+}
+
+Status open_udp(Fd* out) {
+  Fd fd(::socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  if (!fd.valid()) return Status::Errno("E_NETWORK", "socket");
+  size_buffer(fd, SO_RCVBUFFORCE, SO_RCVBUF);
+  size_buffer(fd, SO_SNDBUFFORCE, SO_SNDBUF);
+  // PROBE: "don't fragment", and forged ICMP messages about the path's MTU are not believed.
+  Status status =
+      option(fd, IPPROTO_IP, IP_MTU_DISCOVER, int{IP_PMTUDISC_PROBE}, "IP_MTU_DISCOVER");
+  if (status.ok()) status = option(fd, IPPROTO_IP, IP_MULTICAST_ALL, int{0}, "IP_MULTICAST_ALL");
+  if (status.ok()) *out = std::move(fd);
+  return status;
+}
+
+std::string text(const sockaddr_in& address) {
+  char buffer[INET_ADDRSTRLEN] = "";
+  ::inet_ntop(AF_INET, &address.sin_addr, buffer, sizeof buffer);
+  return std::string(buffer) + ":" + std::to_string(ntohs(address.sin_port));
+}
+
+Status bind_to(const Fd& fd, const sockaddr_in& address) {
+  if (::bind(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0) {
+    return Status::Ok();
+  }
+  return Status::Errno(errno == EADDRINUSE ? "E_IN_USE" : "E_NETWORK", "bind " + text(address));
+}
+
+}  // namespace
+
+TimeNs now_ns() {
+  timespec now = {};
+  ::clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec * kSecond + now.tv_nsec;
+}
+
+Status parse_address(const std::string& address, int64_t port, sockaddr_in* out) {
+  *out = {};
+  out->sin_family = AF_INET;
+  if (port < 0 || port > 65535) {
+    return Status::Error("E_ARGUMENT", "bad port " + std::to_string(port));
+  }
+  out->sin_port = htons(static_cast<uint16_t>(port));
+  if (::inet_pton(AF_INET, address.c_str(), &out->sin_addr) != 1) {
+    return Status::Error("E_ARGUMENT", "not an IPv4 address: " + address);
+  }
+  return Status::Ok();
+}
+
+Status parse_group(const std::string& group, int64_t port, sockaddr_in* out) {
+  Status status = parse_address(group, port, out);
+  if (!status.ok()) return status;
+  if (!IN_MULTICAST(ntohl(out->sin_addr.s_addr)) || port == 0) {
+    return Status::Error("E_ARGUMENT", "not a multicast group and port: " + text(*out));
+  }
+  return Status::Ok();
+}
+
+Status open_unicast(const sockaddr_in& address, const in_addr& interface_address, int ttl,
+                    Fd* out) {
+  Fd fd;
+  Status status = open_udp(&fd);
+  ip_mreqn interface = {};
+  interface.imr_address = interface_address;
+  if (status.ok()) status = option(fd, IPPROTO_IP, IP_MULTICAST_TTL, ttl, "IP_MULTICAST_TTL");
+  if (status.ok()) status = option(fd, IPPROTO_IP, IP_MULTICAST_LOOP, int{1}, "IP_MULTICAST_LOOP");
+  if (status.ok()) {
+    status = option(fd, IPPROTO_IP, IP_MULTICAST_IF, interface,
+                    "IP_MULTICAST_IF: no interface has the address given");
+  }
+  if (status.ok()) status = bind_to(fd, address);
+  if (status.ok()) *out = std::move(fd);
+  return status;
+}
+
+Status open_member(const sockaddr_in& group, const in_addr& interface_address, Fd* out) {
+  Fd fd;
+  Status status = open_udp(&fd);
+  // Other clients of this host may be in the same group; each gets its copy.
+  if (status.ok()) status = option(fd, SOL_SOCKET, SO_REUSEADDR, int{1}, "SO_REUSEADDR");
+  if (status.ok()) status = bind_to(fd, group);
+  ip_mreqn member = {};
+  member.imr_multiaddr = group.sin_addr;
+  member.imr_address = interface_address;
+  if (status.ok()) {
+    status = option(fd, IPPROTO_IP, IP_ADD_MEMBERSHIP, member,
+                    "IP_ADD_MEMBERSHIP: no interface has the address given");
+  }
+  if (status.ok()) *out = std::move(fd);
+  return status;
+}
+
+uint16_t bound_port(const Fd& fd) {
+  sockaddr_in address = {};
+  socklen_t size = sizeof address;
+  if (::getsockname(fd.get(), reinterpret_cast<sockaddr*>(&address), &size) != 0) return 0;
+  return ntohs(address.sin_port);
+}
+
+ReceiveBatch::ReceiveBatch()
+    : buffer_(kPackets * kMaxMtuBytes), from_(kPackets), vectors_(kPackets), messages_(kPackets) {}
+
+size_t ReceiveBatch::receive(const Fd& fd) {
+  for (size_t i = 0; i < kPackets; i++) {
+    vectors_[i] = {buffer_.data() + i * kMaxMtuBytes, kMaxMtuBytes};
+    messages_[i] = {};
+    messages_[i].msg_hdr.msg_name = &from_[i];
+    messages_[i].msg_hdr.msg_namelen = sizeof(sockaddr_in);
+    messages_[i].msg_hdr.msg_iov = &vectors_[i];
+    messages_[i].msg_hdr.msg_iovlen = 1;
+  }
+  // An error here is of an earlier packet (e.g. ICMP port unreachable while the server restarts);
+  // reading it clears it, and the packets behind it come with the next call.
+  const int n = ::recvmmsg(fd.get(), messages_.data(), kPackets, MSG_DONTWAIT, nullptr);
+  return n < 0 ? 0 : static_cast<size_t>(n);
+}
+
+size_t ReceiveBatch::size(size_t i) const {
+  return (messages_[i].msg_hdr.msg_flags & MSG_TRUNC) != 0 ? 0 : messages_[i].msg_len;
+}
+
+SendBatch::SendBatch(size_t datagram_bytes)
+    : datagram_bytes_(datagram_bytes),
+      buffer_(kPackets * datagram_bytes),
+      to_(kPackets),
+      vectors_(kPackets),
+      messages_(kPackets) {}
+
+void SendBatch::commit(size_t size, const sockaddr_in& to) {
+  to_[count_] = to;
+  vectors_[count_] = {next(), size};
+  messages_[count_] = {};
+  messages_[count_].msg_hdr.msg_name = &to_[count_];
+  messages_[count_].msg_hdr.msg_namelen = sizeof(sockaddr_in);
+  messages_[count_].msg_hdr.msg_iov = &vectors_[count_];
+  messages_[count_].msg_hdr.msg_iovlen = 1;
+  count_++;
+}
+
+size_t SendBatch::flush(const Fd& fd) {
+  size_t done = 0;
+  size_t failed = 0;
+  int tries = 0;
+  while (done < count_) {
+    const int n = ::sendmmsg(fd.get(), messages_.data() + done,
+                             static_cast<unsigned>(count_ - done), MSG_DONTWAIT);
+    if (n > 0) {
+      done += static_cast<size_t>(n);
+      continue;
+    }
+    if (errno == EINTR) continue;
+    if ((errno == EAGAIN || errno == ENOBUFS) && tries++ < kSendTries) {
+      pollfd wait = {fd.get(), POLLOUT, 0};
+      ::poll(&wait, 1, kSendWaitMs);
+      continue;
+    }
+    // This one cannot be sent (too long for the path, unreachable); who needs it asks again.
+    done++;
+    failed++;
+  }
+  count_ = 0;
+  return failed;
+}
+
+}  // namespace sf::mcdist

@@ -1,0 +1,72 @@
+// UDP sockets and batches of datagrams. No packet of ours is ever cut by IP: "don't fragment" is
+// set, and what does not fit the path is an error that is counted.
+#pragma once
+
+#include <netinet/in.h>
+#include <sys/socket.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "common/fd.h"
+#include "common/status.h"
+#include "mcdist/policy.h"
+#include "mcdist/wire.h"
+
+namespace sf::mcdist {
+
+TimeNs now_ns();  // CLOCK_MONOTONIC
+
+Status parse_address(const std::string& address, int64_t port, sockaddr_in* out);
+Status parse_group(const std::string& group, int64_t port, sockaddr_in* out);  // 224.0.0.0/4 only
+
+// A socket bound to `address`; sends multicast out of the interface that has `interface_address`,
+// and to members on this host too.
+Status open_unicast(const sockaddr_in& address, const in_addr& interface_address, int ttl, Fd* out);
+// A socket bound to the group's address and port, member on the interface that has that address.
+// Other groups' packets do not reach it even if other sockets of this host joined them.
+Status open_member(const sockaddr_in& group, const in_addr& interface_address, Fd* out);
+uint16_t bound_port(const Fd& fd);
+
+class ReceiveBatch {
+ public:
+  static constexpr size_t kPackets = 64;
+  ReceiveBatch();
+  // Number of datagrams received without waiting.
+  size_t receive(const Fd& fd);
+  const uint8_t* data(size_t i) const { return buffer_.data() + i * kMaxMtuBytes; }
+  // 0 for a datagram that was cut short: too long to be one of ours.
+  size_t size(size_t i) const;
+  const sockaddr_in& from(size_t i) const { return from_[i]; }
+
+ private:
+  std::vector<uint8_t> buffer_;
+  std::vector<sockaddr_in> from_;
+  std::vector<iovec> vectors_;
+  std::vector<mmsghdr> messages_;
+};
+
+class SendBatch {
+ public:
+  static constexpr size_t kPackets = 64;
+  // `datagram_bytes`: the longest datagram, at most kMaxMtuBytes.
+  explicit SendBatch(size_t datagram_bytes);
+  bool full() const { return count_ == kPackets; }
+  bool empty() const { return count_ == 0; }
+  // Where to write the next datagram; then commit(). Not when full.
+  uint8_t* next() { return buffer_.data() + count_ * datagram_bytes_; }
+  void commit(size_t size, const sockaddr_in& to);
+  // Sends all, waiting a bounded time for room in the socket. Returns how many were not sent.
+  size_t flush(const Fd& fd);
+
+ private:
+  const size_t datagram_bytes_;
+  std::vector<uint8_t> buffer_;
+  std::vector<sockaddr_in> to_;
+  std::vector<iovec> vectors_;
+  std::vector<mmsghdr> messages_;
+  size_t count_ = 0;
+};
+
+}  // namespace sf::mcdist

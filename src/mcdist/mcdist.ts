@@ -1,0 +1,259 @@
+import { createHash } from 'node:crypto';
+import { asSnowflockError } from '../common/errors.js';
+import { loadAddon } from '../common/native.js';
+
+/** Opaque: the `handle` property of a `Replica`. */
+export type ReplicaHandle = unknown;
+/** Opaque: the `provider` property of a `Replica`, a parent's memory or a disk. */
+export type ProviderHandle = unknown;
+
+export interface McdistServerOptions {
+  /** IPv4 address requests come to. */
+  readonly bindAddress: string;
+  /** 0, the default: any. */
+  readonly port?: number;
+  /** The IPv4 address of the interface multicast leaves by. */
+  readonly interfaceAddress: string;
+  /** Of the whole path, 1280 to 9216; default 1500. No packet is longer, none is fragmented by IP. */
+  readonly mtuBytes?: number;
+  /** Multicast hops; default 1, the local network. */
+  readonly ttl?: number;
+}
+
+/** What the server decides by; each default is in `native/mcdist/policy.h` with its reason. */
+export interface McdistPolicyOptions {
+  readonly startRateBytesPerS?: number;
+  readonly minRateBytesPerS?: number;
+  readonly maxRateBytesPerS?: number;
+  /** Linear increase; the paper's 10 KB/s each 10 ms is 1e6. */
+  readonly increaseBytesPerSPerS?: number;
+  /** Share of the clients' mean receive rate that a loss cuts the rate to; default 0.75. */
+  readonly cut?: number;
+  /** Share of pages lost, mean over clients, above which a cut is made; the paper's is 0. */
+  readonly lossTolerance?: number;
+  readonly lossMinPages?: number;
+  readonly lossIntervalMs?: number;
+  /** A page asked again within this time, by whomever, is not sent again (unless a retry). */
+  readonly lockstepWindowMs?: number;
+  /** ... up to so many times. */
+  readonly lockstepRequests?: number;
+  readonly retryWindowMs?: number;
+  readonly queuePages?: number;
+  /** Pages one client may have queued, urgent and prefetch each. */
+  readonly peerPages?: number;
+}
+
+export interface McdistServeOptions {
+  /** 32 lower-case hex characters. */
+  readonly generation: string;
+  /** 32 random bytes of this generation alone; travels over the control channel only. */
+  readonly key: Buffer;
+  readonly provider: ProviderHandle;
+  /** Multicast address. */
+  readonly group: string;
+  readonly groupPort: number;
+  readonly policy?: McdistPolicyOptions;
+}
+
+/** Counters since `serve()`. Wire bytes include UDP and IP headers. */
+export interface McdistServerStats {
+  readonly requests: number;
+  readonly pagesRequested: number;
+  readonly pagesServed: number;
+  readonly zeroPagesServed: number;
+  readonly negativeAnswers: number;
+  readonly payloadBytes: number;
+  readonly wireBytes: number;
+  readonly packetsSent: number;
+  readonly merged: number;
+  readonly lockstepIgnored: number;
+  readonly retries: number;
+  readonly queueDropped: number;
+  readonly welcomes: number;
+  readonly replays: number;
+  readonly authFailures: number;
+  readonly badPackets: number;
+  readonly sendErrors: number;
+  readonly queuedPages: number;
+  readonly peers: number;
+  readonly rateLimitBytesPerS: number;
+  readonly meanReceiveRateBytesPerS: number;
+  readonly rateCuts: number;
+  readonly generations: number;
+  /** Of the whole server: packets of generations not served here, and noise. */
+  readonly wrongGeneration: number;
+  readonly strayPackets: number;
+}
+
+export interface McdistClientOptions {
+  readonly generation: string;
+  readonly key: Buffer;
+  readonly replica: ReplicaHandle;
+  readonly server: { readonly address: string; readonly port: number };
+  readonly group: string;
+  readonly groupPort: number;
+  /** The IPv4 address of the interface the group is joined on. */
+  readonly interfaceAddress: string;
+  /** Without any authentic word from the server for so long, waiters end with E_SOURCE_LOST. */
+  readonly sourceTimeoutMs?: number;
+  readonly mtuBytes?: number;
+  /** Shortest time-out before a page is asked for again; default 10. */
+  readonly minRetryMs?: number;
+}
+
+export interface McdistClientStats {
+  readonly requests: number;
+  readonly pagesRequested: number;
+  readonly urgentRequested: number;
+  readonly retries: number;
+  readonly pagesFilled: number;
+  /** Of those filled (zero pages too): not asked for from here. */
+  readonly pagesOverheard: number;
+  readonly zeroPagesFilled: number;
+  readonly payloadBytes: number;
+  readonly wireBytesSent: number;
+  readonly wireBytesReceived: number;
+  readonly duplicates: number;
+  readonly negativeAnswers: number;
+  readonly pagesFailed: number;
+  readonly prefetchDropped: number;
+  readonly welcomes: number;
+  readonly authFailures: number;
+  readonly wrongGeneration: number;
+  readonly badPackets: number;
+  readonly fillErrors: number;
+  readonly sendErrors: number;
+  readonly pagesUnderWay: number;
+  readonly prefetchWindow: number;
+  readonly receiveRateBytesPerS: number;
+  readonly faultRttMs: number;
+  readonly prefetchRttMs: number;
+  readonly faultTimeoutMs: number;
+  /** The server answered and knows this client. */
+  readonly welcomed: boolean;
+  /** The source was given up; `setServer()` revives. */
+  readonly lost: boolean;
+}
+
+interface NativeServer {
+  readonly port: number;
+  serve(options: McdistServeOptions): void;
+  unserve(generation: string): Promise<void>;
+  stats(generation?: string): McdistServerStats;
+  close(): Promise<void>;
+}
+
+interface NativeClient {
+  fetch(page: number): Promise<void>;
+  prefetch(first: number, count: number): void;
+  setServer(server: { address: string; port: number }): void;
+  stats(): McdistClientStats;
+  close(): Promise<void>;
+}
+
+interface Addon {
+  readonly McdistServer: new (options: McdistServerOptions) => NativeServer;
+  readonly McdistClient: new (options: McdistClientOptions) => NativeClient;
+}
+
+let addon: Addon | undefined;
+function native(): Addon {
+  addon ??= loadAddon<Addon>('dataplane');
+  return addon;
+}
+
+function typed<T>(call: () => T): T {
+  try {
+    return call();
+  } catch (error) {
+    throw asSnowflockError(error);
+  }
+}
+
+/** Answers page requests for all generations of this host: one UDP socket, one native thread. */
+export class McdistServer {
+  readonly #native: NativeServer;
+
+  /** @throws E_ARGUMENT, E_IN_USE (port taken), E_NETWORK (no such address or interface) */
+  constructor(options: McdistServerOptions) {
+    this.#native = typed(() => new (native().McdistServer)(options));
+  }
+
+  get port(): number {
+    return this.#native.port;
+  }
+
+  /** @throws E_EXISTS if the generation is served already, E_ARGUMENT, E_CLOSED */
+  serve(options: McdistServeOptions): void {
+    typed(() => this.#native.serve(options));
+  }
+
+  /** Once resolved, the generation's provider is not read again. Not served: resolves as well. */
+  async unserve(generation: string): Promise<void> {
+    await typed(() => this.#native.unserve(generation));
+  }
+
+  /** Of one generation (E_NOT_FOUND if not served), or summed over all that are served now. */
+  stats(generation?: string): McdistServerStats {
+    return typed(() => this.#native.stats(generation));
+  }
+
+  async close(): Promise<void> {
+    await typed(() => this.#native.close());
+  }
+}
+
+/** Fetches a generation's pages into a replica; attached to it until `close()`. */
+export class McdistClient {
+  readonly #native: NativeClient;
+
+  /** @throws E_ARGUMENT, E_REPLICA_MISMATCH (replica of another generation), E_NETWORK */
+  constructor(options: McdistClientOptions) {
+    this.#native = typed(() => new (native().McdistClient)(options));
+  }
+
+  /**
+   * Resolves when the page is in the replica.
+   * @throws E_SOURCE_LOST (source gone, or does not hold the page), E_IO (it cannot read it, or the
+   * replica cannot store it), E_REPLICA_MISMATCH (another number of pages there), E_ARGUMENT
+   */
+  async fetch(page: number): Promise<void> {
+    try {
+      await this.#native.fetch(page);
+    } catch (error) {
+      throw asSnowflockError(error);
+    }
+  }
+
+  /** Asks for `count` pages nobody waits for yet, as fast as the network takes them. */
+  prefetch(first: number, count = 1): void {
+    typed(() => this.#native.prefetch(first, count));
+  }
+
+  /** The source speaks from another address now (or again, after it was given up). */
+  setServer(server: { address: string; port: number }): void {
+    typed(() => this.#native.setServer(server));
+  }
+
+  stats(): McdistClientStats {
+    return typed(() => this.#native.stats());
+  }
+
+  /** Waiters of the replica stay, for its next client. */
+  async close(): Promise<void> {
+    await typed(() => this.#native.close());
+  }
+}
+
+/**
+ * The group a generation is sent to: 239.195.0.0/16 (administratively scoped, RFC 2365) and a port
+ * from 16384 to 32767, below the ephemeral ones. Two generations that meet in one group and port
+ * cost each other's clients the look at a packet's header, never a byte.
+ */
+export function groupFor(generation: string): { group: string; port: number } {
+  const digest = createHash('sha256').update(`mcdist group ${generation}`).digest();
+  return {
+    group: `239.195.${digest.readUInt8(0)}.${digest.readUInt8(1)}`,
+    port: 16384 + (digest.readUInt16BE(2) & 0x3fff),
+  };
+}

@@ -1,0 +1,128 @@
+// A host of the tests: a process in its own network namespace that runs real servers and clients
+// and does what its parent tells it over IPC. Messages: {id, op, args} -> {id, value} or {id, error}.
+import { createHash } from 'node:crypto';
+import { createSocket } from 'node:dgram';
+import { createRequire } from 'node:module';
+
+const native = createRequire(import.meta.url)('../../build/Release/dataplane.node');
+const PAGE_BYTES = 4096;
+const objects = new Map(); // by name
+const key = (hex) => Buffer.from(hex, 'hex');
+
+/** The page that all tests expect: from seed and number alone; each eighth is zero if `zeros`. */
+function pageOf(seed, page) {
+  const out = Buffer.alloc(PAGE_BYTES);
+  let state = (seed * 2654435761 + page * 40503 + 1) >>> 0;
+  for (let at = 0; at < PAGE_BYTES; at += 4) {
+    state ^= state << 13;
+    state ^= state >>> 17;
+    state ^= state << 5;
+    out.writeUInt32LE(state >>> 0, at);
+  }
+  return out;
+}
+
+function send(port, address, packet) {
+  return new Promise((resolve, reject) => {
+    const socket = createSocket('udp4');
+    socket.bind(0, () => {
+      socket.setMulticastTTL(1);
+      socket.send(packet, port, address, (error) => {
+        socket.close();
+        error ? reject(error) : resolve();
+      });
+    });
+  });
+}
+
+const operations = {
+  replica({ name, path, generation, pages, medium }) {
+    objects.set(name, new native.Replica(path, generation, pages, medium));
+  },
+  fillSource({ name, seed, from = 0, count, zeros = [] }) {
+    const replica = objects.get(name);
+    for (let page = from; page < from + count; page++) {
+      if (zeros.some(([first, n]) => page >= first && page < first + n)) replica.fillZero(page, 1);
+      else replica.fill(page, pageOf(seed, page));
+    }
+  },
+  digest({ name, pages }) {
+    const hash = createHash('sha256');
+    const replica = objects.get(name);
+    for (const page of pages ?? Array(replica.stats().pages).keys()) {
+      const bytes = replica.read(page);
+      if (bytes === null) return `absent ${page}`;
+      hash.update(bytes);
+    }
+    return hash.digest('hex');
+  },
+  replicaStats: ({ name }) => objects.get(name).stats(),
+  server({ name, ...options }) {
+    const server = new native.McdistServer(options);
+    objects.set(name, server);
+    return server.port;
+  },
+  serve({ name, provider, keyHex, ...options }) {
+    objects
+      .get(name)
+      .serve({ ...options, key: key(keyHex), provider: objects.get(provider).provider });
+  },
+  client({ name, replica, keyHex, ...options }) {
+    const handle = objects.get(replica).handle;
+    objects.set(name, new native.McdistClient({ ...options, key: key(keyHex), replica: handle }));
+  },
+  fetch: ({ name, pages }) => Promise.all(pages.map((page) => objects.get(name).fetch(page))),
+  fetchAll({ name, count }) {
+    const client = objects.get(name);
+    return Promise.all(Array.from({ length: count }, (_, page) => client.fetch(page)));
+  },
+  /** Prefetches all and resolves with the seconds it took. */
+  async prefetchAll({ name, replica, count }) {
+    const begin = process.hrtime.bigint();
+    objects.get(name).prefetch(0, count);
+    for (;;) {
+      const { present, zero } = objects.get(replica).stats();
+      if (present + zero >= count) return Number(process.hrtime.bigint() - begin) / 1e9;
+      await new Promise((resolve) => setTimeout(resolve, 2));
+    }
+  },
+  /** One page after the other; microseconds each took. */
+  async fetchTimed({ name, from, count }) {
+    const client = objects.get(name);
+    const took = [];
+    for (let page = from; page < from + count; page++) {
+      const begin = process.hrtime.bigint();
+      await client.fetch(page);
+      took.push(Number(process.hrtime.bigint() - begin) / 1000);
+    }
+    return took;
+  },
+  call: ({ name, method, args = [] }) => objects.get(name)[method](...args),
+  stats: ({ name, generation }) => objects.get(name).stats(generation),
+  close: ({ name }) => objects.get(name).close(),
+  send: ({ port, address, hex }) => send(port, address, Buffer.from(hex, 'hex')),
+  /** Datagrams that come to an address while `count` are awaited; at most `ms`. */
+  sniff({ group, port, interfaceAddress, name }) {
+    const socket = createSocket({ type: 'udp4', reuseAddr: true });
+    const packets = [];
+    objects.set(name, { packets, socket });
+    socket.on('message', (message) => packets.push(message.toString('hex')));
+    return new Promise((resolve) => {
+      socket.bind(port, group ?? interfaceAddress, () => {
+        if (group !== undefined) socket.addMembership(group, interfaceAddress);
+        resolve(socket.address().port);
+      });
+    });
+  },
+  packets: ({ name }) => objects.get(name).packets,
+};
+
+process.on('message', async ({ id, op, args }) => {
+  try {
+    process.send({ id, value: await operations[op](args) });
+  } catch (error) {
+    process.send({ id, error: { code: error.code, message: error.message } });
+  }
+});
+process.on('disconnect', () => process.exit(0));
+process.send({ ready: true });

@@ -1,0 +1,239 @@
+import { type ChildProcess, execFile, spawn } from 'node:child_process';
+import { randomBytes } from 'node:crypto';
+import { mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { promisify } from 'node:util';
+import { projectRoot } from '../../src/common/native.js';
+import { groupFor } from '../../src/mcdist/mcdist.js';
+
+const run = promisify(execFile);
+
+export interface HostError {
+  code?: string;
+  message: string;
+}
+
+/** A process in a namespace of its own, see host.mjs. */
+export class Host {
+  readonly #child: ChildProcess;
+  readonly #calls = new Map<number, (reply: { value?: unknown; error?: HostError }) => void>();
+  readonly exited: Promise<void>;
+  #next = 0;
+
+  private constructor(
+    readonly namespace: string,
+    readonly address: string,
+    child: ChildProcess,
+  ) {
+    this.#child = child;
+    this.exited = new Promise((resolve) => child.once('exit', () => resolve()));
+    child.on('message', (reply: { id: number; value?: unknown; error?: HostError }) => {
+      this.#calls.get(reply.id)?.(reply);
+      this.#calls.delete(reply.id);
+    });
+    child.once('exit', () => {
+      for (const call of this.#calls.values()) call({ error: { message: 'host exited' } });
+      this.#calls.clear();
+    });
+  }
+
+  static async start(namespace: string, address: string): Promise<Host> {
+    // `ip netns exec` becomes node itself, so the pid is node's.
+    const child = spawn(
+      'ip',
+      [
+        'netns',
+        'exec',
+        namespace,
+        process.execPath,
+        join(projectRoot, 'test', 'mcdist', 'host.mjs'),
+      ],
+      { stdio: ['ignore', 'inherit', 'inherit', 'ipc'] },
+    );
+    const host = new Host(namespace, address, child);
+    await new Promise<void>((resolve, reject) => {
+      child.once('message', () => resolve());
+      child.once('exit', (code) => reject(new Error(`host process ended with ${code}`)));
+    });
+    return host;
+  }
+
+  call<T = void>(op: string, args: object = {}): Promise<T> {
+    const id = ++this.#next;
+    return new Promise((resolve, reject) => {
+      this.#calls.set(id, (reply) => {
+        if (reply.error === undefined) resolve(reply.value as T);
+        else reject(Object.assign(new Error(reply.error.message), { code: reply.error.code }));
+      });
+      this.#child.send({ id, op, args });
+    });
+  }
+
+  async kill(): Promise<void> {
+    if (this.#child.exitCode === null && this.#child.signalCode === null) {
+      this.#child.kill('SIGKILL');
+    }
+    await this.exited;
+  }
+}
+
+let nets = 0;
+
+/** Namespaces joined by a bridge in a namespace of its own; nothing touches the machine's network. */
+export class Net {
+  readonly #prefix = `sfmc${process.pid}x${++nets}`;
+  readonly #namespaces: string[] = [];
+  readonly #hosts: Host[] = [];
+  readonly folder: Promise<string>;
+
+  private constructor(readonly mtu: number) {
+    // The replicas are on tmpfs, as those of memory are.
+    this.folder = mkdtemp(join(process.env['SF_TEST_TMPFS'] ?? '/dev/shm', 'sf-mcdist-')).catch(
+      () => mkdtemp(join(tmpdir(), 'sf-mcdist-')),
+    );
+  }
+
+  static async make(mtu = 1500): Promise<Net> {
+    const net = new Net(mtu);
+    const hub = net.#name('hub');
+    await run('ip', ['netns', 'add', hub]);
+    net.#namespaces.push(hub);
+    await run('ip', ['-n', hub, 'link', 'add', 'br0', 'type', 'bridge']);
+    await run('ip', ['-n', hub, 'link', 'set', 'br0', 'up']);
+    return net;
+  }
+
+  #name(suffix: string): string {
+    return `${this.#prefix}${suffix}`;
+  }
+
+  /** A new namespace on the bridge and a process in it. */
+  async host(): Promise<Host> {
+    const number = this.#namespaces.length;
+    const namespace = this.#name(`h${number}`);
+    const hub = this.#name('hub');
+    const address = `10.9.0.${number}`;
+    await run('ip', ['netns', 'add', namespace]);
+    this.#namespaces.push(namespace);
+    const port = `p${number}`;
+    await run('ip', [
+      ...['-n', hub, 'link', 'add', port, 'mtu', `${this.mtu}`, 'type', 'veth'],
+      ...['peer', 'name', 'eth0', 'mtu', `${this.mtu}`, 'netns', namespace],
+    ]);
+    await run('ip', ['-n', hub, 'link', 'set', port, 'master', 'br0', 'up']);
+    await run('ip', ['-n', namespace, 'addr', 'add', `${address}/24`, 'dev', 'eth0']);
+    await run('ip', ['-n', namespace, 'link', 'set', 'eth0', 'up']);
+    await run('ip', ['-n', namespace, 'link', 'set', 'lo', 'up']);
+    return this.restart(namespace, address);
+  }
+
+  /** Another process in a namespace that is there. */
+  async restart(namespace: string, address: string): Promise<Host> {
+    const host = await Host.start(namespace, address);
+    this.#hosts.push(host);
+    return host;
+  }
+
+  /** Drops that share of all packets that come to a host. */
+  async lose(host: Host, percent: number): Promise<void> {
+    const nft = (...words: string[]) => run('ip', ['netns', 'exec', host.namespace, 'nft', ...words]);
+    await nft('add table ip loss');
+    await nft('add chain ip loss in { type filter hook prerouting priority -300 ; }');
+    await nft(`add rule ip loss in udp length gt 0 numgen random mod 100 < ${percent} drop`);
+  }
+
+  async close(): Promise<void> {
+    for (const host of this.#hosts) await host.kill();
+    for (const namespace of this.#namespaces) await run('ip', ['netns', 'del', namespace]);
+    await rm(await this.folder, { recursive: true, force: true });
+  }
+}
+
+/** A generation to be distributed: ids, key, group. */
+export function newGeneration(): {
+  generation: string;
+  keyHex: string;
+  group: string;
+  groupPort: number;
+} {
+  const generation = randomBytes(16).toString('hex');
+  const { group, port } = groupFor(generation);
+  return { generation, keyHex: randomBytes(32).toString('hex'), group, groupPort: port };
+}
+export type TestGeneration = ReturnType<typeof newGeneration>;
+
+/** A source replica on `host` filled from `seed`, served by a server named `server`. */
+export async function startSource(
+  net: Net,
+  host: Host,
+  generation: TestGeneration,
+  options: {
+    pages: number;
+    seed?: number;
+    held?: number;
+    zeros?: [number, number][];
+    port?: number;
+    policy?: object;
+    mtuBytes?: number;
+    fresh?: boolean;
+  },
+): Promise<{ address: string; port: number }> {
+  const path = join(await net.folder, 'source');
+  await host.call('replica', {
+    name: 'source',
+    path,
+    generation: generation.generation,
+    pages: options.pages,
+    medium: 'memory',
+  });
+  if (options.fresh !== false) {
+    await host.call('fillSource', {
+      name: 'source',
+      seed: options.seed ?? 1,
+      count: options.held ?? options.pages,
+      zeros: options.zeros,
+    });
+  }
+  const port = await host.call<number>('server', {
+    name: 'server',
+    bindAddress: host.address,
+    port: options.port ?? 0,
+    interfaceAddress: host.address,
+    mtuBytes: options.mtuBytes ?? 1500,
+  });
+  await host.call('serve', {
+    name: 'server',
+    provider: 'source',
+    ...generation,
+    policy: options.policy,
+  });
+  return { address: host.address, port };
+}
+
+/** An empty replica named `replica` on `host` and its client named `client`. */
+export async function startReceiver(
+  net: Net,
+  host: Host,
+  generation: TestGeneration,
+  server: { address: string; port: number },
+  options: { pages: number; sourceTimeoutMs?: number; mtuBytes?: number; name?: string },
+): Promise<void> {
+  const suffix = options.name ?? '';
+  await host.call('replica', {
+    name: `replica${suffix}`,
+    path: join(await net.folder, `replica-${host.namespace}${suffix}`),
+    generation: generation.generation,
+    pages: options.pages,
+    medium: 'memory',
+  });
+  await host.call('client', {
+    name: `client${suffix}`,
+    replica: `replica${suffix}`,
+    ...generation,
+    server,
+    interfaceAddress: host.address,
+    sourceTimeoutMs: options.sourceTimeoutMs ?? 20_000,
+    mtuBytes: options.mtuBytes ?? 1500,
+  });
+}
