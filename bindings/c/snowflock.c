@@ -212,8 +212,10 @@ static int parse_vmids(const char *text, uint16_t *out) {
       if (count == SF_MAX_CLONES) return SF_E_PROTOCOL;
       out[count++] = (uint16_t)vmid;
     }
-    if (*end == ',') end++;
-    else if (*end) return SF_E_PROTOCOL;
+    if (*end == ',')
+      end++;
+    else if (*end)
+      return SF_E_PROTOCOL;
     text = end;
   }
   return count;

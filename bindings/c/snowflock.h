@@ -60,8 +60,8 @@ enum sf_error {
 struct sf_ticket {
   char id[SF_ID_BYTES];
   uint32_t requested;
-  uint32_t allocation;            /* clones granted: at most `requested`, possibly fewer */
-  uint16_t vmids[SF_MAX_CLONES];  /* of the clones to be, `allocation` of them */
+  uint32_t allocation;           /* clones granted: at most `requested`, possibly fewer */
+  uint16_t vmids[SF_MAX_CLONES]; /* of the clones to be, `allocation` of them */
 };
 
 struct sf_checkpoint {
@@ -76,11 +76,11 @@ struct sf_result {
 };
 
 struct sf_identity {
-  uint16_t vmid;   /* 0: the family's first parent */
+  uint16_t vmid; /* 0: the family's first parent */
   uint32_t family;
-  char ip[16];     /* "" if it has none */
+  char ip[16]; /* "" if it has none */
   char hostname[65];
-  char epoch[65];  /* differs after each fork */
+  char epoch[65]; /* differs after each fork */
 };
 
 /*

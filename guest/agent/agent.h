@@ -66,9 +66,9 @@ void port_flush(void);     // writes until the port would block
 void port_restart(void);   // forgets queued output and starts with the cancel mark
 // Space for one line of up to `bytes`, or NULL if the queue is too full; then port_commit.
 char *port_reserve(size_t bytes);
-void port_commit(char *end);             // adds the newline
-bool port_line(const char *text);        // queues a whole short line
-void handle_line(char *text);            // in main.c
+void port_commit(char *end);       // adds the newline
+bool port_line(const char *text);  // queues a whole short line
+void handle_line(char *text);      // in main.c
 
 // ---- identity.c and net.c ----
 struct identity {
@@ -88,9 +88,9 @@ bool calls_listen(void);
 void calls_accept(void);
 void calls_event(unsigned index, uint32_t events);
 void calls_reply(const char *id, const char *rest);
-void calls_resend(void);                    // same epoch: the host may have lost them
-void calls_forked(const char *keep);        // new epoch: all but call `keep` end with E_STATE
-void calls_pump(void);                      // sends what waits for space in the port's queue
+void calls_resend(void);              // same epoch: the host may have lost them
+void calls_forked(const char *keep);  // new epoch: all but call `keep` end with E_STATE
+void calls_pump(void);                // sends what waits for space in the port's queue
 
 // ---- exec.c: programs run for the host ----
 void exec_start(const char *id, const char *rest);

@@ -164,7 +164,8 @@ void calls_reply(const char *id, const char *rest) {
 }
 
 void calls_resend(void) {
-  for (struct client *client = clients; client < clients + SF_CLIENTS; client++) client->sent = false;
+  for (struct client *client = clients; client < clients + SF_CLIENTS; client++)
+    client->sent = false;
   calls_pump();
 }
 

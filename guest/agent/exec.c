@@ -1,9 +1,10 @@
 // Programs run for the host, their input and output carried over the port.
 //
-// Flow: the host gives a window of output bytes (`window=`, then `credit`), the agent gives
-// SF_WINDOW_BYTES of input and returns credit as the program takes it. A host that sends more than
-// it was given has its session's input ended. A detached session (inherited over a fork, or its
-// host went away) runs on: its input ends, its output goes to the console or nowhere, never waiting.
+// Flow: the host gives a window of bytes for each output (`window=`, then `credit`), the agent
+// gives SF_WINDOW_BYTES of input and returns credit as the program takes it. A host that sends more
+// than it was given has its session's input ended. A detached session (inherited over a fork, or
+// its host went away) runs on: its input ends, its output goes to the console or nowhere, never
+// waiting.
 //
 // When the program ends, what it had written is sent first, then `exited`; processes it left behind
 // keep a detached session until they close their output.
@@ -30,9 +31,9 @@ static struct session {
   pid_t pid;
   int in, out[2];  // the program's stdin; stdout and stderr; -1 when closed
   int status;
-  uint32_t window;                // output bytes the host will still take
-  uint32_t in_head, in_len;       // stdin waiting, in its buffer
-  uint32_t returned;              // input bytes taken and not yet given back as credit
+  uint32_t window[2];        // bytes of stdout and of stderr the host will still take
+  uint32_t in_head, in_len;  // stdin waiting, in its buffer
+  uint32_t returned;         // input bytes taken and not yet given back as credit
 } sessions[SF_SESSIONS];
 static uint8_t input[SF_SESSIONS][SF_WINDOW_BYTES];
 static uint8_t chunk[SF_DATA_BYTES];
@@ -128,8 +129,9 @@ static bool open_pipes(int fds[3], int ours[3]) {
 
 void exec_start(const char *id, const char *rest) {
   static char text[SF_LINE_BYTES];
-  char *argv[MAX_ARGS] = {0}, *env[MAX_ARGS] = {"HOME=/root", "TERM=linux",
-      "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"};
+  char *argv[MAX_ARGS] = {0},
+       *env[MAX_ARGS] = {"HOME=/root", "TERM=linux",
+                         "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"};
   size_t args = 0, vars = 0, first = 3;
   if (!*id || find(id)) return refuse(id, "E_ARGUMENT", "session id missing or in use");
   ssize_t used = get_strings(rest, "argv", text, sizeof text, argv, &args);
@@ -166,7 +168,7 @@ void exec_start(const char *id, const char *rest) {
                         .pid = pid,
                         .in = ours[0],
                         .out = {ours[1], ours[2]},
-                        .window = (uint32_t)window,
+                        .window = {(uint32_t)window, (uint32_t)window},
                         .readable = {true, true}};
   strcpy(s->id, id);
   unsigned index = (unsigned)(s - sessions);
@@ -210,8 +212,11 @@ void exec_stdin(const char *id, const char *rest, bool eof) {
 void exec_credit(const char *id, const char *rest) {
   struct session *s = find(id);
   uint64_t bytes;
-  if (!s || !line_u64(rest, "bytes", &bytes) || bytes > UINT32_MAX) return;
-  if (__builtin_add_overflow(s->window, (uint32_t)bytes, &s->window)) s->window = UINT32_MAX;
+  size_t len;
+  const char *stream = line_raw(rest, "stream", &len);
+  if (!s || !stream || len != 6 || !line_u64(rest, "bytes", &bytes) || bytes > UINT32_MAX) return;
+  uint32_t *window = &s->window[memcmp(stream, "stderr", 6) == 0];
+  if (__builtin_add_overflow(*window, (uint32_t)bytes, window)) *window = UINT32_MAX;
 }
 
 void exec_signal(const char *id, const char *rest) {
@@ -289,7 +294,7 @@ static bool pump_output(struct session *s, int stream) {
     size_t want = sizeof chunk;
     char *at = NULL;
     if (!s->detached) {
-      if (want > s->window) want = s->window;
+      if (want > s->window[stream]) want = s->window[stream];
       if (!want || !(at = port_reserve(want * 4 / 3 + 64))) return false;
     }
     ssize_t got = read(s->out[stream], chunk, want);
@@ -305,7 +310,7 @@ static bool pump_output(struct session *s, int stream) {
       char *end = at + want * 4 / 3 + 64;
       at = put_text(put_text(put_text(at, end, names[stream]), end, s->id), end, " data=");
       port_commit(at + base64_encode(at, chunk, (size_t)got));
-      s->window -= (uint32_t)got;
+      s->window[stream] -= (uint32_t)got;
     }
     if (got > 0) moved += (size_t)got;
   }

@@ -101,9 +101,8 @@ const char *net_apply(const struct identity *to) {
     head = add_message(&batch, RTM_NEWLINK, 0, &link, sizeof link);
     add_u32(&batch, head, IFLA_MTU, to->mtu);
   }
-  struct ifaddrmsg ifa = {.ifa_family = AF_INET,
-                          .ifa_prefixlen = (uint8_t)to->prefix,
-                          .ifa_index = (uint32_t)ifindex};
+  struct ifaddrmsg ifa = {
+      .ifa_family = AF_INET, .ifa_prefixlen = (uint8_t)to->prefix, .ifa_index = (uint32_t)ifindex};
   if (before && before != address) {
     head = add_message(&batch, RTM_DELADDR, 0, &ifa, sizeof ifa);
     add_u32(&batch, head, IFA_LOCAL, before);
@@ -173,10 +172,8 @@ static void forget_neighbour(const struct nlmsghdr *found) {
 static void reset_connection(const struct nlmsghdr *found) {
   const struct inet_diag_msg *entry = NLMSG_DATA(found);
   if (entry->id.idiag_src[0] != old_address) return;
-  struct inet_diag_req_v2 body = {.sdiag_family = AF_INET,
-                                  .sdiag_protocol = IPPROTO_TCP,
-                                  .idiag_states = ~0u,
-                                  .id = entry->id};
+  struct inet_diag_req_v2 body = {
+      .sdiag_family = AF_INET, .sdiag_protocol = IPPROTO_TCP, .idiag_states = ~0u, .id = entry->id};
   struct batch batch = {0};
   add_message(&batch, SOCK_DESTROY, NLM_F_ACK, &body, sizeof body);
   exchange(changes, &batch);

@@ -11,7 +11,8 @@
 static const char help[] =
     "usage: sf [--json] COMMAND\n"
     "\n"
-    "  sf ticket N            ask for room for N clones; prints the ticket, then the granted number\n"
+    "  sf ticket N            ask for room for N clones; prints the ticket, then the granted "
+    "number\n"
     "  sf clone TICKET        clone this VM; prints the vmid: 0 in the parent, its own in a clone\n"
     "  sf fork N              ticket and clone in one; prints vmid, ticket, granted number\n"
     "  sf checkpoint          keep this instant; prints 0 and the checkpoint, or a clone's vmid\n"
@@ -144,8 +145,8 @@ static int run_join(const char *id) {
   static struct sf_result results[SF_MAX_CLONES];
   struct sf_ticket ticket;
   size_t count = 0;
-  int result = ticket_of(id, &ticket) ? sf_join(&ticket, results, SF_MAX_CLONES, &count)
-                                      : SF_E_ARGUMENT;
+  int result =
+      ticket_of(id, &ticket) ? sf_join(&ticket, results, SF_MAX_CLONES, &count) : SF_E_ARGUMENT;
   if (result < 0) return failed("join", result, NULL);
   bool all_well = true;
   if (json) printf("[");
@@ -238,18 +239,28 @@ int main(int argc, char **argv) {
     return 0;
   }
   int status;
-  if (!strcmp(command, "ticket") && args == 1) status = run_ticket(arg[0]);
-  else if (!strcmp(command, "clone") && args == 1) status = run_clone(arg[0]);
-  else if (!strcmp(command, "fork") && args == 1) status = run_fork(arg[0]);
-  else if (!strcmp(command, "checkpoint") && args == 0) status = run_checkpoint();
-  else if (!strcmp(command, "create") && args == 2) status = run_create(arg[0], arg[1]);
-  else if (!strcmp(command, "exit") && args <= 1) status = run_exit(args ? arg[0] : NULL);
-  else if (!strcmp(command, "join") && args == 1) status = run_join(arg[0]);
-  else if (!strcmp(command, "kill")) status = run_kill(args, arg);
+  if (!strcmp(command, "ticket") && args == 1)
+    status = run_ticket(arg[0]);
+  else if (!strcmp(command, "clone") && args == 1)
+    status = run_clone(arg[0]);
+  else if (!strcmp(command, "fork") && args == 1)
+    status = run_fork(arg[0]);
+  else if (!strcmp(command, "checkpoint") && args == 0)
+    status = run_checkpoint();
+  else if (!strcmp(command, "create") && args == 2)
+    status = run_create(arg[0], arg[1]);
+  else if (!strcmp(command, "exit") && args <= 1)
+    status = run_exit(args ? arg[0] : NULL);
+  else if (!strcmp(command, "join") && args == 1)
+    status = run_join(arg[0]);
+  else if (!strcmp(command, "kill"))
+    status = run_kill(args, arg);
   else if (!strcmp(command, "info") && args <= 1 && (!args || !strcmp(arg[0], "--local")))
     status = run_info(args == 1);
-  else if (!strcmp(command, "ip") && args == 1) status = run_ip(arg[0]);
-  else return usage(*command ? "unknown command, or wrong arguments" : "no command");
+  else if (!strcmp(command, "ip") && args == 1)
+    status = run_ip(arg[0]);
+  else
+    return usage(*command ? "unknown command, or wrong arguments" : "no command");
   if (fflush(stdout)) {
     perror("sf: stdout");
     return 1;

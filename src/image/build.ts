@@ -109,7 +109,12 @@ export class ImageBuilder {
       const kernelVersion = await placeKernel(kernelDeb, join(out, 'vmlinux'));
       this.#log('compiling the guest programs');
       await compilePrograms(programs, signal);
-      await placeInitrd(kernelDeb, kernelVersion, join(programs, 'initrd'), join(out, 'initrd.cpio'));
+      await placeInitrd(
+        kernelDeb,
+        kernelVersion,
+        join(programs, 'initrd'),
+        join(out, 'initrd.cpio'),
+      );
       if (name === 'minimal') await placeMinimalTree(busyboxDeb, programs, tree, signal);
       else await placeDebianTree(programs, tree, this.#log, signal);
       this.#log('writing the root disk');
@@ -185,4 +190,3 @@ export async function copyImage(image: BuiltImage, folder: string): Promise<Buil
   await run('cp', ['-a', '--sparse=always', image.folder, folder]);
   return await readImage(folder);
 }
-

@@ -1,3 +1,8 @@
-export async function placeDebianTree(programs: string, tree: string, log: (line: string) => void, signal?: AbortSignal): Promise<void> {
-  throw new Error('x' + programs + tree + log + signal);
+export async function placeDebianTree(
+  programs: string,
+  tree: string,
+  log: (line: string) => void,
+  signal?: AbortSignal,
+): Promise<void> {
+  throw new Error(`x${programs}${tree}${log}${signal}`);
 }

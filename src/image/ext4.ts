@@ -87,7 +87,10 @@ export async function makeExt4(options: Ext4Options): Promise<void> {
     const special = options.owner?.(path);
     const full = type | (special?.mode ?? mode);
     commands.push(`sif "${path}" mode 0${full.toString(8)}`);
-    commands.push(`sif "${path}" uid ${special?.uid ?? 0}`, `sif "${path}" gid ${special?.gid ?? 0}`);
+    commands.push(
+      `sif "${path}" uid ${special?.uid ?? 0}`,
+      `sif "${path}" gid ${special?.gid ?? 0}`,
+    );
     for (const which of ['atime', 'ctime', 'mtime', 'crtime'])
       commands.push(`sif "${path}" ${which} ${time}`);
   };

@@ -1,4 +1,13 @@
-import { chmod, copyFile, cp, mkdir, readdir, readFile, symlink, writeFile } from 'node:fs/promises';
+import {
+  chmod,
+  copyFile,
+  cp,
+  mkdir,
+  readdir,
+  readFile,
+  symlink,
+  writeFile,
+} from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
 import { projectRoot } from '../common/native.js';
@@ -18,7 +27,9 @@ const MODULES = [
 
 /** The kernel out of its unpacked package: version, and `vmlinux` written to `file`. */
 export async function placeKernel(unpacked: string, file: string): Promise<string> {
-  const name = (await readdir(join(unpacked, 'boot'))).find((entry) => entry.startsWith('vmlinuz-'));
+  const name = (await readdir(join(unpacked, 'boot'))).find((entry) =>
+    entry.startsWith('vmlinuz-'),
+  );
   if (!name) throw new SnowflockError('E_CORRUPT', 'the kernel package holds no kernel');
   await writeFile(file, extractVmlinux(await readFile(join(unpacked, 'boot', name))));
   return name.slice('vmlinuz-'.length);

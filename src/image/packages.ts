@@ -51,7 +51,11 @@ export async function cloudKernelPackage(signal?: AbortSignal): Promise<string> 
 
 async function hasHash(file: string, sha256: string): Promise<boolean> {
   try {
-    return createHash('sha256').update(await readFile(file)).digest('hex') === sha256;
+    return (
+      createHash('sha256')
+        .update(await readFile(file))
+        .digest('hex') === sha256
+    );
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code === 'ENOENT') return false;
     throw error;
@@ -74,7 +78,10 @@ export async function downloadPackage(
     await run('apt-get', ['download', '-q', wanted.name], { cwd: temp, signal });
     const got = join(temp, wanted.file);
     if (!(await hasHash(got, wanted.sha256))) {
-      throw new SnowflockError('E_CORRUPT', `${wanted.file} does not have the hash apt gave for it`);
+      throw new SnowflockError(
+        'E_CORRUPT',
+        `${wanted.file} does not have the hash apt gave for it`,
+      );
     }
     await rename(got, path);
   } finally {

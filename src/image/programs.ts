@@ -28,7 +28,12 @@ const CFLAGS = [
 ];
 const STATIC = ['-static', '-s', '-Wl,--gc-sections', '-Wl,-z,norelro', '-Wl,--build-id=none'];
 // musl has no kernel headers of its own; the system's are behind its own.
-const KERNEL_HEADERS = ['-idirafter', '/usr/include', '-idirafter', '/usr/include/x86_64-linux-gnu'];
+const KERNEL_HEADERS = [
+  '-idirafter',
+  '/usr/include',
+  '-idirafter',
+  '/usr/include/x86_64-linux-gnu',
+];
 
 async function sources(folder: string): Promise<string[]> {
   const names = (await readdir(join(projectRoot, folder))).filter((name) => name.endsWith('.c'));

@@ -48,7 +48,9 @@ export async function run(
     child.stdin.end(options.input ?? '');
     child.on('error', (cause: NodeJS.ErrnoException) => {
       if (cause.code === 'ENOENT') {
-        reject(new SnowflockError('E_REQUIREMENT', `${command} is not installed (needed: ${line})`));
+        reject(
+          new SnowflockError('E_REQUIREMENT', `${command} is not installed (needed: ${line})`),
+        );
       } else if (cause.name === 'AbortError') {
         reject(new SnowflockError('E_INTERRUPTED', 'image build interrupted'));
       } else {
