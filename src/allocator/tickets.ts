@@ -53,6 +53,11 @@ export const TicketBookSnapshot = Type.Object({
 });
 export type TicketBookSnapshot = Static<typeof TicketBookSnapshot>;
 
+/** 32 lower-case hex characters nobody can guess. */
+export function newTicketId(): string {
+  return randomBytes(16).toString('hex');
+}
+
 export interface TicketBookOptions {
   readonly now?: () => number;
   /** Open tickets of one VM at most; a guest could fill the memory otherwise. Default 64. */
@@ -79,6 +84,8 @@ export class TicketBook {
    * @throws {SnowflockError} `E_CAPACITY` when the VM holds too many, `E_ARGUMENT`.
    */
   issue(request: {
+    /** The room was reserved under this id; default a new one. */
+    readonly id?: string;
     readonly ownerVmId: string;
     readonly placements: readonly Placement[];
     readonly need: Need;
@@ -96,7 +103,7 @@ export class TicketBook {
       );
     }
     const ticket: Ticket = {
-      id: randomBytes(16).toString('hex'),
+      id: request.id ?? newTicketId(),
       ownerVmId,
       granted,
       placements: placements.map(({ host, clones }) => ({ host, clones })),

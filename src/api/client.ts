@@ -32,12 +32,7 @@ export class SnowflockClient {
   }
 
   /** Boots a VM and waits for its guest. Errors: E_IMAGE_UNKNOWN, E_CAPACITY, E_EXISTS, E_QEMU. */
-  run(vm: {
-    image: string;
-    name: string;
-    ram_bytes: number;
-    vcpus: number;
-  }): Promise<VmSummary> {
+  run(vm: { image: string; name: string; ram_bytes: number; vcpus: number }): Promise<VmSummary> {
     return this.#call('POST', '/v1/vms', vm);
   }
 

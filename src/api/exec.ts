@@ -8,7 +8,8 @@ const LINE_LIMIT_BYTES = 1024 * 1024;
 /** How a program in a guest ended. */
 export interface Exited {
   status: number | null;
-  signal: string | null;
+  /** Number, as in signal(7). */
+  signal: number | null;
 }
 
 /** A program that runs in a guest. */
@@ -25,7 +26,7 @@ export async function exec(
   client: SnowflockClient,
   vm: string,
   argv: string[],
-  env: Record<string, string> = {},
+  env?: Record<string, string>,
 ): Promise<RemoteProcess> {
   const query = `?request=${encodeURIComponent(JSON.stringify({ argv, env }))}`;
   const socket = await client.session(vm, 'exec', query);

@@ -1,8 +1,7 @@
 import type { Command } from 'commander';
 import { Argument } from 'commander';
 import { buildImage } from '../image/build.js';
-import { listImages } from '../image/manifest.js';
-import { defaultImageDir } from '../image/paths.js';
+import { defaultImageDir, listImages } from '../image/images.js';
 import { mib, note, printJson, table } from './output.js';
 
 export function addImageCommands(program: Command): void {
@@ -12,12 +11,14 @@ export function addImageCommands(program: Command): void {
   image
     .command('build')
     .description('build a guest image from Debian packages; does nothing if it is up to date')
-    .addArgument(new Argument('[name]', 'which image').choices(['minimal', 'debian']).default('minimal'))
+    .addArgument(
+      new Argument('[name]', 'which image').choices(['minimal', 'debian']).default('minimal'),
+    )
     .option('--dir <folder>', 'where images are kept', defaultImageDir())
     .action(async (name: 'minimal' | 'debian', o: { dir: string }) => {
       const built = await buildImage(name, { cacheDir: o.dir, log: note });
       if (json()) printJson(built);
-      else process.stdout.write(`${built.directory}\n`);
+      else process.stdout.write(`${built.folder}\n`);
     });
 
   image
@@ -26,9 +27,13 @@ export function addImageCommands(program: Command): void {
     .option('--dir <folder>', 'where images are kept', defaultImageDir())
     .action(async (o: { dir: string }) => {
       const images = await listImages(o.dir);
-      if (json()) printJson(images);
+      if (json()) printJson(images.map((one) => one.manifest));
       else {
-        const rows = images.map((one) => [one.name, one.version, mib(one.diskBytes)]);
+        const rows = images.map(({ manifest: one }) => [
+          one.name,
+          one.version,
+          mib(one.disk_bytes),
+        ]);
         process.stdout.write(`${table(['name', 'version', 'disk'], rows)}\n`);
       }
     });

@@ -1,8 +1,8 @@
 #!/usr/bin/env node
-/** The command line: one file per group of commands, this one only joins them. */
-import { Command, InvalidArgumentError } from 'commander';
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
+/** The command line: one file per group of commands, this one only joins them. */
+import { Command, InvalidArgumentError } from 'commander';
 import { projectRoot } from '../common/native.js';
 import { addClusterCommands } from './cluster.js';
 import { addDemoCommand } from './demo.js';
@@ -17,7 +17,11 @@ const { version } = JSON.parse(readFileSync(join(projectRoot, 'package.json'), '
 const program = new Command('snowflock')
   .description('fork() for virtual machines: one running VM becomes many, on many hosts')
   .version(version)
-  .option('--socket <path>', "the local daemon's socket", process.env.SNOWFLOCK_SOCKET ?? '/run/snowflock/sfld.sock')
+  .option(
+    '--socket <path>',
+    "the local daemon's socket",
+    process.env.SNOWFLOCK_SOCKET ?? '/run/snowflock/sfld.sock',
+  )
   .option('--json', 'data and errors as JSON')
   .configureHelp({ showGlobalOptions: true })
   .showHelpAfterError('(see --help)')

@@ -9,11 +9,15 @@ export function printJson(value: unknown): void {
 export function table(header: string[], rows: (string | number)[][]): string {
   const cells = [header.map((h) => h.toUpperCase()), ...rows.map((row) => row.map(String))];
   const widths = header.map((_, i) => Math.max(...cells.map((row) => (row[i] ?? '').length)));
-  const right = header.map((_, i) => rows.length > 0 && rows.every((r) => typeof r[i] === 'number'));
+  const right = header.map(
+    (_, i) => rows.length > 0 && rows.every((r) => typeof r[i] === 'number'),
+  );
   return cells
     .map((row) =>
       row
-        .map((cell, i) => (right[i] === true ? cell.padStart(widths[i] ?? 0) : cell.padEnd(widths[i] ?? 0)))
+        .map((cell, i) =>
+          right[i] === true ? cell.padStart(widths[i] ?? 0) : cell.padEnd(widths[i] ?? 0),
+        )
         .join('  ')
         .trimEnd(),
     )
@@ -32,7 +36,13 @@ export function reportError(error: unknown, json: boolean): number {
   return mapped.exitStatus;
 }
 
-const UNITS: Record<string, number> = { '': 2 ** 20, k: 2 ** 10, m: 2 ** 20, g: 2 ** 30, t: 2 ** 40 };
+const UNITS: Record<string, number> = {
+  '': 2 ** 20,
+  k: 2 ** 10,
+  m: 2 ** 20,
+  g: 2 ** 30,
+  t: 2 ** 40,
+};
 
 /** `512`, `512M`, `4G`: MiB where no unit is given. Undefined if it is no size. */
 export function parseSize(text: string): number | undefined {

@@ -1,7 +1,6 @@
-import { type Command, InvalidArgumentError } from 'commander';
-import { constants } from 'node:os';
 import { createInterface } from 'node:readline/promises';
-import { SnowflockClient, type CloneResult, type ForkRecord } from '../api/client.js';
+import { type Command, InvalidArgumentError } from 'commander';
+import { type CloneResult, type ForkRecord, SnowflockClient } from '../api/client.js';
 import { exec } from '../api/exec.js';
 import { SnowflockError } from '../common/errors.js';
 import { ms, note, parseSize, printJson, table } from './output.js';
@@ -156,8 +155,7 @@ export function addVmCommands(program: Command): void {
       process.on('SIGTERM', () => child.signal('SIGTERM'));
       const { status, signal } = await child.exited;
       process.stdin.destroy();
-      const number = signal === null ? 0 : (constants.signals[signal as NodeJS.Signals] ?? 0);
-      process.exitCode = status ?? 128 + number;
+      process.exitCode = status ?? 128 + (signal ?? 0);
     });
 
   program
@@ -196,7 +194,9 @@ function report(fork: ForkRecord, json: boolean): void {
       clone.error === null ? 'running' : `${clone.error.code}: ${clone.error.message}`,
     ]);
     process.stdout.write(`${fork.id}\n`);
-    note(`parent paused for ${ms(fork.parent_pause_ms)}, descriptor ${fork.descriptor_bytes} bytes`);
+    note(
+      `parent paused for ${ms(fork.parent_pause_ms)}, descriptor ${fork.descriptor_bytes} bytes`,
+    );
     process.stdout.write(`${table(['vmid', 'id', 'host', 'ip', 'after', 'state'], rows)}\n`);
   }
   if (fork.clones.some((clone) => !clone.ok)) process.exitCode = 11;

@@ -8,10 +8,16 @@
 import { readFileSync } from 'node:fs';
 import { isIPv4 } from 'node:net';
 import { cpus, totalmem } from 'node:os';
-import { dirname, isAbsolute, resolve } from 'node:path';
+import { dirname, isAbsolute, join, resolve } from 'node:path';
 import Type, { type Static } from 'typebox';
 import { Value } from 'typebox/value';
 import { SnowflockError } from '../common/errors.js';
+
+/** UDP port of the page server when the configuration names none. */
+export const DEFAULT_MCDIST_PORT = 7448;
+export const DEFAULT_LEASE_MS = 15_000;
+/** Nobody's account in Debian (Policy 9.2.2 leaves 60000 to 64999 to packages that ask). */
+const DEFAULT_VM_ID = 64_947;
 
 /** Port of the control channel when the configuration names none. */
 export const DEFAULT_CONTROL_PORT = 7447;
@@ -44,6 +50,11 @@ export const HostConfigFile = Type.Object(
     run_dir: Type.String({ minLength: 1 }),
     ram_dir: Type.String({ minLength: 1 }),
     uplink: Type.String({ pattern: '^[a-zA-Z0-9_.-]{1,15}$' }),
+    image_dir: Type.Optional(Type.String({ minLength: 1 })),
+    mcdist_port: Type.Optional(Type.Integer({ minimum: 1, maximum: 65535 })),
+    lease_ms: Type.Optional(Type.Integer({ minimum: 1000, maximum: 3_600_000 })),
+    vm_uid: Type.Optional(Type.Integer({ minimum: 1, maximum: 2 ** 31 })),
+    vm_gid: Type.Optional(Type.Integer({ minimum: 1, maximum: 2 ** 31 })),
     resources: Type.Optional(
       Type.Object(
         {
@@ -104,6 +115,17 @@ export interface ClusterConfig extends HostAddress {
   readonly ramDir: string;
   /** The network interface towards the other hosts. */
   readonly uplink: string;
+  /** Guest images; default `<state_dir>/image`. */
+  readonly imageDir: string;
+  /** UDP port on which this host's data plane answers page requests. */
+  readonly mcdistPort: number;
+  /** A parent's host and a clone's host that do not hear of each other for so long part. */
+  readonly leaseMs: number;
+  /** User and group that VM processes run as: numbers, so that no account is needed. */
+  readonly vmUid: number;
+  readonly vmGid: number;
+  /** Unique in the cluster: its place in the list of hosts, from 1. New hosts go to the end. */
+  readonly number: number;
   readonly resources: HostResources;
   readonly tls: { readonly caFile: string; readonly certFile: string; readonly keyFile: string };
   /** All hosts, this one included. */
@@ -188,6 +210,15 @@ export function parseClusterConfig(value: unknown, file: string): ClusterConfig 
     runDir,
     ramDir: absolute('/ram_dir', value.ram_dir),
     uplink: value.uplink,
+    imageDir:
+      value.image_dir === undefined
+        ? join(absolute('/state_dir', value.state_dir), 'image')
+        : absolute('/image_dir', value.image_dir),
+    mcdistPort: value.mcdist_port ?? DEFAULT_MCDIST_PORT,
+    leaseMs: value.lease_ms ?? DEFAULT_LEASE_MS,
+    vmUid: value.vm_uid ?? DEFAULT_VM_ID,
+    vmGid: value.vm_gid ?? DEFAULT_VM_ID,
+    number: hosts.indexOf(self) + 1,
     resources: {
       cpus: resources.cpus ?? cpus().length,
       memoryBytes: resources.memory_bytes ?? Math.floor(totalmem() * 0.8),

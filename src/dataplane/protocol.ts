@@ -4,6 +4,8 @@
  * exists already is left as it is. No page passes through here.
  */
 
+import type { VmRecord } from '../hypervisor/driver.js';
+
 /** Where a host gets the pages of a generation that it does not hold itself. */
 export interface GenerationSource {
   address: string;
@@ -70,7 +72,7 @@ export interface DataplaneMethods {
       generation: string;
       directory: string;
       /** The hypervisor's record of the VM: the watchdog resumes it if the caller goes away. */
-      rescue: { driver: string; record: unknown };
+      rescue: VmRecord;
     };
     result: Record<string, never>;
   };

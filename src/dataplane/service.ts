@@ -3,6 +3,7 @@ import { dirname } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
 import type { Logger } from '../common/log.js';
 import { Disk } from '../cow-disk/disk.js';
+import type { VmRecord } from '../hypervisor/driver.js';
 import { rescueVm } from '../hypervisor/index.js';
 import { McdistClient, McdistServer } from '../mcdist/mcdist.js';
 import { MemtapServer } from '../memtap/memtap.js';
@@ -267,7 +268,7 @@ export class Dataplane {
     this.#forks.delete(vm);
   }
 
-  #abandoned(vm: string, rescue: { driver: string; record: unknown }): void {
+  #abandoned(vm: string, rescue: VmRecord): void {
     const fork = this.#forks.get(vm);
     this.#forks.delete(vm);
     this.#log.warn({ vm }, 'sfld went away during a fork: resuming the parent');
@@ -275,7 +276,7 @@ export class Dataplane {
       if (fork !== undefined && this.#memtap.has(vm)) {
         await this.#memtap.forkAbort(vm, fork.generation);
       }
-      await rescueVm(rescue.driver, rescue.record);
+      await rescueVm(rescue);
     })().catch((error: unknown) => this.#log.error({ vm, error }, 'cannot resume the parent'));
   }
 }

@@ -5,13 +5,13 @@
  */
 import { writeFile } from 'node:fs/promises';
 import { createInterface } from 'node:readline';
-import { exec } from '../api/exec.js';
 import type { SnowflockClient } from '../api/client.js';
+import { exec } from '../api/exec.js';
 import { SnowflockError } from '../common/errors.js';
-import { defaultImageDir } from '../image/paths.js';
+import { defaultImageDir } from '../image/images.js';
 import { configure, startDaemons, type TestbedDaemon } from '../testbed/daemons.js';
 import { Testbed } from '../testbed/testbed.js';
-import { demoResult, describe, succeeded, type DemoResult } from './result.js';
+import { type DemoResult, demoResult, describe, succeeded } from './result.js';
 import { type CloneView, View } from './view.js';
 
 export interface DemoOptions {

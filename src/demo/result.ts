@@ -33,8 +33,8 @@ export function demoResult(
   wire: WireStats | null,
   answer: { answer: string; expected: string; ok: boolean },
 ): DemoResult {
-  const ram = wire?.ram.wireBytesSent ?? 0;
-  const disk = wire?.disk.wireBytesSent ?? 0;
+  const ram = wire?.ram.wireBytes ?? 0;
+  const disk = wire?.disk.wireBytes ?? 0;
   return {
     clones: fork.clones.length,
     hosts: asked.hosts,

@@ -14,7 +14,7 @@
 import { rm, writeFile } from 'node:fs/promises';
 import { SnowflockError } from '../common/errors.js';
 import { encodeDescriptor } from '../descriptor/descriptor.js';
-import { FAMILY_NETWORK, FAMILY_PREFIX, GUEST_MAC } from '../network/addresses.js';
+import { GUEST_MAC, NETWORK, PREFIX_BITS } from '../network/addresses.js';
 import type { Host, LiveVm } from './host.js';
 import type { ForkRecord, GenerationRef } from './records.js';
 
@@ -25,7 +25,6 @@ export async function captureVm(host: Host, live: LiveVm, fork: ForkRecord): Pro
   if (record.hypervisor === null) {
     throw new SnowflockError('E_STATE', `VM ${record.name} is not running`);
   }
-  await vm.prepareCapture();
   await call('vm.fork_begin', {
     vm: record.id,
     generation: fork.ram.id,
@@ -65,8 +64,8 @@ export async function captureVm(host: Host, live: LiveVm, fork: ForkRecord): Pro
       network: {
         family: record.family,
         guest_mac: GUEST_MAC,
-        network: FAMILY_NETWORK,
-        prefix: FAMILY_PREFIX,
+        network: NETWORK,
+        prefix: PREFIX_BITS,
       },
       parent: { host: host.config.name, vm: record.id },
       created_ms: fork.created_ms,
@@ -115,11 +114,10 @@ export async function closeFork(host: Host, fork: ForkRecord): Promise<void> {
   if (fork.state !== 'open') return;
   fork.state = 'closed';
   const call = host.dataplane.call;
-  const [ram, disk] = await Promise.all([
-    call('generation.stats', { generation: fork.ram.id }),
-    call('generation.stats', { generation: fork.disk.id }),
-  ]);
-  fork.wire = { ram, disk };
+  // Counters are for people: if the data plane has just been replaced they are gone.
+  const stats = (generation: string): Promise<Record<string, number>> =>
+    call('generation.stats', { generation }).catch(() => ({}));
+  fork.wire = { ram: await stats(fork.ram.id), disk: await stats(fork.disk.id) };
   await host.forks.save(fork);
   await call('generation.unserve', { generation: fork.ram.id });
   await call('generation.unserve', { generation: fork.disk.id });

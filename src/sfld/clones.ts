@@ -6,15 +6,18 @@
  * `start` takes the descriptor. If no descriptor comes within PREPARED_LIMIT_MS, what was prepared
  * is removed: the parent's host may be gone.
  */
-import { join } from 'node:path';
+
 import { randomBytes } from 'node:crypto';
+import { closeSync } from 'node:fs';
+import { join } from 'node:path';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
 import { Undo } from '../common/undo.js';
-import { checkShape, decodeDescriptor, type Descriptor } from '../descriptor/descriptor.js';
-import type { Vm } from '../hypervisor/driver.js';
+import { type Descriptor, decodeDescriptor } from '../descriptor/descriptor.js';
 import type { DhcpService } from '../dhcp/service.js';
+import type { Vm } from '../hypervisor/driver.js';
 import type { Host } from './host.js';
 import type { PendingReply, PrepareRequest, StartReport, VmRecord } from './records.js';
+import { shareOf } from './tickets.js';
 import { endVm, goLive, identity, makeParts, tapName } from './vms.js';
 
 const PREPARED_LIMIT_MS = 20_000;
@@ -56,10 +59,8 @@ export class Clones {
       throw new SnowflockError('E_EXISTS', `fork ${request.fork} is prepared here already`);
     }
     const host = this.#host;
-    checkShape(request.shape, host.driver);
-    host.resources.commit(request.reservation);
-    const clones = request.clones.map((clone) => {
-      const made = this.#prepareOne(request, clone);
+    const clones = request.clones.map((clone, share) => {
+      const made = this.#prepareOne(request, clone, shareOf(request.reservation, share));
       made.catch(() => {});
       return { vmid: clone.vmid, made };
     });
@@ -146,6 +147,7 @@ export class Clones {
   async #prepareOne(
     request: PrepareRequest,
     clone: PrepareRequest['clones'][number],
+    reservation: string,
   ): Promise<Prepared> {
     const host = this.#host;
     const undo = new Undo();
@@ -164,7 +166,7 @@ export class Clones {
       created_ms: Date.now(),
       token: randomBytes(16).toString('hex'),
       epoch: clone.epoch,
-      reservation: `${request.reservation}/${clone.vmid}`,
+      reservation,
       disk_directory: join(host.config.stateDir, 'disk', clone.vm),
       tap: tapName(clone.vm),
       hypervisor: null,
@@ -175,22 +177,18 @@ export class Clones {
       end: null,
     };
     try {
-      // One share of the fork's reservation each, so that each is given back when its clone ends.
-      host.resources.split(request.reservation, record.reservation, {
-        memoryBytes: request.ram_bytes,
-        vcpus: request.vcpus,
-      });
+      host.resources.commit(reservation);
       await host.vms.save(record);
       await host.dataplane.call('disk.create', {
         directory: record.disk_directory,
         size_bytes: record.disk_bytes,
         replica: request.disk.id,
       });
-      const { spec, dhcp, tap } = await makeParts(host, record, undo);
+      const { spec, dhcp, tapFd } = await makeParts(host, record, undo);
       const vm = await host.driver.prepareClone(spec, request.shape);
-      tap.close();
+      closeSync(tapFd);
       undo.add('VM', () => vm.destroy());
-      record.hypervisor = { driver: host.driver.name, record: vm.record };
+      record.hypervisor = vm.record;
       await host.vms.save(record);
       return { record, undo, reply: clone.reply, seed: clone.seed, parts: { vm, dhcp } };
     } catch (error) {
@@ -221,11 +219,9 @@ export class Clones {
       const live = await goLive(host, record, parts.vm, parts.dhcp);
       await loaded;
       // The identity waits in the guest channel before the clone's first instruction.
-      const ready = live.channel.hello(
-        identity(record, fork.request.name, clone.seed),
-        clone.reply ?? undefined,
-        READY_LIMIT_MS,
-      );
+      const ready = live.channel.hello(identity(record, clone.seed), clone.reply ?? undefined, {
+        timeoutMs: READY_LIMIT_MS,
+      });
       ready.catch(() => {});
       await parts.vm.run();
       report.running_ms = elapsed();

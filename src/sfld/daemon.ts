@@ -1,10 +1,10 @@
 /** The SnowFlock local daemon (paper section 3.8): makes the parts, finds what ran, serves. */
-import { flockSync } from './lock.js';
 import { join } from 'node:path';
 import { Resources } from '../allocator/resources.js';
 import { TicketBook } from '../allocator/tickets.js';
 import { Cluster } from '../cluster/cluster.js';
 import type { ClusterConfig } from '../cluster/config.js';
+import { readJson } from '../common/files.js';
 import type { Logger } from '../common/log.js';
 import { driverByName } from '../hypervisor/index.js';
 import { NetbackFilter } from '../netback-filter/filter.js';
@@ -16,10 +16,12 @@ import { type Host, makeFolders } from './host.js';
 import { Leases } from './leases.js';
 import { listenLocal } from './local-api.js';
 import { LocalHost } from './local-host.js';
+import { flockSync } from './lock.js';
 import { listenPeers } from './peer-api.js';
 import { Peers, RemoteHost } from './peers.js';
 import type { ForkRecord, VmRecord } from './records.js';
 import { Store } from './store.js';
+import { ticketFile } from './tickets.js';
 import { adoptVms, endVm, expectVm, memtapSocket, openDisk } from './vms.js';
 
 export interface Daemon {
@@ -63,7 +65,10 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
     config,
     log,
     dataplane,
-    driver: driverByName('qemu'),
+    driver: driverByName('qemu', {
+      user: { uid: config.vmUid, gid: config.vmGid },
+      cacheDir: config.stateDir,
+    }),
     filter: await NetbackFilter.attach({ uplink: config.uplink }),
     resources: new Resources(config.resources),
     tickets: new TicketBook(),
@@ -71,6 +76,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
     vms,
     forks,
     live: new Map(),
+    closing: false,
   };
   const clones = new Clones(host);
   const leases = new Leases(host);
@@ -82,9 +88,16 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
       log.error({ vm: event.vm, generation: event.generation }, event.message);
     }
   });
-  for (const record of vms.all()) {
-    if (record.state !== 'ended') host.resources.restore(record.reservation, needOf(record));
-  }
+  host.resources.restore({
+    version: 1,
+    entries: vms.all().map((record) => ({
+      id: record.reservation,
+      memory_bytes: record.ram_bytes,
+      vcpus: record.vcpus,
+    })),
+  });
+  const tickets = await readJson(ticketFile(config));
+  if (tickets !== undefined) host.tickets.restore(tickets);
   await dataplane.ready();
   await abandonHalfForks(host);
   await adoptVms(host);
@@ -96,6 +109,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
     host,
     socket,
     async close({ endVms }) {
+      host.closing = true;
       leases.close();
       await local.close();
       if (endVms) {
@@ -110,7 +124,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
       await peerServer.close();
       for (const live of host.live.values()) {
         live.channel.close();
-        live.dhcp.close();
+        live.dhcp.stop();
         live.vm.release();
       }
       cluster.close();
@@ -119,10 +133,6 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
       lock.release();
     },
   };
-}
-
-function needOf(record: VmRecord): { memoryBytes: number; vcpus: number } {
-  return { memoryBytes: record.ram_bytes, vcpus: record.vcpus };
 }
 
 /** Tells a data plane, new or found again, all that should exist. */

@@ -3,15 +3,23 @@
  * The hosts make their clones ready while the parent is still being captured. A host that fails
  * costs its own clones only; each clone has its own result.
  */
-import { EventEmitter } from 'node:events';
-import { join } from 'node:path';
-import { readFile } from 'node:fs/promises';
+
 import { randomBytes } from 'node:crypto';
+import { EventEmitter } from 'node:events';
+import { readFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import type { Placement } from '../allocator/placement.js';
+import type { Ticket } from '../allocator/tickets.js';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
-import { newEpoch, newGenerationId, newGenerationKey, newSecretId, newVmId } from '../common/ids.js';
-import { groupFor } from '../mcdist/group.js';
-import { ipOfVmid, wireMac } from '../network/addresses.js';
-import type { Placement, Ticket } from '../allocator/tickets.js';
+import {
+  newEpoch,
+  newGenerationId,
+  newGenerationKey,
+  newSecretId,
+  newVmId,
+} from '../common/ids.js';
+import { groupFor } from '../mcdist/mcdist.js';
+import { addressOfVmid, wireMac } from '../network/addresses.js';
 import { captureVm, closeFork } from './capture.js';
 import type { Host, LiveVm } from './host.js';
 import type {
@@ -23,6 +31,7 @@ import type {
   PrepareRequest,
   VmRecord,
 } from './records.js';
+import { useTicket } from './tickets.js';
 
 /** Emits the fork's id whenever one of its clones changed. */
 const changes = new EventEmitter<{ changed: [string] }>();
@@ -41,7 +50,7 @@ export async function forkVm(
   const { record } = live;
   begin(live);
   try {
-    const ticket = host.tickets.use(ticketId, record.id);
+    const ticket = await useTicket(host, record.id, ticketId);
     const fork = newFork(host, live, ticketId, false);
     const captured = captureVm(host, live, fork);
     captured.catch(() => {});
@@ -76,9 +85,12 @@ export async function createClones(
   const requestedAt = performance.now();
   const fork = host.forks.get(checkpoint);
   if (fork === undefined || fork.vm !== live.record.id || !fork.held || fork.state !== 'open') {
-    throw new SnowflockError('E_NOT_FOUND', `VM ${live.record.name} has no checkpoint ${checkpoint}`);
+    throw new SnowflockError(
+      'E_NOT_FOUND',
+      `VM ${live.record.name} has no checkpoint ${checkpoint}`,
+    );
   }
-  const ticket = host.tickets.use(ticketId, live.record.id);
+  const ticket = await useTicket(host, live.record.id, ticketId);
   const descriptor = readFile(fork.descriptor_path);
   await spawnClones(host, live.record, fork, ticket, descriptor, null, requestedAt);
   fork.ticket = ticketId;
@@ -94,7 +106,10 @@ export async function releaseCheckpoint(host: Host, fork: ForkRecord): Promise<v
 
 function begin(live: LiveVm): void {
   if (live.forking || live.record.state !== 'running') {
-    throw new SnowflockError('E_STATE', `VM ${live.record.name} is ${live.forking ? 'being forked' : live.record.state}`);
+    throw new SnowflockError(
+      'E_STATE',
+      `VM ${live.record.name} is ${live.forking ? 'being forked' : live.record.state}`,
+    );
   }
   live.forking = true;
 }
@@ -156,14 +171,14 @@ async function spawnClones(
   const vmids = await allocateVmids(host, record, ticket.granted);
   const first = fork.clones.length;
   const jobs = ticket.placements.map((placement) => {
-    const mine = vmids.splice(0, placement.count).map((vmid) => ({ vm: newVmId(), vmid }));
+    const mine = vmids.splice(0, placement.clones).map((vmid) => ({ vm: newVmId(), vmid }));
     for (const { vm, vmid } of mine) {
       fork.clones.push({
         vm,
         vmid,
         host: placement.host,
-        ip: ipOfVmid(vmid),
-        wire_mac: wireMac(record.family, vmid),
+        ip: addressOfVmid(vmid),
+        wire_mac: wireMac({ family: record.family, vmid }),
         ok: false,
         asked_ms: 0,
         running_ms: null,
@@ -186,7 +201,18 @@ async function spawnClones(
         if (clone.host === placement.host) clone.asked_ms = sentAt;
       }
       try {
-        await spawnOnHost(host, record, fork, placement, mine, descriptor, pendingId, summary, sentAt);
+        await spawnOnHost(
+          host,
+          record,
+          fork,
+          placement,
+          mine,
+          descriptor,
+          pendingId,
+          ticket.id,
+          summary,
+          sentAt,
+        );
       } catch (error) {
         const { code, message } = asSnowflockError(error, 'E_CLONE_START');
         for (const { vmid } of mine) {
@@ -211,10 +237,13 @@ async function spawnOnHost(
   mine: { vm: string; vmid: number }[],
   descriptor: Promise<Buffer>,
   pendingId: string | null,
+  ticketId: string,
   summary: Record<string, string>,
   sentAt: number,
 ): Promise<void> {
   const peer = host.peers.get(placement.host);
+  const { shape } = record;
+  if (shape === null) throw new SnowflockError('E_STATE', `VM ${record.name} has no shape yet`);
   const request: PrepareRequest = {
     fork: fork.id,
     parent: { host: host.config.name, vm: record.id },
@@ -224,10 +253,10 @@ async function spawnOnHost(
     name: record.name,
     ram_bytes: record.ram_bytes,
     vcpus: record.vcpus,
-    shape: record.shape,
+    shape,
     ram: fork.ram,
     disk: fork.disk,
-    reservation: placement.reservation,
+    reservation: ticketId,
     clones: mine.map(({ vm, vmid }) => ({
       vm,
       vmid,
@@ -254,9 +283,14 @@ async function spawnOnHost(
     }
   } catch (error) {
     // Also when the host cannot be reached: it removes what it prepared by itself after a while.
-    peer.abort(fork.id, mine.map(({ vm }) => vm)).catch((abortError: unknown) => {
-      host.log.warn({ host: placement.host, error: String(abortError) }, 'cannot abort a fork');
-    });
+    peer
+      .abort(
+        fork.id,
+        mine.map(({ vm }) => vm),
+      )
+      .catch((abortError: unknown) => {
+        host.log.warn({ host: placement.host, error: String(abortError) }, 'cannot abort a fork');
+      });
     throw error;
   }
 }
@@ -347,7 +381,9 @@ export async function killClones(
     throw new SnowflockError('E_NOT_FOUND', `VM ${live.record.name} has no such clone`);
   }
   const alive = targets.filter(({ clone }) => clone.end === null);
-  await Promise.all(alive.map(({ fork, clone }) => kill(host, fork, clone, 'killed by its parent')));
+  await Promise.all(
+    alive.map(({ fork, clone }) => kill(host, fork, clone, 'killed by its parent')),
+  );
   return alive.length;
 }
 

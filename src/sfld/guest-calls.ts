@@ -48,9 +48,7 @@ export async function handleGuestCall(
     }
     case 'kill': {
       const which =
-        args.vmid !== undefined
-          ? { vmid: number(args, 'vmid') }
-          : { fork: text(args, 'ticket') };
+        args.vmid !== undefined ? { vmid: number(args, 'vmid') } : { fork: text(args, 'ticket') };
       return { killed: String(await killClones(host, live, which)) };
     }
     case 'exit': {

@@ -3,7 +3,7 @@ import { join } from 'node:path';
 import type { Resources } from '../allocator/resources.js';
 import type { TicketBook } from '../allocator/tickets.js';
 import type { GuestChannel } from '../api/guest-channel.js';
-import type { HostConfig } from '../cluster/config.js';
+import type { ClusterConfig } from '../cluster/config.js';
 import { SnowflockError } from '../common/errors.js';
 import type { Logger } from '../common/log.js';
 import type { DhcpService } from '../dhcp/service.js';
@@ -26,7 +26,7 @@ export interface LiveVm {
 
 /** All that the parts of the daemon share; made once in daemon.ts. */
 export interface Host {
-  readonly config: HostConfig;
+  readonly config: ClusterConfig;
   readonly log: Logger;
   readonly dataplane: DataplaneSupervisor;
   readonly driver: HypervisorDriver;
@@ -37,16 +37,18 @@ export interface Host {
   readonly vms: Store<VmRecord>;
   readonly forks: Store<ForkRecord>;
   readonly live: Map<string, LiveVm>;
+  /** The daemon is ending: nothing is begun any more. */
+  closing: boolean;
 }
 
 /** Paths of one VM's files. `run` holds sockets and must stay short (107 bytes for a socket). */
-export function vmPaths(config: HostConfig, vm: string): Record<'run' | 'nbd' | 'log', string> {
+export function vmPaths(config: ClusterConfig, vm: string): Record<'run' | 'nbd', string> {
   const run = join(config.runDir, 'vm', vm);
-  return { run, nbd: join(run, 'nbd.sock'), log: join(config.stateDir, 'log', `${vm}.log`) };
+  return { run, nbd: join(run, 'nbd.sock') };
 }
 
 export function replicaPath(
-  config: HostConfig,
+  config: ClusterConfig,
   kind: 'ram' | 'disk',
   generation: string,
 ): string {
@@ -55,7 +57,7 @@ export function replicaPath(
     : join(config.stateDir, 'replica', generation);
 }
 
-export async function makeFolders(config: HostConfig): Promise<void> {
+export async function makeFolders(config: ClusterConfig): Promise<void> {
   for (const folder of [
     config.runDir,
     join(config.runDir, 'vm'),

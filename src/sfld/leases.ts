@@ -72,7 +72,10 @@ export class Leases {
     const host = this.#host;
     let alive: Set<string> | undefined;
     try {
-      const answer = await host.peers.get(name).renew(host.config.name, clones.map((c) => c.vm));
+      const answer = await host.peers.get(name).renew(
+        host.config.name,
+        clones.map((c) => c.vm),
+      );
       alive = new Set(answer);
     } catch {
       // Not reachable now; what that means is decided below, after the lease.

@@ -2,7 +2,7 @@
 import { chmod, unlink } from 'node:fs/promises';
 import Fastify, { type FastifyInstance } from 'fastify';
 import Type, { type Static } from 'typebox';
-import { asSnowflockError } from '../common/errors.js';
+import { asSnowflockError, SnowflockError } from '../common/errors.js';
 import {
   checkpointVm,
   createClones,
@@ -12,13 +12,12 @@ import {
   releaseCheckpoint,
 } from './fork.js';
 import { type Host, liveVm } from './host.js';
+import { summary } from './local-host.js';
 import { listAll, locate } from './locate.js';
 import type { ForkRecord } from './records.js';
 import { acceptSession } from './sessions.js';
 import { requestTicket } from './tickets.js';
 import { endVm, findVm, runVm } from './vms.js';
-import { summary } from './local-host.js';
-import { SnowflockError } from '../common/errors.js';
 
 const RunBody = Type.Object(
   {
@@ -110,12 +109,7 @@ function routes(host: Host, app: FastifyInstance): void {
     '/v1/vms/:ref/checkpoints/:id/clones',
     { schema: { body: TicketBody } },
     (request) =>
-      createClones(
-        host,
-        findVm(host, request.params.ref),
-        request.params.id,
-        request.body.ticket,
-      ),
+      createClones(host, findVm(host, request.params.ref), request.params.id, request.body.ticket),
   );
   app.delete<{ Params: { id: string } }>('/v1/checkpoints/:id', async (request) => {
     await releaseCheckpoint(host, knownFork(host, request.params.id));

@@ -1,11 +1,12 @@
 import { SnowflockError } from '../common/errors.js';
-import { ipOfVmid, wireMac } from '../network/addresses.js';
+import { addressOfVmid, wireMac } from '../network/addresses.js';
 import type { Clones } from './clones.js';
 import { cloneReplied, noteEnd, takeVmids } from './fork.js';
 import type { Host } from './host.js';
 import type { Leases } from './leases.js';
 import type { Capacity, HostPort, VmCounters, VmSummary } from './peers.js';
 import type { EndReport, PrepareRequest, StartReport, VmRecord } from './records.js';
+import { shareOf, TICKET_LIFE_MS } from './tickets.js';
 import { endVm } from './vms.js';
 
 /** This host's own port: what others reach through the peer API, and this daemon directly. */
@@ -33,22 +34,21 @@ export class LocalHost implements HostPort {
     need: { memory_bytes: number; vcpus: number },
   ): Promise<number> {
     const host = this.#host();
-    for (let shares = n; shares > 0; shares--) {
+    const each = { memoryBytes: need.memory_bytes, vcpus: need.vcpus };
+    for (let share = 0; share < n; share++) {
       try {
-        host.resources.reserve(id, {
-          memoryBytes: need.memory_bytes * shares,
-          vcpus: need.vcpus * shares,
-        });
-        return shares;
+        host.resources.reserve(shareOf(id, share), each, TICKET_LIFE_MS);
       } catch (error) {
-        if (!(error instanceof SnowflockError) || error.code !== 'E_CAPACITY') throw error;
+        if (error instanceof SnowflockError && error.code === 'E_CAPACITY') return share;
+        throw error;
       }
     }
-    return 0;
+    return n;
   }
 
   async release(id: string): Promise<void> {
-    this.#host().resources.release(id);
+    const { resources } = this.#host();
+    for (let share = 0; resources.release(shareOf(id, share)); share++);
   }
 
   async prepare(request: PrepareRequest): Promise<void> {
@@ -131,8 +131,8 @@ export function summary(host: string, record: VmRecord): VmSummary {
     state: record.state,
     family: record.family,
     vmid: record.vmid,
-    ip: ipOfVmid(record.vmid),
-    wire_mac: wireMac(record.family, record.vmid),
+    ip: addressOfVmid(record.vmid),
+    wire_mac: wireMac(record),
     image: record.image,
     ram_bytes: record.ram_bytes,
     vcpus: record.vcpus,

@@ -158,15 +158,11 @@ function routes(host: Host, server: PeerServer, self: LocalHost): void {
     { schema: { body: Count } },
     async (r) => ({ vmids: await self.allocateVmids(Number(r.params.family), r.body.n) }),
   );
-  server.post<{ Body: Static<typeof Vms> }>(
-    '/v1/leases',
-    { schema: { body: Vms } },
-    async (r) => ({ alive: await self.renew(r.peerHost, r.body.vms) }),
-  );
+  server.post<{ Body: Static<typeof Vms> }>('/v1/leases', { schema: { body: Vms } }, async (r) => ({
+    alive: await self.renew(r.peerHost, r.body.vms),
+  }));
   server.get('/v1/vms', async () => ({ vms: await self.list() }));
-  server.get<{ Params: { vm: string } }>('/v1/vms/:vm/counters', (r) =>
-    self.counters(r.params.vm),
-  );
+  server.get<{ Params: { vm: string } }>('/v1/vms/:vm/counters', (r) => self.counters(r.params.vm));
 }
 
 /** Of the named VMs those whose parent is on `peer`: a host may give up only its own clones. */

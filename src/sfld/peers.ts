@@ -2,7 +2,7 @@
  * The hosts of the cluster as this daemon sees them: its own by direct calls, the others over mutual
  * TLS. Both have the same face, so that nothing else asks where a clone runs.
  */
-import type { PeerClient } from '../cluster/peer-client.js';
+import type { PeerClient } from '../cluster/client.js';
 import { SnowflockError } from '../common/errors.js';
 import type { EndReport, PrepareRequest, StartReport } from './records.js';
 
@@ -41,7 +41,7 @@ export interface VmCounters {
 export interface HostPort {
   readonly name: string;
   capacity(): Promise<Capacity>;
-  /** Reserves up to n shares; returns how many were. */
+  /** Reserves up to n shares, `ID/0` to `ID/n-1`; returns how many were. */
   reserve(id: string, n: number, need: { memory_bytes: number; vcpus: number }): Promise<number>;
   release(id: string): Promise<void>;
   prepare(request: PrepareRequest): Promise<void>;
@@ -68,7 +68,7 @@ export class RemoteHost implements HostPort {
     this.#client = client;
   }
   get name(): string {
-    return this.#client.host;
+    return this.#client.host.name;
   }
   capacity(): Promise<Capacity> {
     return this.#client.request('GET', '/v1/capacity', { timeoutMs: SHORT_MS });

@@ -2,7 +2,9 @@
  * What sfld remembers: one JSON file each, so that a daemon that died finds everything again.
  * Field names are those of the JSON (snake case, units last).
  */
+
 import type { GenerationSource } from '../dataplane/protocol.js';
+import type { VmRecord as HypervisorRecord, MachineShape } from '../hypervisor/driver.js';
 
 export type VmState = 'starting' | 'running' | 'forking' | 'ending' | 'ended';
 
@@ -43,9 +45,9 @@ export interface VmRecord {
   disk_directory: string;
   tap: string;
   /** The hypervisor driver's own record, by which it finds the VM again. */
-  hypervisor: { driver: string; record: unknown } | null;
+  hypervisor: HypervisorRecord | null;
   /** Machine shape, as the driver gave it; clones must match it. */
-  shape: unknown;
+  shape: MachineShape | null;
   /** Next vmid of the family; used only on the family's host, in the first VM's record. */
   next_vmid: number;
   /** Clones only: the generations it stands on and the VM it was forked from. */
@@ -105,7 +107,7 @@ export interface PrepareRequest {
   name: string;
   ram_bytes: number;
   vcpus: number;
-  shape: unknown;
+  shape: MachineShape;
   ram: GenerationRef;
   disk: GenerationRef;
   reservation: string;

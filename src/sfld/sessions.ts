@@ -7,6 +7,7 @@
 import type { IncomingMessage } from 'node:http';
 import { request as httpsRequest } from 'node:https';
 import { connect } from 'node:net';
+import { constants } from 'node:os';
 import type { Duplex } from 'node:stream';
 import { pipeline } from 'node:stream';
 import { loadTlsIdentity } from '../cluster/index.js';
@@ -23,7 +24,7 @@ const OUTPUT_LIMIT_BYTES = 1024 * 1024;
 
 export interface ExecRequest {
   argv: string[];
-  env: Record<string, string>;
+  env?: Record<string, string>;
 }
 
 /** Answers an upgrade request for `/v1/vms/REF/exec` or `/console`. `direct`: only VMs of this host. */
@@ -65,7 +66,7 @@ function parseExec(url: URL): ExecRequest {
   if (!Array.isArray(argv) || argv.length === 0 || argv.some((arg) => typeof arg !== 'string')) {
     throw new SnowflockError('E_ARGUMENT', 'exec needs a command');
   }
-  return { argv, env: env ?? {} };
+  return { argv, ...(env === undefined ? {} : { env }) };
 }
 
 function switchProtocols(socket: Duplex): void {
@@ -89,6 +90,10 @@ async function consoleSession(live: LiveVm, socket: Duplex): Promise<void> {
 
 function execSession(live: LiveVm, request: ExecRequest, socket: Duplex): void {
   const session = live.channel.exec(request);
+  const kill = (name: string): void => {
+    const number = constants.signals[name as NodeJS.Signals];
+    if (number !== undefined) session.signal(number);
+  };
   switchProtocols(socket);
   const send = (message: unknown): void => {
     if (!socket.destroyed) socket.write(`${JSON.stringify(message)}\n`);
@@ -105,8 +110,8 @@ function execSession(live: LiveVm, request: ExecRequest, socket: Duplex): void {
   pass('stdout', session.stdout);
   pass('stderr', session.stderr);
   session.exited.then(
-    (exited) => {
-      send({ exited });
+    ({ status, signal }) => {
+      send({ exited: { status: status ?? null, signal: signal ?? null } });
       socket.end();
     },
     (error: unknown) => {
@@ -119,13 +124,13 @@ function execSession(live: LiveVm, request: ExecRequest, socket: Duplex): void {
       const message = JSON.parse(line) as { stdin?: string; eof?: boolean; signal?: string };
       if (message.stdin !== undefined) session.stdin.write(Buffer.from(message.stdin, 'base64'));
       if (message.eof === true) session.stdin.end();
-      if (message.signal !== undefined) session.signal(message.signal);
+      if (message.signal !== undefined) kill(message.signal);
     } catch (error) {
       socket.destroy(error instanceof Error ? error : new Error(String(error)));
     }
   });
   // The caller went away: so does its program.
-  socket.once('close', () => session.signal('SIGHUP'));
+  socket.once('close', () => kill('SIGHUP'));
 }
 
 async function passOn(

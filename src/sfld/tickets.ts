@@ -1,7 +1,8 @@
-import { newSecretId } from '../common/ids.js';
-import { SnowflockError } from '../common/errors.js';
+import { join } from 'node:path';
 import { planPlacement } from '../allocator/placement.js';
-import type { Ticket } from '../allocator/tickets.js';
+import { newTicketId, type Ticket } from '../allocator/tickets.js';
+import { SnowflockError } from '../common/errors.js';
+import { writeJson } from '../common/files.js';
 import type { Host, LiveVm } from './host.js';
 
 /** Unused tickets give their resources back after this. */
@@ -17,6 +18,7 @@ export async function requestTicket(host: Host, live: LiveVm, n: number): Promis
     throw new SnowflockError('E_ARGUMENT', `clones must be a number from 1 to ${CLONES_MAX}`);
   }
   const { record } = live;
+  const id = newTicketId();
   const need = { memoryBytes: record.ram_bytes, vcpus: record.vcpus };
   const ports = host.peers.all();
   const free = await Promise.all(
@@ -33,24 +35,46 @@ export async function requestTicket(host: Host, live: LiveVm, n: number): Promis
   const plan = planPlacement(n, need, free.flat());
   // What was free a moment ago may be taken: each host's own answer counts.
   const placements = await Promise.all(
-    plan.map(async ({ host: name, count }) => {
-      const reservation = newSecretId('res');
+    plan.placements.map(async ({ host: name, clones }) => {
       const granted = await host.peers
         .get(name)
-        .reserve(reservation, count, { memory_bytes: need.memoryBytes, vcpus: need.vcpus })
+        .reserve(id, clones, { memory_bytes: need.memoryBytes, vcpus: need.vcpus })
         .catch(() => 0);
-      return { host: name, count: granted, reservation };
+      return { host: name, clones: granted };
     }),
   );
-  const given = placements.filter(({ count }) => count > 0);
-  const granted = given.reduce((sum, { count }) => sum + count, 0);
-  if (granted === 0) {
+  const given = placements.filter(({ clones }) => clones > 0);
+  if (given.length === 0) {
     throw new SnowflockError('E_CAPACITY', `no host has room for a clone of VM ${record.name}`);
   }
-  return host.tickets.issue({
-    owner: record.id,
-    granted,
+  const ticket = host.tickets.issue({
+    id,
+    ownerVmId: record.id,
     placements: given,
-    lifeMs: TICKET_LIFE_MS,
+    need,
+    ttlMs: TICKET_LIFE_MS,
   });
+  await saveTickets(host);
+  return ticket;
+}
+
+/** Uses a ticket up. Errors: E_TICKET_UNKNOWN, E_TICKET_OWNER, E_TICKET_USED, E_TICKET_EXPIRED. */
+export async function useTicket(host: Host, vm: string, id: string): Promise<Ticket> {
+  const ticket = host.tickets.use(id, vm);
+  await saveTickets(host);
+  return ticket;
+}
+
+/** Where tickets are kept between two lives of the daemon. */
+export function ticketFile(config: { stateDir: string }): string {
+  return join(config.stateDir, 'tickets.json');
+}
+
+function saveTickets(host: Host): Promise<void> {
+  return writeJson(ticketFile(host.config), host.tickets.snapshot());
+}
+
+/** Room is reserved and given back clone by clone. */
+export function shareOf(ticket: string, share: number): string {
+  return `${ticket}/${share}`;
 }

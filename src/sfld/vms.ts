@@ -2,30 +2,28 @@
  * VMs of this host: starting a family's first VM, finding VMs again after a restart, ending them.
  * Clones are made in clones.ts; both end here.
  */
+import { randomBytes } from 'node:crypto';
+import { closeSync } from 'node:fs';
 import { chown, mkdir, rm } from 'node:fs/promises';
 import { join } from 'node:path';
-import { randomBytes } from 'node:crypto';
 import { GuestChannel, type GuestIdentity } from '../api/guest-channel.js';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
 import { newEpoch, newSecretId, newVmId } from '../common/ids.js';
+import { nativePath } from '../common/native.js';
 import { Undo } from '../common/undo.js';
 import { DhcpService } from '../dhcp/service.js';
 import type { Vm, VmSpec } from '../hypervisor/driver.js';
-import { loadImage } from '../image/manifest.js';
-import { nativePath } from '../common/native.js';
-import {
-  FAMILY_GATEWAY,
-  FAMILY_PREFIX,
-  GUEST_MAC,
-  ipOfVmid,
-} from '../network/addresses.js';
-import { openTap, type Tap } from '../network/tap.js';
+import { findImage } from '../image/images.js';
+import { addressOfVmid, GATEWAY, GUEST_MAC, MTU, PREFIX_BITS } from '../network/addresses.js';
+import { openTap } from '../network/tap.js';
+import { cloneEnded, endForksOf } from './fork.js';
 import { handleGuestCall } from './guest-calls.js';
 import { type Host, type LiveVm, liveVm, replicaPath, vmPaths } from './host.js';
-import { endForksOf, cloneEnded } from './fork.js';
 import type { EndReport, VmRecord } from './records.js';
 
 const READY_LIMIT_MS = 120_000;
+const START_LIMIT_MS = 60_000;
+const CHANNEL_RETRY_MS = 500;
 
 export interface RunRequest {
   image: string;
@@ -36,7 +34,7 @@ export interface RunRequest {
 
 /** Boots a VM, the first of a new family, and waits until its guest agent answers. */
 export async function runVm(host: Host, request: RunRequest): Promise<VmRecord> {
-  const image = await loadImage(host.config.imageDir, request.image);
+  const image = await findImage(host.config.imageDir, request.image);
   if (host.vms.all().some((vm) => vm.name === request.name && vm.state !== 'ended')) {
     throw new SnowflockError('E_EXISTS', `a VM named ${request.name} exists`);
   }
@@ -44,7 +42,8 @@ export async function runVm(host: Host, request: RunRequest): Promise<VmRecord> 
   const id = newVmId();
   try {
     const reservation = newSecretId('res');
-    host.resources.reserve(reservation, { memoryBytes: request.ram_bytes, vcpus: request.vcpus });
+    const need = { memoryBytes: request.ram_bytes, vcpus: request.vcpus };
+    host.resources.reserve(reservation, need, START_LIMIT_MS);
     undo.add('reservation', () => host.resources.release(reservation));
     host.resources.commit(reservation);
     const record: VmRecord = {
@@ -56,7 +55,7 @@ export async function runVm(host: Host, request: RunRequest): Promise<VmRecord> 
       family_host: host.config.name,
       vmid: 0,
       ram_bytes: request.ram_bytes,
-      disk_bytes: image.diskBytes,
+      disk_bytes: image.manifest.disk_bytes,
       vcpus: request.vcpus,
       state: 'starting',
       created_ms: Date.now(),
@@ -76,23 +75,27 @@ export async function runVm(host: Host, request: RunRequest): Promise<VmRecord> 
     undo.add('record', () => host.vms.remove(id));
     await host.dataplane.call('disk.create', {
       directory: record.disk_directory,
-      size_bytes: image.diskBytes,
-      image: image.disk,
+      size_bytes: image.manifest.disk_bytes,
+      image: image.diskPath,
     });
     undo.add('disk', () => rm(record.disk_directory, { recursive: true, force: true }));
-    const { spec, dhcp, tap } = await makeParts(host, record, undo);
+    const { spec, dhcp, tapFd } = await makeParts(host, record, undo);
     const vm = await host.driver.boot({
       ...spec,
-      boot: { kernel: image.kernel, initrd: image.initrd, cmdline: image.cmdline },
+      boot: {
+        kernel: image.kernelPath,
+        initrd: image.initrdPath,
+        cmdline: image.manifest.cmdline,
+      },
     });
-    tap.close();
+    closeSync(tapFd);
     undo.add('VM', () => vm.destroy());
-    record.hypervisor = { driver: host.driver.name, record: vm.record };
+    record.hypervisor = vm.record;
     record.shape = vm.shape;
     await host.vms.save(record);
     const live = await goLive(host, record, vm, dhcp);
     undo.add('channel', () => live.channel.close());
-    await live.channel.hello(identity(record, image.name), undefined, READY_LIMIT_MS);
+    await live.channel.hello(identity(record), undefined, { timeoutMs: READY_LIMIT_MS });
     record.state = 'running';
     await host.vms.save(record);
     return record;
@@ -109,19 +112,18 @@ export function tapName(vm: string): string {
 }
 
 /** What `hello` tells the guest; the seed is new each time. */
-export function identity(record: VmRecord, name = record.name, seed?: string): GuestIdentity {
+export function identity(record: VmRecord, seed?: string): GuestIdentity {
   return {
     epoch: record.epoch,
     vmid: record.vmid,
     family: record.family,
-    ip: ipOfVmid(record.vmid),
-    prefix: FAMILY_PREFIX,
-    gateway: FAMILY_GATEWAY,
-    mtu: 1500,
-    hostname: record.vmid === 0 ? name : `${name}-${record.vmid}`,
+    ip: addressOfVmid(record.vmid),
+    prefix: PREFIX_BITS,
+    gateway: GATEWAY,
+    mtu: MTU,
+    hostname: record.name,
     seed: seed ?? randomBytes(32).toString('hex'),
-    timeNs: BigInt(Math.round((performance.timeOrigin + performance.now()) * 1e6)),
-    generation: record.base?.ram.id ?? '',
+    ...(record.base === null ? {} : { generation: record.base.ram.id }),
   };
 }
 
@@ -130,7 +132,7 @@ export async function makeParts(
   host: Host,
   record: VmRecord,
   undo: Undo,
-): Promise<{ spec: VmSpec; dhcp: DhcpService; tap: Tap }> {
+): Promise<{ spec: VmSpec; dhcp: DhcpService; tapFd: number }> {
   const { config } = host;
   const paths = vmPaths(config, record.id);
   await mkdir(paths.run, { recursive: true, mode: 0o700 });
@@ -140,27 +142,23 @@ export async function makeParts(
   undo.add('memtap', () => host.dataplane.call('vm.remove', { vm: record.id }));
   await openDisk(host.dataplane.call, host, record);
   undo.add('disk server', () => host.dataplane.call('disk.close', { disk: record.id }));
-  const tap = openTap(record.tap);
-  undo.add('tap', () => tap.close());
-  const ip = ipOfVmid(record.vmid);
-  host.filter.addVm({
-    tap: record.tap,
-    family: record.family,
-    vmid: record.vmid,
-    guestMac: GUEST_MAC,
-    ip,
-  });
-  undo.add('filter', () => host.filter.removeVm(record.tap));
-  const dhcp = new DhcpService({ tap: record.tap, ip, hostname: record.name, log: host.log });
-  undo.add('DHCP', () => dhcp.close());
+  const tapFd = openTap(record.tap);
+  try {
+    host.filter.addVm(record);
+  } catch (error) {
+    closeSync(tapFd);
+    throw error;
+  }
+  undo.add('filter', () => removeFromFilter(host, record));
+  const dhcp = dhcpOf(record);
+  undo.add('DHCP', () => dhcp.stop());
   const spec: VmSpec = {
     id: record.id,
     runDir: paths.run,
-    logPath: paths.log,
     ramBytes: record.ram_bytes,
     vcpus: record.vcpus,
     disk: { nbdSocket: paths.nbd, exportName: record.id },
-    nic: { tapFd: tap.fd, mac: GUEST_MAC },
+    nic: { tapFd, mac: GUEST_MAC },
     memtap: {
       socket: memtapSocket(config),
       vm: record.id,
@@ -168,8 +166,9 @@ export async function makeParts(
       agentPath: nativePath('memtap-agent.so'),
     },
     user: { uid: config.vmUid, gid: config.vmGid },
+    boot: { kernel: '', cmdline: '' },
   };
-  return { spec, dhcp, tap };
+  return { spec, dhcp, tapFd };
 }
 
 export function memtapSocket(config: { runDir: string }): string {
@@ -232,9 +231,8 @@ export async function goLive(
   vm: Vm,
   dhcp: DhcpService,
 ): Promise<LiveVm> {
-  const channel = new GuestChannel({ socketPath: vm.channelSocket, log: host.log });
-  const live: LiveVm = { record, vm, channel, dhcp, forking: false };
-  channel.setCallHandler((call) => handleGuestCall(host, live, call));
+  const live: LiveVm = { record, vm, dhcp, channel: newChannel(host, vm), forking: false };
+  useChannel(host, live);
   host.live.set(record.id, live);
   vm.on('exited', ({ status, signal, logTail }) => {
     if (record.state === 'ending' || record.state === 'ended') return;
@@ -246,24 +244,83 @@ export async function goLive(
       message: clean ? 'the guest shut down' : `VM process ended (${signal ?? status}): ${logTail}`,
     });
   });
-  await channel.connect();
+  await live.channel.connect();
   return live;
+}
+
+function newChannel(host: Host, vm: Vm): GuestChannel {
+  return new GuestChannel({ socketPath: vm.record.channel_socket, log: host.log });
+}
+
+/**
+ * Serves the guest's calls on its channel. A guest that breaks the channel loses its sessions and
+ * gets a new one, under the same identity, a little later.
+ */
+function useChannel(host: Host, live: LiveVm): void {
+  const { record } = live;
+  live.channel.setCallHandler((call) => handleGuestCall(host, live, call));
+  live.channel.once('closed', (error) => {
+    const over = record.state === 'ending' || record.state === 'ended' || host.closing;
+    if (over || error.code === 'E_STATE') return;
+    host.log.warn({ vm: record.id, code: error.code }, `guest channel: ${error.message}`);
+    setTimeout(() => {
+      if (host.live.get(record.id) !== live || host.closing) return;
+      live.channel = newChannel(host, live.vm);
+      useChannel(host, live);
+      live.channel
+        .connect()
+        .then(() => greet(live))
+        .catch((failure: unknown) =>
+          host.log.warn({ vm: record.id, error: String(failure) }, 'guest agent does not answer'),
+        );
+    }, CHANNEL_RETRY_MS);
+  });
+}
+
+/** Says hello under the identity the guest has already: it only resumes its pending calls. */
+async function greet(live: LiveVm): Promise<void> {
+  await live.channel.hello(identity(live.record), undefined, { timeoutMs: READY_LIMIT_MS });
+}
+
+function dhcpOf(record: VmRecord): DhcpService {
+  return new DhcpService({
+    tap: record.tap,
+    family: record.family,
+    identity: {
+      address: addressOfVmid(record.vmid),
+      guestMac: GUEST_MAC,
+      hostname: record.name,
+    },
+  });
+}
+
+function removeFromFilter(host: Host, record: VmRecord): void {
+  try {
+    host.filter.removeVm(record.tap);
+  } catch (error) {
+    // The tap, and with it its entry, goes when the VM process does.
+    if (!(error instanceof SnowflockError) || error.code !== 'E_NOT_FOUND') throw error;
+  }
 }
 
 /** Finds the VMs of an earlier daemon again; those whose process is gone are cleaned up. */
 export async function adoptVms(host: Host): Promise<void> {
   for (const record of host.vms.all()) {
     if (record.state === 'ended') continue;
-    const vm =
-      record.hypervisor === null ? null : await host.driver.adopt(record.hypervisor.record);
+    const vm = await findProcess(host, record);
     const halfMade = record.state === 'starting';
     if (vm === null || halfMade || record.state === 'ending') {
       await vm?.destroy();
-      await endVm(host, record.id, {
-        status: null,
-        reason: halfMade ? 'failed' : 'crashed',
-        message: halfMade ? 'the daemon ended while the VM was being made' : 'VM process is gone',
-      }, true);
+      await endVm(
+        host,
+        record.id,
+        {
+          status: null,
+          reason: halfMade ? 'failed' : 'crashed',
+          message: halfMade ? 'the daemon ended while the VM was being made' : 'VM process is gone',
+        },
+        true,
+      );
       continue;
     }
     try {
@@ -279,22 +336,25 @@ export async function adoptVms(host: Host): Promise<void> {
 async function adoptVm(host: Host, record: VmRecord, vm: Vm): Promise<void> {
   // The daemon may have died while it held the VM paused; a guest must never stay so.
   if ((await vm.status()) !== 'running') await vm.resume();
-  const ip = ipOfVmid(record.vmid);
-  host.filter.addVm({
-    tap: record.tap,
-    family: record.family,
-    vmid: record.vmid,
-    guestMac: GUEST_MAC,
-    ip,
-  });
-  const dhcp = new DhcpService({ tap: record.tap, ip, hostname: record.name, log: host.log });
-  const live = await goLive(host, record, vm, dhcp);
+  host.filter.addVm(record);
+  const live = await goLive(host, record, vm, dhcpOf(record));
   record.state = 'running';
   await host.vms.save(record);
   // Same epoch: the guest only resumes its pending calls. It may be slow; nothing waits for it.
-  live.channel.hello(identity(record), undefined, READY_LIMIT_MS).catch((error: unknown) => {
+  greet(live).catch((error: unknown) => {
     host.log.warn({ vm: record.id, error: String(error) }, 'guest agent does not answer');
   });
+}
+
+async function findProcess(host: Host, record: VmRecord): Promise<Vm | null> {
+  if (record.hypervisor === null) return null;
+  try {
+    return await host.driver.adopt(record.hypervisor);
+  } catch (error) {
+    const { code, message } = asSnowflockError(error);
+    if (code !== 'E_NOT_FOUND') host.log.warn({ vm: record.id, code }, message);
+    return null;
+  }
 }
 
 /**
@@ -317,17 +377,15 @@ export async function endVm(
   const live = host.live.get(id);
   const undo = new Undo();
   // In reverse order: the clones end while their source still lives, then the VM, then its parts.
-  undo.add('run folder', () =>
-    rm(vmPaths(host.config, id).run, { recursive: true, force: true }),
-  );
+  undo.add('run folder', () => rm(vmPaths(host.config, id).run, { recursive: true, force: true }));
   undo.add('reservation', () => host.resources.release(record.reservation));
   undo.add('replicas', () => closeReplicas(host, record));
   undo.add('disk', () => rm(record.disk_directory, { recursive: true, force: true }));
   undo.add('disk server', () => host.dataplane.call('disk.close', { disk: id }));
   undo.add('memtap', () => host.dataplane.call('vm.remove', { vm: id }));
-  undo.add('filter', () => host.filter.removeVm(record.tap));
+  undo.add('filter', () => removeFromFilter(host, record));
   if (live !== undefined) {
-    undo.add('DHCP', () => live.dhcp.close());
+    undo.add('DHCP', () => live.dhcp.stop());
     undo.add('channel', () => live.channel.close());
     undo.add('VM', () => live.vm.destroy());
   }
@@ -369,7 +427,7 @@ export function findVm(host: Host, ref: string): LiveVm {
 function newFamily(host: Host): number {
   const taken = new Set(host.vms.all().map((vm) => vm.family));
   for (;;) {
-    const family = (host.config.number << 16) | randomBytes(2).readUInt16BE();
+    const family = (host.config.number << 14) | (randomBytes(2).readUInt16BE() & 0x3fff);
     if (!taken.has(family)) return family;
   }
 }

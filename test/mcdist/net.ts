@@ -137,7 +137,8 @@ export class Net {
 
   /** Drops that share of all packets that come to a host. */
   async lose(host: Host, percent: number): Promise<void> {
-    const nft = (...words: string[]) => run('ip', ['netns', 'exec', host.namespace, 'nft', ...words]);
+    const nft = (...words: string[]) =>
+      run('ip', ['netns', 'exec', host.namespace, 'nft', ...words]);
     await nft('add table ip loss');
     await nft('add chain ip loss in { type filter hook prerouting priority -300 ; }');
     await nft(`add rule ip loss in udp length gt 0 numgen random mod 100 < ${percent} drop`);
