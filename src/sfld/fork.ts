@@ -27,7 +27,6 @@ import type {
   EndReport,
   ForkRecord,
   GenerationRef,
-  PendingReply,
   PrepareRequest,
   VmRecord,
 } from './records.js';

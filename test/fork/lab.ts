@@ -1,0 +1,104 @@
+/** A cluster of namespaces with daemons for one test file, and what tests do with its VMs. */
+import { readFileSync } from 'node:fs';
+import type { ForkRecord, SnowflockClient } from '../../src/api/client.js';
+import { exec } from '../../src/api/exec.js';
+import { defaultImageDir } from '../../src/image/images.js';
+import { configure, startDaemons, type TestbedDaemon } from '../../src/testbed/daemons.js';
+import { Testbed } from '../../src/testbed/testbed.js';
+
+export const MIB = 2 ** 20;
+
+export class Lab {
+  private constructor(
+    readonly testbed: Testbed,
+    readonly daemons: TestbedDaemon[],
+  ) {}
+
+  static async start(hosts: number, settings: Record<string, unknown> = {}): Promise<Lab> {
+    Testbed.reap();
+    const testbed = await Testbed.create({ hosts });
+    try {
+      for (const host of testbed.hosts) {
+        await configure(host, { image_dir: defaultImageDir(), ...settings });
+      }
+      return new Lab(testbed, await startDaemons(testbed));
+    } catch (error) {
+      await testbed.destroy();
+      throw error;
+    }
+  }
+
+  daemon(index: number): TestbedDaemon {
+    const daemon = this.daemons[index];
+    if (daemon === undefined) throw new Error(`the lab has no host ${index}`);
+    return daemon;
+  }
+
+  get client(): SnowflockClient {
+    return this.daemon(0).client;
+  }
+
+  async parent(name: string, ramMib = 256): Promise<string> {
+    const vm = await this.client.run({
+      name,
+      image: 'minimal',
+      ram_bytes: ramMib * MIB,
+      vcpus: 1,
+    });
+    return vm.id;
+  }
+
+  /** Ticket and fork from outside; fails unless all clones asked for were granted and run. */
+  async fork(vm: string, clones: number): Promise<ForkRecord> {
+    const ticket = await this.client.requestTicket(vm, clones);
+    if (ticket.granted !== clones) throw new Error(`granted ${ticket.granted} of ${clones}`);
+    const fork = await this.client.clone(vm, ticket.ticket);
+    const failed = fork.clones.find((clone) => !clone.ok);
+    if (failed !== undefined) throw new Error(`${failed.error?.message}\n${this.logs()}`);
+    return fork;
+  }
+
+  /** The ends of all daemons' logs, for messages. */
+  logs(): string {
+    return this.daemons
+      .map(({ host, logPath }) => `--- ${host.name}\n${readFileSync(logPath, 'utf8').slice(-1500)}`)
+      .join('\n');
+  }
+
+  destroy(): Promise<void> {
+    return this.testbed.destroy();
+  }
+}
+
+/** Runs a shell script in a guest; its standard output. Fails if it exits with another status. */
+export async function sh(
+  client: SnowflockClient,
+  vm: string,
+  script: string,
+  status = 0,
+): Promise<string> {
+  const child = await exec(client, vm, ['/bin/sh', '-c', script]);
+  child.stdin.end();
+  let out = '';
+  let errors = '';
+  child.stdout.on('data', (data: Buffer) => {
+    out += data.toString();
+  });
+  child.stderr.on('data', (data: Buffer) => {
+    errors += data.toString();
+  });
+  const exited = await child.exited;
+  if (exited.status !== status) {
+    throw new Error(`${vm}: ${script}: ended with ${JSON.stringify(exited)}: ${out}${errors}`);
+  }
+  return out.trim();
+}
+
+/** Waits for something that has no event of its own, looking every 50 ms; bounded. */
+export async function until(what: string, limitMs: number, look: () => Promise<boolean>) {
+  const limit = Date.now() + limitMs;
+  while (!(await look())) {
+    if (Date.now() > limit) throw new Error(`${what}: not after ${limitMs} ms`);
+    await new Promise((resolve) => setTimeout(resolve, 50));
+  }
+}
