@@ -1,7 +1,7 @@
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import { GATEWAY, GUEST_MAC, VMID_GATEWAY, wireMac } from '../../src/network/addresses.js';
 import { arp, checksum, ipv4 } from './frames.js';
-import { gained, type Guest, Lab } from './lab.js';
+import { type Guest, gained, Lab } from './lab.js';
 
 const FAMILY = 0x0a0b0c;
 let lab: Lab;
