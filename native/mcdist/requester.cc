@@ -26,7 +26,9 @@ TimeNs Requester::timeout(Urgency urgency) const {
   const Rtt* rtt = &rtt_[static_cast<size_t>(urgency)];
   if (!rtt->known) rtt = &rtt_[0];
   if (!rtt->known) return config_.rto_initial;
-  return std::clamp(rtt->smoothed + 4 * rtt->variation, config_.rto_min, config_.rto_max);
+  const TimeNs least =
+      urgency == Urgency::kFault ? config_.rto_min : config_.rto_min_prefetch;
+  return std::clamp(rtt->smoothed + 4 * rtt->variation, least, config_.rto_max);
 }
 
 void Requester::round_trip(TimeNs rtt) {
@@ -82,14 +84,17 @@ bool Requester::prefetch(PageIndex first, uint64_t count) {
   return true;
 }
 
-// The window grows while answers come, and halves when more than a quarter of a window timed out:
-// random loss is no congestion, overflowing buffers lose far more.
+// The window grows while answers come soon, shrinks while they come late, and halves when more than a
+// quarter of a window timed out: random loss is no congestion, overflowing buffers lose far more.
 void Requester::outcome(bool lost) {
   (lost ? epoch_losses_ : epoch_answers_)++;
   const uint32_t events = epoch_losses_ + epoch_answers_;
   if (events < window_) return;
   if (epoch_losses_ * 4 > events) {
     window_ = std::max(config_.prefetch_window_min, window_ / 2);
+    slow_start_ = false;
+  } else if (rtt_[1].smoothed > config_.prefetch_delay) {
+    window_ = std::max(config_.prefetch_window_min, window_ - window_ / 4);
     slow_start_ = false;
   } else {
     window_ = std::min(config_.prefetch_window_max, slow_start_ ? window_ * 2 : window_ + 16);
@@ -221,6 +226,8 @@ void Requester::collect(TimeNs now, bool timeouts, size_t max_runs, std::vector<
   }
   more_ = false;
   size_t looked = 0;
+  // Many pages in few requests: wait until a quarter of the window is free.
+  if (in_flight_[1] > window_ - window_ / 4) return;
   while (!ranges_.empty() && in_flight_[1] < window_ && out->size() < max_runs) {
     if (++looked > kMaxLook) {
       more_ = true;

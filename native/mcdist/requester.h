@@ -35,12 +35,16 @@ struct RequesterConfig {
   // On two busy cores a runnable thread may wait several milliseconds for its turn: a lower bound
   // below that asks again for what is already in the socket's buffer.
   TimeNs rto_min = 10 * kMillisecond;
+  TimeNs rto_min_prefetch = 40 * kMillisecond;  // nobody waits
   TimeNs rto_max = 250 * kMillisecond;  // also how late a restarted server is noticed
   TimeNs rto_initial = 50 * kMillisecond;
   uint32_t fault_window = 1024;
   uint32_t prefetch_window_start = 128;
   uint32_t prefetch_window_min = 64;
   uint32_t prefetch_window_max = 1024;  // 4 MiB; the receive buffer holds more than that
+  // The window shrinks while prefetches take longer than this: more under way would only lie in
+  // queues, and the server's is the faults' too.
+  TimeNs prefetch_delay = 4 * kMillisecond;
   uint32_t max_ranges = 65536;
   uint32_t negative_tries = 5;
 };

@@ -152,6 +152,12 @@ Status NetbackFilter::AttachUplink(const std::string& object, const std::string&
     *descriptors[i] = bpf_object__find_map_fd_by_name(object_, kMaps[i]);
     if (*descriptors[i] < 0) return BpfError(std::string("find map ") + kMaps[i], *descriptors[i]);
   }
+  // The uplink's program keeps all maps alive and leads to them, those it does not use itself too.
+  const bpf_program* from_wire = bpf_object__find_program_by_name(object_, "from_wire");
+  for (const int* map : descriptors) {
+    const int bound = bpf_prog_bind_map(bpf_program__fd(from_wire), *map, nullptr);
+    if (bound != 0) return BpfError("bind the maps to from_wire", bound);
+  }
 
   bool made = false;
   status = MakeQdisc(uplink_, uplink, &made);
@@ -164,8 +170,7 @@ Status NetbackFilter::AttachUplink(const std::string& object, const std::string&
   const int changed = bpf_map_update_elem(config_, &zero, &config, BPF_ANY);
   if (changed != 0) status = UpdateFailed("sf_config", changed);
   if (status.ok()) {
-    status = AttachProgram(uplink_, uplink, BPF_TC_INGRESS,
-                           bpf_object__find_program_by_name(object_, "from_wire"));
+    status = AttachProgram(uplink_, uplink, BPF_TC_INGRESS, from_wire);
   }
   if (!status.ok()) {
     if (made) RemoveQdisc(uplink_);

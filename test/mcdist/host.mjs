@@ -87,16 +87,12 @@ const operations = {
     }
   },
   /** One page after the other; microseconds each took. */
-  async fetchTimed({ name, from, count }) {
-    const client = objects.get(name);
-    const took = [];
-    for (let page = from; page < from + count; page++) {
-      const begin = process.hrtime.bigint();
-      await client.fetch(page);
-      took.push(Number(process.hrtime.bigint() - begin) / 1000);
-    }
-    return took;
-  },
+  fetchTimed: ({ replica, from, count }) =>
+    native.mcdistBench.fetch(objects.get(replica).handle, from, count),
+  benchServer: ({ address }) => native.mcdistBench.server(address),
+  roundTrips: ({ kind, address, port, count }) =>
+    native.mcdistBench.roundTrips(kind, address, port, count),
+  cpu: () => process.cpuUsage(),
   call: ({ name, method, args = [] }) => objects.get(name)[method](...args),
   stats: ({ name, generation }) => objects.get(name).stats(generation),
   close: ({ name }) => objects.get(name).close(),

@@ -181,17 +181,25 @@ export class Lab {
   private constructor(hosts: number) {
     this.#switch = this.namespace('sw');
     const sw = this.#switch;
-    sw.exec(...'ip link add br0 type bridge mcast_snooping 0'.split(' '));
+    sw.exec('sysctl', '-qw', 'net.ipv6.conf.all.disable_ipv6=1');
+    sw.exec('sysctl', '-qw', 'net.ipv6.conf.default.disable_ipv6=1');
+    // A switch carries whatever comes. The file is there only in kernels with bridge netfilter.
+    sw.exec('sysctl', '-qew', 'net.bridge.bridge-nf-call-iptables=0');
+    sw.exec('sysctl', '-qew', 'net.bridge.bridge-nf-call-ip6tables=0');
+    // All addresses are given: random ones can begin with 5e.
+    sw.exec(...'ip link add br0 address 02:00:00:00:03:00 type bridge'.split(' '));
     sw.exec('ip', 'link', 'set', 'br0', 'up');
     const stranger = sw.do(() => openTap('stranger', { vnetHdr: false }));
     this.stranger = new Wire(stranger);
     this.onDestroy(() => this.stranger.close());
     sw.exec('ip', 'link', 'set', 'stranger', 'master', 'br0');
+    // Its forged frames do not make the bridge send the others' traffic to it.
+    sw.exec(...'bridge link set dev stranger learning off'.split(' '));
     for (let i = 1; i <= hosts; i++) {
       const netns = this.namespace(`h${i}`);
       const address = `192.168.77.${i}`;
       sw.exec(
-        ...`ip link add port${i} type veth peer name eth0`.split(' '),
+        ...`ip link add port${i} address 02:00:00:00:02:0${i} type veth peer name eth0`.split(' '),
         ...`address 02:00:00:00:01:0${i} netns ${netns.name}`.split(' '),
       );
       sw.exec('ip', 'link', 'set', `port${i}`, 'master', 'br0', 'up');
