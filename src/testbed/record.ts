@@ -33,6 +33,8 @@ const Record = Type.Object({
   netns: Type.Array(Type.String({ pattern: '^sf-[a-z0-9]{1,12}-(br|h[0-9]{1,3})$' })),
   dirs: Type.Array(Type.String({ pattern: '^/[^\\0]*/sf-[a-z0-9]{1,12}$' })),
   processes: Type.Array(Process),
+  /** It outlives its maker on purpose: reap() leaves it alone. */
+  kept: Type.Optional(Type.Boolean()),
 });
 export type TestbedRecord = Static<typeof Record>;
 

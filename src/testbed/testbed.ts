@@ -6,7 +6,7 @@
  * States: making → up → removed. Everything made is in a record first (see record.ts), and is
  * removed by destroy(), at process exit, on SIGINT, SIGTERM and SIGHUP, and after an uncaught
  * error; after SIGKILL by the next `Testbed.reap()`, which touches only what a record of a dead
- * owner names.
+ * owner names. keep() lets it outlive its maker, until Testbed.remove().
  *
  * Removal is synchronous: it is the same code in an exit handler, where nothing else can run. It
  * ends every process inside the namespaces, whoever started it: a namespace is the testbed's own.
@@ -193,7 +193,7 @@ export class Testbed {
     for (const name of recordNames()) {
       try {
         const record = readRecord(name);
-        if (!record || isAlive(record.owner)) continue;
+        if (!record || record.kept || isAlive(record.owner)) continue;
         remove(record, [], 0);
         reaped.push(name);
       } catch (error) {
@@ -202,6 +202,35 @@ export class Testbed {
     }
     if (failures.length > 0) throw failures[0];
     return reaped;
+  }
+
+  /** Names of the testbeds on this machine. */
+  static list(): string[] {
+    return recordNames();
+  }
+
+  /**
+   * Removes a testbed that was kept, or whose maker is dead.
+   * @throws {SnowflockError} `E_NOT_FOUND`, `E_IN_USE` when its maker still runs it.
+   */
+  static remove(name: string): void {
+    const record = /^[a-z0-9]{1,12}$/.test(name) ? readRecord(name) : undefined;
+    if (!record) throw new SnowflockError('E_NOT_FOUND', `there is no testbed ${name}`);
+    if (!record.kept && isAlive(record.owner)) {
+      throw new SnowflockError('E_IN_USE', `testbed ${name} is run by process ${record.owner.pid}`);
+    }
+    remove(record, record.processes, 2000);
+  }
+
+  /**
+   * Leaves the testbed and its processes running when this process ends; `Testbed.remove(name)`
+   * ends it. Processes that hold pipes to this one must get by without them.
+   */
+  keep(): void {
+    if (this.#removed) throw new SnowflockError('E_CLOSED', `testbed ${this.name} is removed`);
+    this.#record.kept = true;
+    writeRecord(this.#record);
+    this.#forget();
   }
 
   /** @throws {SnowflockError} `E_NOT_FOUND`. */
@@ -303,9 +332,13 @@ export class Testbed {
   destroySync(graceMs = 2000): void {
     if (this.#removed) return;
     this.#removed = true;
+    this.#forget();
+    remove(this.#record, this.#spawned, graceMs);
+  }
+
+  #forget(): void {
     live.delete(this);
     if (live.size === 0) removeHandlers();
-    remove(this.#record, this.#spawned, graceMs);
   }
 
   #index(host: TestbedHost): number {

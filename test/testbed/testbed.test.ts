@@ -218,4 +218,33 @@ describe('testbed of a process that ends', () => {
     expect(remains(name)).toEqual([]);
     expect(await pings(other, at(other, 0), at(other, 0))).toBe(true);
   });
+
+  it('stays when it is kept, until it is removed by name', async () => {
+    const name = `${process.pid.toString(36)}p`;
+    const child = maker(name, 'testbed.keep(); child.unref();');
+    const ended = once(child, 'exit');
+    const [line] = (await once(createInterface(child.stdout), 'line')) as [string];
+    await ended;
+    const inside = identify(Number(line));
+    if (!inside) throw new Error('nothing runs in the testbed');
+    expect(Testbed.reap()).not.toContain(name);
+    expect(Testbed.list()).toContain(name);
+    expect(isAlive(inside)).toBe(true);
+    Testbed.remove(name);
+    expect(isAlive(inside)).toBe(false);
+    expect(remains(name)).toEqual([]);
+    for (const unknown of [name, '../x']) {
+      expect(() => Testbed.remove(unknown)).toThrowError(
+        expect.objectContaining({ code: 'E_NOT_FOUND' }),
+      );
+    }
+  });
+
+  it('is not removed by name while its maker runs it', async () => {
+    const testbed = await create(1);
+    expect(() => Testbed.remove(testbed.name)).toThrowError(
+      expect.objectContaining({ code: 'E_IN_USE' }),
+    );
+    expect(await pings(testbed, at(testbed, 0), at(testbed, 0))).toBe(true);
+  });
 });
