@@ -1,0 +1,165 @@
+#include "blktap/base.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace sf {
+
+bool is_zero_page(const uint8_t* page) {
+  uint64_t head = 0;
+  std::memcpy(&head, page, sizeof head);
+  return head == 0 && std::memcmp(page, page + 8, kPageBytes - 8) == 0;
+}
+
+namespace {
+
+class ZeroBase final : public Base {
+ public:
+  int read(uint64_t, size_t len, uint8_t* out, ReadMode, bool*) const override {
+    std::memset(out, 0, len);
+    return 0;
+  }
+  ReadResult read_page(PageIndex, uint8_t*) const override { return ReadResult::kZero; }
+  uint64_t extent(uint64_t, uint64_t limit, bool* zero) const override {
+    *zero = true;
+    return limit;
+  }
+  bool all_zero() const override { return true; }
+};
+
+class ImageBase final : public Base {
+ public:
+  ImageBase(Fd fd, uint64_t bytes) : file_(std::move(fd)), bytes_(bytes) {}
+
+  int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode, bool* zero) const override {
+    const size_t in_file = off >= bytes_ ? 0 : std::min<uint64_t>(len, bytes_ - off);
+    if (in_file > 0) {
+      *zero = false;
+      const int error = file_.read(off, in_file, out, mode);
+      if (error != 0) return error;
+    }
+    std::memset(out + in_file, 0, len - in_file);
+    return 0;
+  }
+
+  ReadResult read_page(PageIndex page, uint8_t* out) const override {
+    bool zero = true;
+    if (read(page * kPageBytes, kPageBytes, out, ReadMode::kBlock, &zero) != 0) {
+      return ReadResult::kError;
+    }
+    return zero || is_zero_page(out) ? ReadResult::kZero : ReadResult::kData;
+  }
+
+  uint64_t extent(uint64_t off, uint64_t limit, bool* zero) const override {
+    *zero = false;
+    if (off >= bytes_) {
+      *zero = true;
+      return limit;
+    }
+    const off_t data = ::lseek(file_.fd(), static_cast<off_t>(off), SEEK_DATA);
+    uint64_t end = bytes_;
+    if (data < 0 && errno == ENXIO) {
+      *zero = true;  // a hole up to the end of the file, and zeros after it
+      return limit;
+    }
+    if (data > static_cast<off_t>(off)) {
+      *zero = true;
+      end = static_cast<uint64_t>(data);
+    } else if (data == static_cast<off_t>(off)) {
+      const off_t hole = ::lseek(file_.fd(), data, SEEK_HOLE);
+      if (hole > data) end = static_cast<uint64_t>(hole);
+    }
+    return std::min(limit, end - off);
+  }
+
+ private:
+  DataFile file_;
+  uint64_t bytes_;
+};
+
+class ReplicaBase final : public Base {
+ public:
+  ReplicaBase(std::shared_ptr<Replica> replica, Fd fd)
+      : replica_(std::move(replica)), file_(std::move(fd)) {}
+
+  int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode, bool* zero) const override {
+    while (len > 0) {
+      const PageIndex page = off / kPageBytes;
+      const PageState state = replica_->state(page);
+      if (state == PageState::kAbsent) return ENODATA;
+      // A run of pages in one state is read at once.
+      PageIndex last = page;
+      while ((last + 1) * kPageBytes < off + len && replica_->state(last + 1) == state) last++;
+      const size_t n = std::min<uint64_t>(len, (last + 1) * kPageBytes - off);
+      if (state == PageState::kZero) {
+        std::memset(out, 0, n);
+      } else {
+        *zero = false;
+        const int error = file_.read(off, n, out, mode);
+        if (error != 0) return error;
+      }
+      off += n;
+      out += n;
+      len -= n;
+    }
+    return 0;
+  }
+
+  ReadResult read_page(PageIndex page, uint8_t* out) const override {
+    return replica_->read(page, out);
+  }
+
+  uint64_t extent(uint64_t off, uint64_t limit, bool* zero) const override {
+    PageIndex page = off / kPageBytes;
+    *zero = replica_->state(page) == PageState::kZero;
+    do {
+      page++;
+    } while (page * kPageBytes < off + limit &&
+             (replica_->state(page) == PageState::kZero) == *zero);
+    return std::min(limit, page * kPageBytes - off);
+  }
+
+  bool fills() const override { return true; }
+  bool absent(PageIndex page) const override {
+    return replica_->state(page) == PageState::kAbsent;
+  }
+  void want(PageIndex page, std::function<void(const Status&)> done) override {
+    replica_->want(page, std::move(done));
+  }
+
+ private:
+  std::shared_ptr<Replica> replica_;
+  DataFile file_;
+};
+
+}  // namespace
+
+std::shared_ptr<Base> make_zero_base() { return std::make_shared<ZeroBase>(); }
+
+Status open_image_base(const std::string& path, uint64_t image_bytes, std::shared_ptr<Base>* out) {
+  Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  if (!fd.valid()) return Status::Errno("E_IO", "open base image " + path);
+  struct stat st = {};
+  if (::fstat(fd.get(), &st) != 0) return Status::Errno("E_IO", "stat base image " + path);
+  if (!S_ISREG(st.st_mode)) {
+    return Status::Error("E_ARGUMENT", "base image " + path + " is not a regular file");
+  }
+  if (static_cast<uint64_t>(st.st_size) < image_bytes) {
+    return Status::Error("E_CORRUPT", "base image " + path + " is shorter than when it was taken");
+  }
+  *out = std::make_shared<ImageBase>(std::move(fd), image_bytes);
+  return Status::Ok();
+}
+
+Status open_replica_base(std::shared_ptr<Replica> replica, std::shared_ptr<Base>* out) {
+  Fd fd;
+  Status status = replica->open_readonly(&fd);
+  if (!status.ok()) return status;
+  *out = std::make_shared<ReplicaBase>(std::move(replica), std::move(fd));
+  return Status::Ok();
+}
+
+}  // namespace sf

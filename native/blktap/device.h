@@ -1,0 +1,45 @@
+// What the NBD server serves: a disk's writable top, or the view of a generation.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "blktap/data_file.h"
+#include "common/page.h"
+#include "common/status.h"
+
+namespace sf {
+
+// Errors are errno values, 0 for success. Offsets and lengths are in bytes, of any alignment, and
+// within size(): the caller has checked them. All calls may come from many threads at once.
+class Device {
+ public:
+  enum class Access : uint8_t { kRead, kWrite };
+
+  virtual ~Device() = default;
+  virtual uint64_t size() const = 0;
+  virtual bool writable() const = 0;
+
+  // EAGAIN with kNowait if it would wait for a device, ENODATA if a page is not on this host yet.
+  // `*zero` tells that all bytes are known to be zeros; `out` is filled in either case.
+  virtual int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode, bool* zero) = 0;
+  // With kNowait: EAGAIN if bytes from below the top would have to be read first.
+  virtual int write(uint64_t off, size_t len, const uint8_t* data, ReadMode mode) = 0;
+  // Reads as zeros afterwards. `edges`: pages covered in part too (WRITE_ZEROES; TRIM leaves them).
+  virtual int zero(uint64_t off, uint64_t len, bool edges) = 0;
+  // Everything acknowledged before the call is durable after it.
+  virtual int flush() = 0;
+
+  // The pages that must arrive before the request can be done; whole-page writes need none.
+  virtual void missing(uint64_t off, uint64_t len, Access access,
+                       std::vector<PageIndex>* out) const = 0;
+  // Calls `done` once on any thread, possibly this one, when the page is here or never will be.
+  virtual void want(PageIndex page, std::function<void(const Status&)> done) = 0;
+
+  // Bytes from `off`, at most `limit`, in one allocation state. `*hole`: reads as zeros, no space.
+  virtual uint64_t extent(uint64_t off, uint64_t limit, bool* hole) const = 0;
+};
+
+}  // namespace sf

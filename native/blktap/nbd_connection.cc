@@ -1,0 +1,362 @@
+#include "blktap/nbd_connection.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include <algorithm>
+#include <new>
+
+namespace sf::nbd {
+namespace {
+
+constexpr size_t kInBytes = 256 * 1024;
+constexpr size_t kSmallRead = 32 * 1024;
+constexpr size_t kSmallWrite = 64 * 1024;
+constexpr size_t kChunkBytes = 128 * 1024;
+constexpr size_t kMaxSmallBytes = 1 << 20;
+constexpr size_t kMaxJobBytes = 64u << 20;
+constexpr size_t kMaxJobs = 128;
+constexpr size_t kMaxReplyHead = kChunkHeaderBytes + 8;
+static_assert(kInBytes >= 2 * (kSmallWrite + kRequestBytes));
+static_assert(kChunkBytes >= kSmallRead + kMaxReplyHead);
+
+}  // namespace
+
+size_t put_read_reply(uint8_t* p, const Request& request, bool structured, bool zero) {
+  if (!structured) {
+    put_simple_reply(p, request.cookie, 0);
+    return kSimpleReplyBytes + request.length;
+  }
+  const uint32_t payload = zero ? 12 : 8 + request.length;
+  put_chunk(p, kChunkDone, zero ? kChunkHole : kChunkData, request.cookie, payload);
+  put64(p + kChunkHeaderBytes, request.offset);
+  if (zero) put32(p + kChunkHeaderBytes + 8, request.length);
+  return kChunkHeaderBytes + payload;
+}
+
+Connection::Connection(std::shared_ptr<Export> exported, Fd socket)
+    : export_(std::move(exported)),
+      socket_(std::move(socket)),
+      event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
+      in_(new uint8_t[kInBytes]) {}
+
+void Connection::stop() { ::shutdown(socket_.get(), SHUT_RDWR); }
+
+void Connection::run() {
+  Handshake handshake(socket_.get(), export_->info());
+  if (event_.valid() && handshake.run(&negotiated_)) transmit();
+  ::shutdown(socket_.get(), SHUT_RDWR);
+}
+
+void Connection::transmit() {
+  for (;;) {
+    take_completions();
+    parse();
+    const bool sent = send_out();
+    if (dead_ || (closing_ && jobs_.empty() && out_.empty())) return;
+    if (stalled_ && sent) continue;  // there may be room now
+    if (!receive()) wait();
+  }
+}
+
+void Connection::complete(JobPtr job) {
+  std::lock_guard lock(done_mutex_);
+  done_.push_back(std::move(job));
+  if (done_.size() > 1) return;  // woken already
+  const uint64_t one = 1;
+  // It can fail only when the counter is full, and then the thread is woken anyway.
+  if (::write(event_.get(), &one, sizeof one) < 0) return;
+}
+
+void Connection::take_completions() {
+  std::vector<JobPtr> done;
+  {
+    std::lock_guard lock(done_mutex_);
+    done.swap(done_);
+  }
+  for (auto& job : done) {
+    jobs_.erase(job);
+    Out out;
+    out.data = std::move(job->reply);
+    out.size = job->reply_bytes;
+    out.budget = job->budget;
+    out_.push_back(std::move(out));
+  }
+}
+
+bool Connection::room_for(size_t bytes) const {
+  return jobs_.size() < kMaxJobs && job_bytes_ + bytes <= kMaxJobBytes;
+}
+
+void Connection::parse() {
+  stalled_ = false;
+  while (!dead_ && !closing_ && large_ == nullptr && in_to_ - in_from_ >= kRequestBytes) {
+    Request request;
+    if (!parse_request(in_.get() + in_from_, &request)) {
+      dead_ = true;
+      return;
+    }
+    const uint32_t payload = request.type == kWrite ? request.length : 0;
+    if (payload > kMaxRequestBytes) {
+      dead_ = true;  // cannot be answered without reading it all
+      return;
+    }
+    const uint32_t reply = request.type == kRead ? request.length : 0;
+    if (small_bytes_ > kMaxSmallBytes || !room_for(payload + std::min(reply, kMaxRequestBytes))) {
+      stalled_ = true;
+      return;
+    }
+    if (payload > kSmallWrite) {
+      in_from_ += kRequestBytes;
+      begin_large_write(request, check(request));
+      continue;
+    }
+    if (in_to_ - in_from_ < kRequestBytes + payload) return;
+    const uint8_t* data = in_.get() + in_from_ + kRequestBytes;
+    in_from_ += kRequestBytes + payload;
+    handle(request, data);
+  }
+}
+
+// What the protocol wants for requests that cannot be served; 0 if it can.
+int Connection::check(const Request& request) const {
+  const Device& device = export_->device();
+  // FUA means something for writes only, but is valid everywhere once it was offered.
+  uint16_t flags = device.writable() ? kFlagFua : 0;
+  bool writes = false;
+  switch (request.type) {
+    case kRead:
+      if (negotiated_.structured) flags |= kFlagDf;
+      if (request.length > kMaxRequestBytes) return EINVAL;
+      break;
+    case kWrite:
+    case kTrim:
+      writes = true;
+      break;
+    case kWriteZeroes:
+      flags |= kFlagNoHole;
+      writes = true;
+      break;
+    case kBlockStatus:
+      flags |= kFlagReqOne;
+      if (!negotiated_.base_allocation) return EINVAL;
+      break;
+    case kFlush:
+      if (request.offset != 0 || request.length != 0) return EINVAL;
+      return (request.flags & ~flags) != 0 ? EINVAL : 0;
+    default:
+      return EINVAL;
+  }
+  if (writes && !device.writable()) return EPERM;
+  if ((request.flags & ~flags) != 0 || request.length == 0) return EINVAL;
+  if (request.offset > device.size() || request.length > device.size() - request.offset) {
+    return writes && request.type != kTrim ? ENOSPC : EINVAL;
+  }
+  return 0;
+}
+
+void Connection::handle(const Request& request, const uint8_t* payload) {
+  if (request.type == kDisconnect) {
+    closing_ = true;
+    return;
+  }
+  const int error = check(request);
+  if (error == 0) {
+    if (request.type == kRead && request.length <= kSmallRead && small_read(request)) return;
+    if (request.type == kWrite && small_write(request, payload)) return;
+  }
+  std::unique_ptr<uint8_t[]> copy;
+  if (error == 0 && request.type == kWrite) {
+    copy.reset(new uint8_t[request.length]);
+    std::memcpy(copy.get(), payload, request.length);
+  }
+  dispatch(request, error, std::move(copy));
+}
+
+bool Connection::small_read(const Request& request) {
+  const size_t head = negotiated_.structured ? kMaxReplyHead : kSimpleReplyBytes;
+  uint8_t* space = small_space(head + request.length);
+  bool zero = false;
+  const int error = export_->device().read(request.offset, request.length, space + head,
+                                           ReadMode::kNowait, &zero);
+  if (error != 0) return false;  // the slow path finds out what it is
+  small_commit(put_read_reply(space, request, negotiated_.structured, zero));
+  return true;
+}
+
+bool Connection::small_write(const Request& request, const uint8_t* data) {
+  if ((request.flags & kFlagFua) != 0) return false;
+  const int error =
+      export_->device().write(request.offset, request.length, data, ReadMode::kNowait);
+  if (error == EAGAIN) return false;
+  simple_reply(request, error);
+  return true;
+}
+
+JobPtr Connection::make_job(const Request& request, int error) {
+  auto job = std::make_shared<Job>();
+  job->connection = weak_from_this();
+  job->request = request;
+  job->structured = negotiated_.structured;
+  job->error = error;
+  // What it will hold at most: a write's payload, a read's reply.
+  if (request.type == kWrite) job->budget = request.length;
+  if (request.type == kRead && error == 0) job->budget = request.length;
+  job_bytes_ += job->budget;
+  jobs_.insert(job);
+  return job;
+}
+
+void Connection::dispatch(const Request& request, int error, std::unique_ptr<uint8_t[]> payload) {
+  JobPtr job = make_job(request, error);
+  job->payload = std::move(payload);
+  if (error == 0) {
+    export_->submit(std::move(job));
+    return;
+  }
+  if (request.type == kRead || request.type == kBlockStatus) {
+    reply_error(job.get(), error);
+  } else {
+    reply_simple(job.get(), error);
+  }
+  complete(std::move(job));
+}
+
+void Connection::begin_large_write(const Request& request, int error) {
+  std::unique_ptr<uint8_t[]> payload(new (std::nothrow) uint8_t[request.length]);
+  if (payload == nullptr) {
+    dead_ = true;
+    return;
+  }
+  large_ = make_job(request, error);
+  large_->payload = std::move(payload);
+  large_got_ = std::min<size_t>(in_to_ - in_from_, request.length);
+  std::memcpy(large_->payload.get(), in_.get() + in_from_, large_got_);
+  in_from_ += large_got_;
+  end_large_write();
+}
+
+void Connection::end_large_write() {
+  if (large_got_ < large_->request.length) return;
+  export_->submit(std::move(large_));
+  large_ = nullptr;
+}
+
+uint8_t* Connection::small_space(size_t bytes) {
+  if (out_.empty() || out_.back().capacity - out_.back().size < bytes ||
+      out_.back().capacity == 0) {
+    Out out;
+    out.data = spare_chunk_ != nullptr ? std::move(spare_chunk_)
+                                       : std::unique_ptr<uint8_t[]>(new uint8_t[kChunkBytes]);
+    out.capacity = kChunkBytes;
+    out_.push_back(std::move(out));
+  }
+  return out_.back().data.get() + out_.back().size;
+}
+
+void Connection::small_commit(size_t bytes) {
+  out_.back().size += bytes;
+  small_bytes_ += bytes;
+}
+
+void Connection::simple_reply(const Request& request, int error) {
+  put_simple_reply(small_space(kSimpleReplyBytes), request.cookie, wire_error(error));
+  small_commit(kSimpleReplyBytes);
+}
+
+bool Connection::receive() {
+  if (dead_ || closing_ || stalled_) return false;
+  ssize_t n = 0;
+  if (large_ != nullptr) {
+    const size_t left = large_->request.length - large_got_;
+    n = ::recv(socket_.get(), large_->payload.get() + large_got_, left, MSG_DONTWAIT);
+  } else {
+    if (in_from_ == in_to_) {
+      in_from_ = in_to_ = 0;
+    } else if (kInBytes - in_to_ < kSmallWrite + kRequestBytes) {
+      std::memmove(in_.get(), in_.get() + in_from_, in_to_ - in_from_);
+      in_to_ -= in_from_;
+      in_from_ = 0;
+    }
+    n = ::recv(socket_.get(), in_.get() + in_to_, kInBytes - in_to_, MSG_DONTWAIT);
+  }
+  if (n < 0) {
+    if (errno != EAGAIN && errno != EINTR) dead_ = true;
+    return dead_;
+  }
+  if (n == 0) {  // like a disconnect, unless it broke off inside a request
+    closing_ = true;
+    dead_ = large_ != nullptr || in_from_ != in_to_;
+    return true;
+  }
+  if (large_ == nullptr) {
+    in_to_ += static_cast<size_t>(n);
+    return true;
+  }
+  large_got_ += static_cast<size_t>(n);
+  end_large_write();
+  return true;
+}
+
+bool Connection::send_out() {
+  bool sent = false;
+  // Space that was taken for a reply which then went another way.
+  if (!out_.empty() && out_.back().size == 0) {
+    spare_chunk_ = std::move(out_.back().data);
+    out_.pop_back();
+  }
+  while (!out_.empty() && !dead_) {
+    iovec parts[16];
+    size_t count = 0;
+    for (auto& out : out_) {
+      if (count == std::size(parts)) break;
+      parts[count++] = {out.data.get() + out.at, out.size - out.at};
+    }
+    msghdr message = {};
+    message.msg_iov = parts;
+    message.msg_iovlen = count;
+    const ssize_t n = ::sendmsg(socket_.get(), &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (n < 0) {
+      if (errno == EINTR) continue;
+      if (errno != EAGAIN) dead_ = true;
+      return sent;
+    }
+    sent = true;
+    auto left = static_cast<size_t>(n);
+    while (!out_.empty()) {
+      Out& out = out_.front();
+      const size_t taken = std::min(left, out.size - out.at);
+      out.at += taken;
+      left -= taken;
+      if (out.capacity != 0) small_bytes_ -= taken;
+      if (out.at < out.size) break;
+      job_bytes_ -= out.budget;
+      if (out.capacity != 0) spare_chunk_ = std::move(out.data);
+      out_.pop_front();
+    }
+  }
+  return sent;
+}
+
+void Connection::wait() {
+  pollfd fds[2] = {{socket_.get(), 0, 0}, {event_.get(), POLLIN, 0}};
+  if (!closing_ && !stalled_) fds[0].events |= POLLIN;
+  if (!out_.empty()) fds[0].events |= POLLOUT;
+  if (::poll(fds, 2, -1) < 0) {
+    if (errno != EINTR) dead_ = true;
+    return;
+  }
+  if ((fds[1].revents & POLLIN) != 0) {
+    uint64_t count = 0;
+    if (::read(event_.get(), &count, sizeof count) < 0 && errno != EAGAIN) dead_ = true;
+  }
+  // Gone altogether: nobody is left to read an answer.
+  if ((fds[0].revents & (POLLERR | POLLHUP | POLLNVAL)) != 0 && (fds[0].revents & POLLIN) == 0) {
+    dead_ = true;
+  }
+}
+
+}  // namespace sf::nbd
