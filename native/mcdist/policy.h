@@ -43,10 +43,12 @@ struct PolicyConfig {
   TimeNs loss_interval = 100 * kMillisecond;
 
   // Lockstep: a first request for a page sent less than this ago is ignored, up to so many times.
-  TimeNs lockstep_window = 20 * kMillisecond;
+  // One that lost the answer asks again after its time-out, so a window too long costs only that.
+  TimeNs lockstep_window = 50 * kMillisecond;
   uint32_t lockstep_requests = 64;
-  // A retry that crosses with the answer on its way is ignored too.
-  TimeNs retry_window = 2 * kMillisecond;
+  // A retry that crosses with the answer is ignored too. Just below the clients' shortest time-out: a
+  // page sent later than that before its retry was sent late, and is most likely still on its way.
+  TimeNs retry_window = 9 * kMillisecond;
 
   uint32_t queue_pages = 65536;  // each of urgent and prefetch
   uint32_t peer_pages = 2048;    // likewise, of one peer

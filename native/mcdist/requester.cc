@@ -7,10 +7,12 @@ namespace {
 
 // Pages of prefetch ranges looked at in one call: it is made under a lock that faults need.
 constexpr size_t kMaxLook = 16384;
+constexpr unsigned kMaxBackoff = 8;
 
 }  // namespace
 
 void Requester::Rtt::sample(TimeNs rtt) {
+  backoff = 1;
   if (!known) {
     known = true;
     smoothed = rtt;
@@ -24,11 +26,13 @@ void Requester::Rtt::sample(TimeNs rtt) {
 
 TimeNs Requester::timeout(Urgency urgency) const {
   const Rtt* rtt = &rtt_[static_cast<size_t>(urgency)];
+  const unsigned backoff = rtt->backoff;
   if (!rtt->known) rtt = &rtt_[0];
   if (!rtt->known) return config_.rto_initial;
   const TimeNs least =
       urgency == Urgency::kFault ? config_.rto_min : config_.rto_min_prefetch;
-  return std::clamp(rtt->smoothed + 4 * rtt->variation, least, config_.rto_max);
+  const TimeNs base = std::max(rtt->smoothed + 4 * rtt->variation, least);
+  return std::min(base * backoff, config_.rto_max);
 }
 
 void Requester::round_trip(TimeNs rtt) {
@@ -198,6 +202,11 @@ void Requester::collect_timeouts(TimeNs now, size_t max_runs, std::vector<Run>* 
     if (lost) {
       if (state.tries < 255) state.tries++;
       retries_++;
+      Rtt& rtt = rtt_[static_cast<size_t>(state.urgency)];
+      if (rtt.backoff < kMaxBackoff && now - rtt.backed_off_at > config_.rto_min) {
+        rtt.backoff *= 2;
+        rtt.backed_off_at = now;
+      }
       if (state.urgency == Urgency::kPrefetch) outcome(true);
     }
     ask(page, &state, now, true, out);

@@ -109,6 +109,10 @@ class Requester {
     bool known = false;
     TimeNs smoothed = 0;
     TimeNs variation = 0;
+    // Doubled by a time-out, back to 1 by a sample (RFC 6298): when all answers are late, those to
+    // questions not yet asked will be too.
+    unsigned backoff = 1;
+    TimeNs backed_off_at = 0;
     void sample(TimeNs rtt);
   };
   void set_due(PageIndex page, Page* state, TimeNs due);

@@ -97,7 +97,7 @@ const operations = {
   stats: ({ name, generation }) => objects.get(name).stats(generation),
   close: ({ name }) => objects.get(name).close(),
   send: ({ port, address, hex }) => send(port, address, Buffer.from(hex, 'hex')),
-  /** Datagrams that come to an address while `count` are awaited; at most `ms`. */
+  /** Keeps what comes to a group, or to an address; resolves with the port once it listens. */
   sniff({ group, port, interfaceAddress, name }) {
     const socket = createSocket({ type: 'udp4', reuseAddr: true });
     const packets = [];
@@ -111,6 +111,43 @@ const operations = {
     });
   },
   packets: ({ name }) => objects.get(name).packets,
+  /** Passes a client's packets on to a server and the answers back, and keeps the former. */
+  relay({ name, interfaceAddress, server }) {
+    const front = createSocket('udp4');
+    const back = createSocket('udp4');
+    const packets = [];
+    let client;
+    objects.set(name, { packets });
+    front.on('message', (message, from) => {
+      client = from;
+      packets.push(message.toString('hex'));
+      back.send(message, server.port, server.address);
+    });
+    back.on('message', (message) => front.send(message, client.port, client.address));
+    return new Promise((resolve) => {
+      front.bind(0, interfaceAddress, () => resolve(front.address().port));
+    });
+  },
+  /** Sends a datagram and resolves with the first that comes back. */
+  ask({ port, address, hex, ms }) {
+    return new Promise((resolve) => {
+      const socket = createSocket('udp4');
+      const end = (reply) => {
+        clearTimeout(timer);
+        socket.close();
+        resolve(reply);
+      };
+      const timer = setTimeout(() => end(null), ms);
+      socket.on('message', (message) => end(message.toString('hex')));
+      socket.send(Buffer.from(hex, 'hex'), port, address);
+    });
+  },
+  /** Resolves once a counter of an object's stats has reached `least`. */
+  async reached({ name, counter, least }) {
+    while (objects.get(name).stats()[counter] < least) {
+      await new Promise((resolve) => setTimeout(resolve, 2));
+    }
+  },
 };
 
 process.on('message', async ({ id, op, args }) => {

@@ -135,6 +135,12 @@ export class Net {
     return host;
   }
 
+  /** Removes the source's replica, so that another generation may take its place. */
+  async forgetSource(): Promise<void> {
+    const path = join(await this.folder, 'source');
+    await Promise.all([rm(path, { force: true }), rm(`${path}.map`, { force: true })]);
+  }
+
   /** Drops that share of all packets that come to a host. */
   async lose(host: Host, percent: number): Promise<void> {
     const nft = (...words: string[]) =>
