@@ -143,7 +143,8 @@ Status OpenDhcpSocket(const std::string& name, Fd* out) {
 
   sockaddr_ll address = {};
   address.sll_family = AF_PACKET;
-  address.sll_protocol = htons(ETH_P_IP);
+  // The filter below asks for IPv4; a socket bound to one protocol only would come after tc.
+  address.sll_protocol = htons(ETH_P_ALL);
   address.sll_ifindex = static_cast<int>(if_nametoindex(name.c_str()));
   if (address.sll_ifindex == 0) return Status::Error("E_NOT_FOUND", "no interface " + name);
   // Protocol 0 receives nothing until bind(): not a frame arrives before the filter is in place.
