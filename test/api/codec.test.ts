@@ -37,28 +37,47 @@ describe('guest protocol codec', () => {
   });
 
   it('gives back any line, however the stream is cut', () => {
-    const line = fc.record({ words: fc.array(word, { minLength: 1, maxLength: 3 }), args: fc.dictionary(key, text) });
+    const line = fc.record({
+      words: fc.array(word, { minLength: 1, maxLength: 3 }),
+      args: fc.dictionary(key, text),
+    });
     check(
-      fc.property(fc.array(line, { maxLength: 8 }), fc.array(fc.double({ min: 0, max: 1, noNaN: true })), (lines, cuts) => {
-        const stream = Buffer.from(lines.map(({ words, args }) => encodeLine(words, args)).join(''));
-        const decoder = new LineDecoder();
-        const out = cut(stream, cuts).flatMap((part) => [...decoder.feed(part)].map(decodeLine));
-        expect(out.map((got) => ({ ...got, args: { ...got?.args } }))).toEqual(
-          lines.map(({ words: [verb, id = '', what = ''], args }) => ({ verb, id, what, args: { ...args } })),
-        );
-      }),
+      fc.property(
+        fc.array(line, { maxLength: 8 }),
+        fc.array(fc.double({ min: 0, max: 1, noNaN: true })),
+        (lines, cuts) => {
+          const stream = Buffer.from(
+            lines.map(({ words, args }) => encodeLine(words, args)).join(''),
+          );
+          const decoder = new LineDecoder();
+          const out = cut(stream, cuts).flatMap((part) => [...decoder.feed(part)].map(decodeLine));
+          expect(out.map((got) => ({ ...got, args: { ...got?.args } }))).toEqual(
+            lines.map(({ words: [verb, id = '', what = ''], args }) => ({
+              verb,
+              id,
+              what,
+              args: { ...args },
+            })),
+          );
+        },
+      ),
     );
   });
 
   it('discards the half line before a cancel mark, and nothing behind it', () => {
     check(
-      fc.property(word, fc.dictionary(key, text), fc.double({ min: 0, max: 0.99, noNaN: true }), (verb, args, part) => {
-        const whole = encodeLine([verb], args);
-        const half = whole.slice(0, Math.floor(part * whole.length));
-        const decoder = new LineDecoder();
-        const lines = [...decoder.feed(Buffer.from(half + CANCEL + whole))];
-        expect(lines).toEqual([whole.trimEnd()]);
-      }),
+      fc.property(
+        word,
+        fc.dictionary(key, text),
+        fc.double({ min: 0, max: 0.99, noNaN: true }),
+        (verb, args, part) => {
+          const whole = encodeLine([verb], args);
+          const half = whole.slice(0, Math.floor(part * whole.length));
+          const decoder = new LineDecoder();
+          const lines = [...decoder.feed(Buffer.from(half + CANCEL + whole))];
+          expect(lines).toEqual([whole.trimEnd()]);
+        },
+      ),
     );
   });
 
