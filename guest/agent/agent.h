@@ -32,6 +32,7 @@ struct options {
   const char *port;          // device, `unix:PATH` (tests), or NULL: found by name in /sys
   const char *socket;        // local clients connect here
   const char *interface;     // the guest's network interface
+  const char *console;       // where the output of detached sessions goes
   const char *identity_log;  // tests: identity steps are written here and not carried out
 };
 extern struct options options;

@@ -46,7 +46,7 @@ bool calls_listen(void) {
   struct timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
   last_id = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-  return listen(listener, 16) == 0 && watch(listener, SRC_LISTEN, 0);
+  return listen(listener, 64) == 0 && watch(listener, SRC_LISTEN, 0);
 }
 
 void calls_accept(void) {

@@ -304,7 +304,8 @@ static bool pump_output(struct session *s, int stream) {
     } else if (got <= 0) {  // end, or EIO from a terminal without users
       close_fd(&s->out[stream]);
     } else if (s->detached) {
-      if (console < 0) console = open("/dev/console", O_WRONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+      if (console < 0)
+        console = open(options.console, O_WRONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
       if (console >= 0 && write(console, chunk, (size_t)got) < 0) errno = 0;
     } else {
       char *end = at + want * 4 / 3 + 64;

@@ -98,7 +98,7 @@ char *put_escaped(char *at, char *end, const char *text) {
   static const char hex[] = "0123456789ABCDEF";
   for (; at && *text; text++) {
     unsigned char c = (unsigned char)*text;
-    bool plain = c > ' ' && c < 0x7f && c != '%' && c != '=';
+    bool plain = c > ' ' && c < 0x7f && c != '%';
     if (end - at < (plain ? 1 : 3)) return NULL;
     if (plain) {
       *at++ = (char)c;

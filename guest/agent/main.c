@@ -11,7 +11,8 @@
 
 #include "agent.h"
 
-struct options options = {.socket = "/run/snowflock.sock", .interface = "eth0"};
+struct options options = {
+    .socket = "/run/snowflock.sock", .interface = "eth0", .console = "/dev/console"};
 char epoch[65];
 
 static int events = -1;
@@ -78,7 +79,7 @@ void handle_line(char *text) {
 static int usage(int status) {
   dprintf(status ? 2 : 1,
           "usage: sf-agent [--port DEVICE|unix:PATH] [--socket PATH] [--interface NAME]\n"
-          "                [--identity-log FILE]\n"
+          "                [--console DEVICE] [--identity-log FILE]\n"
           "The guest's end of the SnowFlock guest channel; started by init.\n"
           "--identity-log writes the identity to FILE instead of taking it on (for tests).\n");
   return status;
@@ -89,6 +90,7 @@ static bool parse_options(int argc, char **argv) {
     const char **to = !strcmp(argv[i], "--port")           ? &options.port
                       : !strcmp(argv[i], "--socket")       ? &options.socket
                       : !strcmp(argv[i], "--interface")    ? &options.interface
+                      : !strcmp(argv[i], "--console")      ? &options.console
                       : !strcmp(argv[i], "--identity-log") ? &options.identity_log
                                                            : NULL;
     if (!to || ++i == argc) return false;
@@ -128,7 +130,7 @@ int main(int argc, char **argv) {
   if (argc == 2 && !strcmp(argv[1], "--help")) return usage(0);
   if (!parse_options(argc, argv)) return usage(2);
   // Locked as touched: never swapped out, and nothing is made present that is not used.
-  if (mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT) && !options.identity_log)
+  if (!options.identity_log && mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT))
     return fail("mlockall");
   int score = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
   if (!options.identity_log && score >= 0 && write(score, "-1000", 5) < 0) errno = 0;

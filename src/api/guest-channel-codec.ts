@@ -17,15 +17,15 @@ export interface GuestLine {
   args: Record<string, string>;
 }
 
-const PLAIN = /^[!-$&-<>-~]*$/;
+const PLAIN = /^[!-$&-~]*$/;
 
-/** Percent-encodes everything but printable ASCII without `%` and `=`. No NUL: E_ARGUMENT. */
+/** Percent-encodes everything but printable ASCII without `%`. No NUL: E_ARGUMENT. */
 export function encodeValue(text: string): string {
   if (PLAIN.test(text)) return text;
   let out = '';
   for (const byte of Buffer.from(text, 'utf8')) {
     if (byte === 0) throw new SnowflockError('E_ARGUMENT', 'a guest protocol value holds a NUL');
-    const plain = byte > 0x20 && byte < 0x7f && byte !== 0x25 && byte !== 0x3d;
+    const plain = byte > 0x20 && byte < 0x7f && byte !== 0x25;
     out += plain
       ? String.fromCharCode(byte)
       : `%${byte.toString(16).toUpperCase().padStart(2, '0')}`;
