@@ -20,7 +20,7 @@ const program = new Command('snowflock')
   .option(
     '--socket <path>',
     "the local daemon's socket",
-    process.env.SNOWFLOCK_SOCKET ?? '/run/snowflock/sfld.sock',
+    process.env.SNOWFLOCK_SOCKET || '/run/snowflock/sfld.sock',
   )
   .option('--json', 'data and errors as JSON')
   .configureHelp({ showGlobalOptions: true })
