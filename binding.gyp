@@ -32,5 +32,16 @@
         "action": ["node", "scripts/bpf-build.mjs", "<(PRODUCT_DIR)/netback.bpf.o"],
       }],
     },
+    {
+      # Preloaded into QEMU: plain C, nothing but libc, nothing exported but what it interposes.
+      "target_name": "memtap-agent",
+      "type": "loadable_module",
+      "product_prefix": "",
+      "product_extension": "so",
+      "sources": ["native/agent/agent.c"],
+      "cflags": ["-std=gnu17", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-fPIC", "-pthread",
+                 "-fvisibility=hidden"],
+      "ldflags": ["-Wl,-z,now", "-Wl,-z,relro"],
+    },
   ],
 }
