@@ -1,5 +1,5 @@
-// A process that opens a disk and serves it until it is killed: DIRECTORY SOCKET [GENERATION...].
-// Prints one JSON line when it serves; on each line of input forks as the generation it names.
+// A process that opens a disk and serves it until it is killed: DIRECTORY SOCKET.
+// Prints one JSON line when it serves; on each line of input forks as the generation it names; at its end closes the disk.
 import { createInterface } from 'node:readline';
 import { Disk } from '../../src/cow-disk/disk.js';
 
@@ -11,3 +11,4 @@ console.log(JSON.stringify({ pid: process.pid, generations: disk.info().generati
 for await (const line of createInterface({ input: process.stdin })) {
   console.log(JSON.stringify(await disk.fork(line.trim())));
 }
+await disk.close();

@@ -1,0 +1,218 @@
+import { execFile, spawn } from 'node:child_process';
+import { createHash, randomBytes } from 'node:crypto';
+import { mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { createInterface } from 'node:readline';
+import { fileURLToPath } from 'node:url';
+import { promisify } from 'node:util';
+import { afterEach, expect } from 'vitest';
+import { asSnowflockError } from '../../src/common/errors.js';
+import { loadAddon } from '../../src/common/native.js';
+import { Disk, type ReplicaHandle } from '../../src/cow-disk/disk.js';
+import { addon } from '../../src/cow-disk/native.js';
+import { NbdClient } from './nbd-client.js';
+
+export const PAGE = 4096;
+export const execute = promisify(execFile);
+
+const cleanups: (() => Promise<unknown> | unknown)[] = [];
+
+/** Runs at the end of the test, last registered first, also when it failed. */
+export function cleanup(work: () => Promise<unknown> | unknown): void {
+  cleanups.push(work);
+}
+
+afterEach(async () => {
+  const errors: unknown[] = [];
+  while (cleanups.length > 0) {
+    try {
+      await cleanups.pop()?.();
+    } catch (error) {
+      errors.push(error);
+    }
+  }
+  if (errors.length > 0) throw errors[0];
+});
+
+export async function temporary(): Promise<string> {
+  const folder = await mkdtemp(join(tmpdir(), 'sf-disk-'));
+  cleanup(() => rm(folder, { recursive: true, force: true }));
+  return folder;
+}
+
+export function newGeneration(): string {
+  return randomBytes(16).toString('hex');
+}
+
+export async function openDisk(
+  directory: string,
+  options: { replica?: ReplicaHandle } = {},
+): Promise<Disk> {
+  const disk = await Disk.open(directory, options);
+  cleanup(() => disk.close().catch(() => undefined));
+  return disk;
+}
+
+/** A new disk, open and served, with a client connected. */
+export async function newDisk(
+  sizeBytes: number,
+  options: { base?: Parameters<typeof Disk.create>[1]['base']; replica?: ReplicaHandle } = {},
+): Promise<{ folder: string; directory: string; socketPath: string; disk: Disk }> {
+  const folder = await temporary();
+  const directory = join(folder, 'disk');
+  const base = options.base === undefined ? {} : { base: options.base };
+  await Disk.create(directory, { sizeBytes, ...base });
+  const disk = await openDisk(
+    directory,
+    options.replica === undefined ? {} : { replica: options.replica },
+  );
+  const socketPath = join(folder, 'nbd');
+  await disk.serve({ socketPath, exportName: 'disk' });
+  return { folder, directory, socketPath, disk };
+}
+
+export async function connectTo(socketPath: string): Promise<NbdClient> {
+  const client = await NbdClient.connect(socketPath);
+  cleanup(() => client.close());
+  return client;
+}
+
+export function uri(socketPath: string, name = 'disk'): string {
+  return `nbd+unix:///${name}?socket=${socketPath}`;
+}
+
+/** The code of the error that `work` ends with. */
+export async function codeOf(work: Promise<unknown>): Promise<string> {
+  try {
+    await work;
+  } catch (error) {
+    return asSnowflockError(error).code;
+  }
+  expect.unreachable('no error');
+}
+
+/** All pages of a provider; fails on absent ones. */
+export function contents(provider: unknown, pages: number): Buffer {
+  const out = Buffer.alloc(pages * PAGE);
+  for (let page = 0; page < pages; page++) {
+    const data = addon().readPage(provider, page);
+    if (data === null) throw new Error(`page ${page} is absent`);
+    data.copy(out, page * PAGE);
+  }
+  return out;
+}
+
+export function hash(data: Buffer): string {
+  return createHash('sha256').update(data).digest('hex');
+}
+
+export interface TestReplica {
+  handle: unknown;
+  provider: unknown;
+  fill(page: number, data: Buffer): void;
+  fillZero(page: number, count: number): void;
+  fail(code: string, message: string): void;
+  stats(): { pages: number; present: number; zero: number; waiting: number };
+  close(): void;
+}
+
+export function newReplica(path: string, generation: string, pages: number): TestReplica {
+  const { Replica } = loadAddon<{
+    Replica: new (path: string, generation: string, pages: number, medium: string) => TestReplica;
+  }>('dataplane');
+  const replica = new Replica(path, generation, pages, 'disk');
+  cleanup(() => replica.close());
+  return replica;
+}
+
+/** Waits, without a fixed time, until `ready` says so. The test's own time-out bounds it. */
+export async function until(ready: () => boolean): Promise<void> {
+  while (!ready()) await new Promise((resolve) => setTimeout(resolve, 1));
+}
+
+/** A process of its own that serves a disk; ends with the test. */
+export async function serveInChild(
+  directory: string,
+  socketPath: string,
+  wrapper: string[] = [],
+): Promise<{
+  generations: string[];
+  fork(generation: string): Promise<{ durationUs: number }>;
+  forkWithoutWaiting(generation: string): void;
+  kill(): Promise<void>;
+  end(): Promise<void>;
+}> {
+  const here = fileURLToPath(new URL('.', import.meta.url));
+  const command = [
+    ...wrapper,
+    process.execPath,
+    '--import',
+    join(here, 'ts-loader.mjs'),
+    join(here, 'serve-child.ts'),
+    directory,
+    socketPath,
+  ];
+  const child = spawn(command[0] ?? '', command.slice(1), { stdio: ['pipe', 'pipe', 'pipe'] });
+  let errors = '';
+  child.stderr.on('data', (chunk: Buffer) => {
+    errors += chunk.toString();
+  });
+  child.stdin.on('error', () => undefined); // it was killed
+  const exited = new Promise<void>((resolve) => child.once('exit', () => resolve()));
+  const lines = createInterface({ input: child.stdout })[Symbol.asyncIterator]();
+  const next = async () => {
+    const line = await lines.next();
+    if (line.done === true) throw new Error(`the serving process ended: ${errors}`);
+    return JSON.parse(line.value) as { pid: number; generations: string[]; durationUs: number };
+  };
+  let pid = 0;
+  const kill = async () => {
+    // Its own pid, which is not the wrapper's; already gone is fine.
+    if (child.exitCode === null && child.signalCode === null) {
+      try {
+        process.kill(pid === 0 ? (child.pid ?? 0) : pid, 'SIGKILL');
+      } catch (error) {
+        if ((error as NodeJS.ErrnoException).code !== 'ESRCH') throw error;
+      }
+    }
+    await exited;
+  };
+  cleanup(kill);
+  const ready = await next();
+  pid = ready.pid;
+  return {
+    generations: ready.generations,
+    fork: async (generation) => {
+      child.stdin.write(`${generation}\n`);
+      return next();
+    },
+    forkWithoutWaiting: (generation) => {
+      child.stdin.write(`${generation}\n`);
+    },
+    kill,
+    end: async () => {
+      child.stdin.end();
+      await exited;
+    },
+  };
+}
+
+/** Numbers in [0, 1) from a 32-bit seed (mulberry32). */
+export function random(seed: number): () => number {
+  let state = seed >>> 0;
+  return () => {
+    state = (state + 0x6d2b79f5) >>> 0;
+    let t = state;
+    t = Math.imul(t ^ (t >>> 15), t | 1);
+    t ^= t + Math.imul(t ^ (t >>> 7), t | 61);
+    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
+  };
+}
+
+/** A fresh seed, or SEED; printed so that a failure can be repeated. */
+export function newSeed(name: string): number {
+  const seed = Number(process.env['SEED'] ?? randomBytes(4).readUInt32BE(0));
+  console.log(`${name}: SEED=${seed}`);
+  return seed;
+}
