@@ -31,7 +31,8 @@ class Measurement final : public Napi::AsyncWorker {
 
  private:
   Measurement(Napi::Env env, Body body)
-      : Napi::AsyncWorker(env), deferred_(Napi::Promise::Deferred::New(env)),
+      : Napi::AsyncWorker(env),
+        deferred_(Napi::Promise::Deferred::New(env)),
         body_(std::move(body)) {}
   void Execute() override { status_ = body_(&microseconds_); }
   void OnOK() override {
@@ -146,8 +147,8 @@ Napi::Value MeasureServer(const Napi::CallbackInfo& info) {
 Napi::Value MeasureRoundTrips(const Napi::CallbackInfo& info) {
   const bool tcp = info[0].ToString().Utf8Value() == "tcp";
   sockaddr_in to;
-  throw_if(info.Env(), parse_address(info[1].ToString(),
-                                     static_cast<int64_t>(whole_of(info[2], "port")), &to));
+  throw_if(info.Env(),
+           parse_address(info[1].ToString(), static_cast<int64_t>(whole_of(info[2], "port")), &to));
   const uint64_t rounds = whole_of(info[3], "count");
   return Measurement::Run(info.Env(), [tcp, to, rounds](std::vector<double>* out) {
     Fd fd(::socket(AF_INET, (tcp ? SOCK_STREAM : SOCK_DGRAM) | SOCK_CLOEXEC, 0));

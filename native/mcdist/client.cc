@@ -45,8 +45,8 @@ Status Client::Open(const Options& options, std::shared_ptr<Replica> replica,
                     std::shared_ptr<Client>* out) {
   if (::sodium_init() < 0) return Status::Error("E_INTERNAL", "libsodium does not initialize");
   if (options.mtu_bytes < kMinMtuBytes || options.mtu_bytes > kMaxMtuBytes) {
-    return Status::Error("E_ARGUMENT", "MTU " + std::to_string(options.mtu_bytes) +
-                                           " is not between 1280 and 9216");
+    return Status::Error(
+        "E_ARGUMENT", "MTU " + std::to_string(options.mtu_bytes) + " is not between 1280 and 9216");
   }
   BootId boot;
   ::randombytes_buf(boot.data(), boot.size());
@@ -168,8 +168,8 @@ void Client::send_request(const std::vector<Run>& runs, TimeNs now) {
   const double quiet = static_cast<double>(now - rate_at_) / static_cast<double>(kRateMemory);
   Request request;
   request.cookie = cookie_;
-  request.receive_kbps = static_cast<uint32_t>(
-      std::min(receive_rate_ * std::exp(-std::max(quiet, 0.0)) / 1000, 4e9));
+  request.receive_kbps =
+      static_cast<uint32_t>(std::min(receive_rate_ * std::exp(-std::max(quiet, 0.0)) / 1000, 4e9));
   request.runs = runs;
   encode_request(request, &body_);
   Header header;
@@ -283,8 +283,7 @@ void Client::heard(const Header& header, TimeNs now) {
 
 void Client::handle_page(const Header& header, const uint8_t* data, size_t size, TimeNs now) {
   if (header.page >= replica_->pages()) return count(counters_.bad_packets);
-  const bool known =
-      replica_->state(header.page) != PageState::kAbsent || reassembly_.has(header);
+  const bool known = replica_->state(header.page) != PageState::kAbsent || reassembly_.has(header);
   if (known && now - last_word_ < kWordFresh) return count(counters_.duplicates);
   if (!unseal(options_.key, data, size, clear_)) return count(counters_.auth_failures);
   heard(header, now);
@@ -337,9 +336,9 @@ void Client::handle_negative(const std::vector<Run>& runs, TimeNs now) {
       count(counters_.negative_answers);
       if (refusal == Requester::Refusal::kAgain) continue;
       count(counters_.pages_failed);
-      replica_->fail_page(page, run.error ? with_page("E_IO", page, "the source cannot read it")
-                                          : with_page("E_SOURCE_LOST", page,
-                                                      "the source does not hold it"));
+      replica_->fail_page(
+          page, run.error ? with_page("E_IO", page, "the source cannot read it")
+                          : with_page("E_SOURCE_LOST", page, "the source does not hold it"));
     }
   }
 }
@@ -366,10 +365,9 @@ void Client::handle_welcome(const Header& header, const Welcome& welcome, TimeNs
   server_counter_ = header.counter;
   last_word_ = now;
   if (wrong_size) {
-    lose(Status::Error("E_REPLICA_MISMATCH", "the source's generation has " +
-                                                 std::to_string(welcome.pages) +
-                                                 " pages, the replica " +
-                                                 std::to_string(replica_->pages())));
+    lose(Status::Error("E_REPLICA_MISMATCH",
+                       "the source's generation has " + std::to_string(welcome.pages) +
+                           " pages, the replica " + std::to_string(replica_->pages())));
   }
 }
 
@@ -410,9 +408,9 @@ void Client::watch_source(TimeNs now) {
     if (stuck) requester_.forget(page);
   }
   if (silent) {
-    lose(Status::Error("E_SOURCE_LOST",
-                       "no word from the source for " +
-                           std::to_string(options_.source_timeout / kMillisecond) + " ms"));
+    lose(Status::Error("E_SOURCE_LOST", "no word from the source for " +
+                                            std::to_string(options_.source_timeout / kMillisecond) +
+                                            " ms"));
   } else if (stuck) {
     count(counters_.pages_failed);
     replica_->fail_page(page, with_page("E_SOURCE_LOST", page, "never answered by the source"));

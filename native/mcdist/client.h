@@ -4,10 +4,12 @@
 // States:  greeting (no cookie yet) -> welcomed -> greeting (the server restarted, set_server)
 //          any -> lost (no authentic word from the server in time) -> greeting (set_server)
 // Invariants:
-//  - Only bytes that opened with the generation's key, under this generation's id, reach the replica.
+//  - Only bytes that opened with the generation's key, under this generation's id, reach the
+//  replica.
 //  - A page under way is asked of the network once per time-out, however many wait for it.
 //  - Every wait ends: with the page, or with fail_page() or fail() of the replica.
-//  - "The server lives" is believed only of packets that cannot be replays: a welcome that answers a
+//  - "The server lives" is believed only of packets that cannot be replays: a welcome that answers
+//  a
 //    question of ours, or a higher counter under the boot id of that welcome.
 // Threads: want() runs on the faulting side's thread and sends its request itself when it can, so
 // that a fault wakes one thread here: the client's own, by the answer. Lock order: lost_mutex_, the

@@ -14,11 +14,11 @@ class Arrivals : public std::enable_shared_from_this<Arrivals> {
     static thread_local std::shared_ptr<Arrivals> arrivals;
     if (arrivals == nullptr || arrivals->gone_) {
       arrivals = std::make_shared<Arrivals>();
-      arrivals->function_ = Napi::ThreadSafeFunction::New(
-          env, Napi::Function(), "mcdist fetch", 0, 1, [self = arrivals](Napi::Env) {
-            std::lock_guard lock(self->mutex_);
-            self->gone_ = true;
-          });
+      arrivals->function_ = Napi::ThreadSafeFunction::New(env, Napi::Function(), "mcdist fetch", 0,
+                                                          1, [self = arrivals](Napi::Env) {
+                                                            std::lock_guard lock(self->mutex_);
+                                                            self->gone_ = true;
+                                                          });
       arrivals->function_.Unref(env);
     }
     return arrivals;
@@ -97,9 +97,9 @@ class ClientJs : public Napi::ObjectWrap<ClientJs> {
     auto replica = unwrap_replica(given.Get("replica"));
     GenerationId held;
     if (!parse_generation(replica->generation(), &held) || held != options.generation) {
-      throw js_error(info.Env(), Status::Error("E_REPLICA_MISMATCH",
-                                               "the replica is of generation " +
-                                                   replica->generation()));
+      throw js_error(info.Env(),
+                     Status::Error("E_REPLICA_MISMATCH",
+                                   "the replica is of generation " + replica->generation()));
     }
     throw_if(info.Env(), Client::Open(options, std::move(replica), &client_));
   }

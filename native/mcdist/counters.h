@@ -13,45 +13,45 @@ inline void count(Counter& counter, uint64_t by = 1) {
 }
 
 // name, for tables of counters and their JavaScript properties
-#define SF_MCDIST_SERVER_COUNTERS(X)                                                             \
-  X(requests)          /* request packets accepted */                                            \
-  X(pages_requested)   /* pages in them */                                                       \
-  X(pages_served)      /* pages sent as bytes, whole or in part */                               \
-  X(zero_pages_served) /* pages told to be zero */                                               \
-  X(negative_answers)  /* pages refused: not held, or unreadable */                              \
-  X(payload_bytes)     /* page bytes sent */                                                     \
-  X(wire_bytes)        /* all bytes sent, with UDP and IP headers */                             \
-  X(packets_sent)                                                                                \
-  X(merged)            /* pages asked that were queued already */                                \
-  X(lockstep_ignored)  /* pages asked that were sent a moment ago */                             \
-  X(retries)           /* pages asked again after a client's time-out */                         \
-  X(queue_dropped)     /* pages not taken: the queue, or the peer's share of it, is full */      \
-  X(welcomes)                                                                                    \
-  X(replays)           /* authentic packets seen before */                                       \
-  X(auth_failures)     /* packets that did not open with the generation's key */                 \
-  X(bad_packets)       /* packets malformed, or of a kind not sent to a server */                \
+#define SF_MCDIST_SERVER_COUNTERS(X)                                                       \
+  X(requests)          /* request packets accepted */                                      \
+  X(pages_requested)   /* pages in them */                                                 \
+  X(pages_served)      /* pages sent as bytes, whole or in part */                         \
+  X(zero_pages_served) /* pages told to be zero */                                         \
+  X(negative_answers)  /* pages refused: not held, or unreadable */                        \
+  X(payload_bytes)     /* page bytes sent */                                               \
+  X(wire_bytes)        /* all bytes sent, with UDP and IP headers */                       \
+  X(packets_sent)                                                                          \
+  X(merged)           /* pages asked that were queued already */                           \
+  X(lockstep_ignored) /* pages asked that were sent a moment ago */                        \
+  X(retries)          /* pages asked again after a client's time-out */                    \
+  X(queue_dropped)    /* pages not taken: the queue, or the peer's share of it, is full */ \
+  X(welcomes)                                                                              \
+  X(replays)       /* authentic packets seen before */                                     \
+  X(auth_failures) /* packets that did not open with the generation's key */               \
+  X(bad_packets)   /* packets malformed, or of a kind not sent to a server */              \
   X(send_errors)
 
-#define SF_MCDIST_CLIENT_COUNTERS(X)                                                             \
-  X(requests)          /* request packets sent */                                                \
-  X(pages_requested)   /* pages in them, retries included */                                     \
-  X(urgent_requested)  /* of those, because somebody waits */                                    \
-  X(retries)           /* pages asked again after a time-out */                                  \
-  X(pages_filled)      /* pages that came and were new here */                                   \
-  X(pages_overheard)   /* of those, not asked for from here */                                   \
-  X(zero_pages_filled)                                                                           \
-  X(payload_bytes)     /* page bytes filled */                                                   \
-  X(wire_bytes_sent)                                                                             \
-  X(wire_bytes_received)                                                                         \
-  X(duplicates)        /* fragments of pages, or zero pages, that were here already */           \
-  X(negative_answers)  /* pages refused that were wanted here */                                 \
-  X(pages_failed)                                                                                \
-  X(prefetch_dropped)  /* prefetches not taken: too many ranges */                               \
-  X(welcomes)                                                                                    \
-  X(auth_failures)                                                                               \
-  X(wrong_generation)                                                                            \
-  X(bad_packets)                                                                                 \
-  X(fill_errors)       /* pages that came and could not be stored */                             \
+#define SF_MCDIST_CLIENT_COUNTERS(X)                                                  \
+  X(requests)         /* request packets sent */                                      \
+  X(pages_requested)  /* pages in them, retries included */                           \
+  X(urgent_requested) /* of those, because somebody waits */                          \
+  X(retries)          /* pages asked again after a time-out */                        \
+  X(pages_filled)     /* pages that came and were new here */                         \
+  X(pages_overheard)  /* of those, not asked for from here */                         \
+  X(zero_pages_filled)                                                                \
+  X(payload_bytes) /* page bytes filled */                                            \
+  X(wire_bytes_sent)                                                                  \
+  X(wire_bytes_received)                                                              \
+  X(duplicates)       /* fragments of pages, or zero pages, that were here already */ \
+  X(negative_answers) /* pages refused that were wanted here */                       \
+  X(pages_failed)                                                                     \
+  X(prefetch_dropped) /* prefetches not taken: too many ranges */                     \
+  X(welcomes)                                                                         \
+  X(auth_failures)                                                                    \
+  X(wrong_generation)                                                                 \
+  X(bad_packets)                                                                      \
+  X(fill_errors) /* pages that came and could not be stored */                        \
   X(send_errors)
 
 #define SF_DECLARE_COUNTER(name) Counter name{0};

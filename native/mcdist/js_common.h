@@ -79,9 +79,8 @@ inline sockaddr_in address_of(const Napi::Object& object, const char* address, c
 
 inline sockaddr_in group_of(const Napi::Object& object) {
   sockaddr_in out;
-  throw_if(object.Env(),
-           parse_group(string_of(object, "group"),
-                       static_cast<int64_t>(whole_of(object, "groupPort", 0)), &out));
+  throw_if(object.Env(), parse_group(string_of(object, "group"),
+                                     static_cast<int64_t>(whole_of(object, "groupPort", 0)), &out));
   return out;
 }
 
@@ -121,7 +120,8 @@ class Background final : public Napi::AsyncWorker {
 
  private:
   Background(Napi::Env env, std::function<void()> work)
-      : Napi::AsyncWorker(env), deferred_(Napi::Promise::Deferred::New(env)),
+      : Napi::AsyncWorker(env),
+        deferred_(Napi::Promise::Deferred::New(env)),
         work_(std::move(work)) {}
   void Execute() override { work_(); }
   void OnOK() override { deferred_.Resolve(Env().Undefined()); }

@@ -1,5 +1,5 @@
-// The members a server has heard of, and what makes their requests fresh: a packet counts only if it
-// carries the cookie this server gave its sender and a counter not seen from it. So a recorded
+// The members a server has heard of, and what makes their requests fresh: a packet counts only if
+// it carries the cookie this server gave its sender and a counter not seen from it. So a recorded
 // request, sent again by anyone from anywhere (also after a restart of the server, also after the
 // peer's entry was evicted) moves no page; it gets at most a welcome, which is no longer than it.
 #pragma once

@@ -1,6 +1,6 @@
-// Pages of which some fragments have come. A bounded table: a page too many evicts the oldest, whose
-// fragments then have to be asked for again. Takes authenticated fragments only, or a forger could
-// evict honest ones. Not thread-safe.
+// Pages of which some fragments have come. A bounded table: a page too many evicts the oldest,
+// whose fragments then have to be asked for again. Takes authenticated fragments only, or a forger
+// could evict honest ones. Not thread-safe.
 #pragma once
 
 #include <array>

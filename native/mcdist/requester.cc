@@ -29,8 +29,7 @@ TimeNs Requester::timeout(Urgency urgency) const {
   const unsigned backoff = rtt->backoff;
   if (!rtt->known) rtt = &rtt_[0];
   if (!rtt->known) return config_.rto_initial;
-  const TimeNs least =
-      urgency == Urgency::kFault ? config_.rto_min : config_.rto_min_prefetch;
+  const TimeNs least = urgency == Urgency::kFault ? config_.rto_min : config_.rto_min_prefetch;
   const TimeNs base = std::max(rtt->smoothed + 4 * rtt->variation, least);
   return std::min(base * backoff, config_.rto_max);
 }
@@ -88,8 +87,8 @@ bool Requester::prefetch(PageIndex first, uint64_t count) {
   return true;
 }
 
-// The window grows while answers come soon, shrinks while they come late, and halves when more than a
-// quarter of a window timed out: random loss is no congestion, overflowing buffers lose far more.
+// The window grows while answers come soon, shrinks while they come late, and halves when more than
+// a quarter of a window timed out: random loss is no congestion, overflowing buffers lose far more.
 void Requester::outcome(bool lost) {
   (lost ? epoch_losses_ : epoch_answers_)++;
   const uint32_t events = epoch_losses_ + epoch_answers_;

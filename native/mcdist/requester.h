@@ -36,7 +36,7 @@ struct RequesterConfig {
   // below that asks again for what is already in the socket's buffer.
   TimeNs rto_min = 10 * kMillisecond;
   TimeNs rto_min_prefetch = 40 * kMillisecond;  // nobody waits
-  TimeNs rto_max = 250 * kMillisecond;  // also how late a restarted server is noticed
+  TimeNs rto_max = 250 * kMillisecond;          // also how late a restarted server is noticed
   TimeNs rto_initial = 50 * kMillisecond;
   uint32_t fault_window = 1024;
   uint32_t prefetch_window_start = 128;
@@ -51,10 +51,13 @@ struct RequesterConfig {
 
 class Requester {
  public:
-  // `present(page)`: no need to ask. `missing(page)`: mask of fragments not received yet, 0 for all.
+  // `present(page)`: no need to ask. `missing(page)`: mask of fragments not received yet, 0 for
+  // all.
   Requester(const RequesterConfig& config, std::function<bool(PageIndex)> present,
             std::function<uint8_t(PageIndex)> missing)
-      : config_(config), present_(std::move(present)), missing_(std::move(missing)),
+      : config_(config),
+        present_(std::move(present)),
+        missing_(std::move(missing)),
         window_(config.prefetch_window_start) {}
 
   // True if there is something new to send.
@@ -96,10 +99,10 @@ class Requester {
  private:
   struct Page {
     Urgency urgency = Urgency::kFault;
-    bool asked = false;   // counts in in_flight_
-    uint8_t tries = 0;    // time-outs so far, saturating
+    bool asked = false;  // counts in in_flight_
+    uint8_t tries = 0;   // time-outs so far, saturating
     uint8_t negatives = 0;
-    bool refused = false; // since asked last; siblings' questions bring negative answers as well
+    bool refused = false;  // since asked last; siblings' questions bring negative answers as well
     TimeNs since = 0;
     TimeNs asked_at = 0;
     TimeNs due = kNever;  // in due_ unless kNever

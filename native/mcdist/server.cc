@@ -31,15 +31,13 @@ void add_run(std::vector<Run>* runs, PageIndex page, bool error) {
 }  // namespace
 
 Server::Server(const Options& options)
-    : options_(options),
-      fragments_(fragments_for(options.mtu_bytes)),
-      batch_(options.mtu_bytes) {}
+    : options_(options), fragments_(fragments_for(options.mtu_bytes)), batch_(options.mtu_bytes) {}
 
 Status Server::Open(const Options& options, std::shared_ptr<Server>* out) {
   if (::sodium_init() < 0) return Status::Error("E_INTERNAL", "libsodium does not initialize");
   if (options.mtu_bytes < kMinMtuBytes || options.mtu_bytes > kMaxMtuBytes) {
-    return Status::Error("E_ARGUMENT", "MTU " + std::to_string(options.mtu_bytes) +
-                                           " is not between 1280 and 9216");
+    return Status::Error(
+        "E_ARGUMENT", "MTU " + std::to_string(options.mtu_bytes) + " is not between 1280 and 9216");
   }
   std::shared_ptr<Server> server(new Server(options));
   Status status =

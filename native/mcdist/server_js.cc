@@ -25,8 +25,7 @@ PolicyConfig policy_of(const Napi::Value& value) {
   config.start_rate = rate(options, "startRateBytesPerS", config.start_rate, 1e4);
   config.min_rate = rate(options, "minRateBytesPerS", config.min_rate, 1e4);
   config.max_rate = rate(options, "maxRateBytesPerS", config.max_rate, 1e4);
-  config.increase_per_s =
-      rate(options, "increaseBytesPerSPerS", config.increase_per_s, 0);
+  config.increase_per_s = rate(options, "increaseBytesPerSPerS", config.increase_per_s, 0);
   config.cut = rate(options, "cut", config.cut, 0);
   config.loss_tolerance = rate(options, "lossTolerance", config.loss_tolerance, 0);
   config.loss_min_pages =
@@ -36,8 +35,7 @@ PolicyConfig policy_of(const Napi::Value& value) {
   config.lockstep_requests =
       static_cast<uint32_t>(rate(options, "lockstepRequests", config.lockstep_requests, 0));
   config.retry_window = milliseconds(options, "retryWindowMs", config.retry_window);
-  config.queue_pages =
-      static_cast<uint32_t>(rate(options, "queuePages", config.queue_pages, 1));
+  config.queue_pages = static_cast<uint32_t>(rate(options, "queuePages", config.queue_pages, 1));
   config.peer_pages = static_cast<uint32_t>(rate(options, "peerPages", config.peer_pages, 1));
   if (config.min_rate > config.max_rate) {
     throw bad_option(options.Env(), "minRateBytesPerS", "at most maxRateBytesPerS");
@@ -74,9 +72,7 @@ class ServerJs : public Napi::ObjectWrap<ServerJs> {
     if (closed_) throw js_error(env, Status::Error("E_CLOSED", "the mcdist server is closed"));
     return *server_;
   }
-  Napi::Value Port(const Napi::CallbackInfo& info) {
-    return Napi::Number::New(info.Env(), port_);
-  }
+  Napi::Value Port(const Napi::CallbackInfo& info) { return Napi::Number::New(info.Env(), port_); }
   void Serve(const Napi::CallbackInfo& info) {
     Server& server = open(info.Env());
     const Napi::Object given = object_of(info[0], "options");
@@ -114,15 +110,22 @@ class ServerJs : public Napi::ObjectWrap<ServerJs> {
       for (const auto& stats : all) total += get(*stats).load(std::memory_order_relaxed);
       set_number(out, name, total);
     };
-#define SF_COUNTER(name) sum(#name, [](const ServerStats& s) -> auto& { return s.counters.name; });
+#define SF_COUNTER(name) \
+  sum(                   \
+      #name, [](const ServerStats& s) -> auto& { return s.counters.name; });
     SF_MCDIST_SERVER_COUNTERS(SF_COUNTER)
 #undef SF_COUNTER
-    sum("queued_pages", [](const ServerStats& s) -> auto& { return s.queued; });
-    sum("peers", [](const ServerStats& s) -> auto& { return s.peers; });
-    sum("rate_limit_bytes_per_s", [](const ServerStats& s) -> auto& { return s.rate; });
-    sum("mean_receive_rate_bytes_per_s",
+    sum(
+        "queued_pages", [](const ServerStats& s) -> auto& { return s.queued; });
+    sum(
+        "peers", [](const ServerStats& s) -> auto& { return s.peers; });
+    sum(
+        "rate_limit_bytes_per_s", [](const ServerStats& s) -> auto& { return s.rate; });
+    sum(
+        "mean_receive_rate_bytes_per_s",
         [](const ServerStats& s) -> auto& { return s.mean_receive_rate; });
-    sum("rate_cuts", [](const ServerStats& s) -> auto& { return s.rate_cuts; });
+    sum(
+        "rate_cuts", [](const ServerStats& s) -> auto& { return s.rate_cuts; });
     set_number(out, "generations", all.size());
     set_number(out, "wrong_generation", server.stray().wrong_generation);
     set_number(out, "stray_packets", server.stray().bad_packets);
@@ -160,8 +163,8 @@ class PolicyJs : public Napi::ObjectWrap<PolicyJs> {
     const auto verdict = policy_.request(
         static_cast<uint32_t>(whole_of(given, "peer", 1)), whole_of(given, "page", 0),
         given.Get("urgent").ToBoolean() ? Urgency::kFault : Urgency::kPrefetch,
-        given.Get("retry").ToBoolean(),
-        static_cast<uint8_t>(whole_of(given, "fragments", 0) & 0xf), time(given.Get("nowMs")));
+        given.Get("retry").ToBoolean(), static_cast<uint8_t>(whole_of(given, "fragments", 0) & 0xf),
+        time(given.Get("nowMs")));
     return Napi::String::New(info.Env(), kNames[static_cast<size_t>(verdict)]);
   }
   void Report(const Napi::CallbackInfo& info) {  // (peer, bytesPerS, nowMs)

@@ -86,8 +86,7 @@ bool decode_header(const uint8_t* data, size_t size, Header* out) {
   out->counter = get(data + 36, 8);
   out->page = get(data + 44, 8);
   if (out->type != Type::kPage) return data[3] == 0;
-  return out->fragments >= 1 && out->fragments <= kMaxFragments &&
-         out->fragment < out->fragments &&
+  return out->fragments >= 1 && out->fragments <= kMaxFragments && out->fragment < out->fragments &&
          size - kOverheadBytes == fragment_length(out->fragment, out->fragments);
 }
 

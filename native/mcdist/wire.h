@@ -62,9 +62,9 @@ struct Header {
   uint8_t fragment = 0;   // kPage: which, of
   uint8_t fragments = 0;  // kPage: how many; otherwise 0
   GenerationId generation{};
-  BootId boot{};          // of the sender; with `counter` the nonce
+  BootId boot{};  // of the sender; with `counter` the nonce
   uint64_t counter = 0;
-  PageIndex page = 0;     // kPage: the page; otherwise of the first run, or 0
+  PageIndex page = 0;  // kPage: the page; otherwise of the first run, or 0
 };
 
 // Consecutive pages that share flags; 8 bytes on the wire.
@@ -109,9 +109,7 @@ size_t max_answer_runs(size_t mtu_bytes);
 
 // A page is cut into the fewest equal fragments that fit.
 unsigned fragments_for(size_t mtu_bytes);
-inline size_t fragment_size(unsigned fragments) {
-  return (kPageBytes + fragments - 1) / fragments;
-}
+inline size_t fragment_size(unsigned fragments) { return (kPageBytes + fragments - 1) / fragments; }
 inline size_t fragment_offset(unsigned index, unsigned fragments) {
   return index * fragment_size(fragments);
 }

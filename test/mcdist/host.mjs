@@ -22,11 +22,11 @@ function pageOf(seed, page) {
   return out;
 }
 
-function send(port, address, packet) {
+function send(port, address, packet, interfaceAddress) {
   return new Promise((resolve, reject) => {
     const socket = createSocket('udp4');
     socket.bind(0, () => {
-      socket.setMulticastTTL(1);
+      if (interfaceAddress !== undefined) socket.setMulticastInterface(interfaceAddress);
       socket.send(packet, port, address, (error) => {
         socket.close();
         error ? reject(error) : resolve();
@@ -96,7 +96,8 @@ const operations = {
   call: ({ name, method, args = [] }) => objects.get(name)[method](...args),
   stats: ({ name, generation }) => objects.get(name).stats(generation),
   close: ({ name }) => objects.get(name).close(),
-  send: ({ port, address, hex }) => send(port, address, Buffer.from(hex, 'hex')),
+  send: ({ port, address, hex, interfaceAddress }) =>
+    send(port, address, Buffer.from(hex, 'hex'), interfaceAddress),
   /** Keeps what comes to a group, or to an address; resolves with the port once it listens. */
   sniff({ group, port, interfaceAddress, name }) {
     const socket = createSocket({ type: 'udp4', reuseAddr: true });
@@ -144,7 +145,11 @@ const operations = {
   },
   /** Resolves once a counter of an object's stats has reached `least`. */
   async reached({ name, counter, least }) {
+    const end = Date.now() + 60_000;
     while (objects.get(name).stats()[counter] < least) {
+      if (Date.now() > end) {
+        throw new Error(`${counter} < ${least}: ${JSON.stringify(objects.get(name).stats())}`);
+      }
       await new Promise((resolve) => setTimeout(resolve, 2));
     }
   },

@@ -1,7 +1,6 @@
 import { type ChildProcess, execFile, spawn } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
 import { mkdtemp, rm } from 'node:fs/promises';
-import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
 import { projectRoot } from '../../src/common/native.js';
@@ -89,9 +88,7 @@ export class Net {
 
   private constructor(readonly mtu: number) {
     // The replicas are on tmpfs, as those of memory are.
-    this.folder = mkdtemp(join(process.env['SF_TEST_TMPFS'] ?? '/dev/shm', 'sf-mcdist-')).catch(
-      () => mkdtemp(join(tmpdir(), 'sf-mcdist-')),
-    );
+    this.folder = mkdtemp('/dev/shm/sf-mcdist-');
   }
 
   static async make(mtu = 1500): Promise<Net> {

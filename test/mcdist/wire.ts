@@ -31,7 +31,8 @@ function hchacha20(key: Buffer, nonce: Buffer): Buffer {
   };
   for (let round = 0; round < 10; round++) {
     for (let i = 0; i < 4; i++) quarter(i, 4 + i, 8 + i, 12 + i);
-    for (let i = 0; i < 4; i++) quarter(i, 4 + ((i + 1) % 4), 8 + ((i + 2) % 4), 12 + ((i + 3) % 4));
+    for (let i = 0; i < 4; i++)
+      quarter(i, 4 + ((i + 1) % 4), 8 + ((i + 2) % 4), 12 + ((i + 3) % 4));
   }
   const out = Buffer.alloc(32);
   for (let i = 0; i < 4; i++) {
