@@ -264,7 +264,8 @@ static __always_inline int ipv4_from_guest(struct __sk_buff *skb, const struct n
 		if (ip.payload_bytes < 8 ||
 		    bpf_skb_load_bytes(skb, ETH_HLEN + ip.header_bytes, ports, sizeof(ports)))
 			return drop(NETBACK_guest_malformed_ip);
-		if (ports[0] == bpf_htons(PORT_DHCP_SERVER) || ports[1] == bpf_htons(PORT_DHCP_CLIENT))
+		if (ports[0] == bpf_htons(PORT_DHCP_SERVER) ||
+		    ports[1] == bpf_htons(PORT_DHCP_CLIENT))
 			return drop(NETBACK_guest_dhcp_server);
 		/* The DHCP service saw the frame on its packet socket, which comes before tc. */
 		if (ports[1] == bpf_htons(PORT_DHCP_SERVER))

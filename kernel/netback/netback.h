@@ -16,10 +16,10 @@
 #define NETBACK_WIRE_PREFIX 0x5eULL
 #define NETBACK_NETWORK 0x0a560000U /* 10.86.0.0/16 */
 #define NETBACK_NETWORK_MASK 0xffff0000U
-#define NETBACK_FIRST_HOST 2U          /* the address of vmid 0, counted from the network's */
-#define NETBACK_VMID_LAST 0xfffcU      /* 10.86.255.254, the last address that is not broadcast */
-#define NETBACK_VMID_GATEWAY 0xffffU   /* 10.86.0.1: (0xffff + 2) mod 2^16 */
-#define NETBACK_MARK 0x53464e42U       /* frames to a tap that come from the filter or from DHCP */
+#define NETBACK_FIRST_HOST 2U        /* the address of vmid 0, counted from the network's */
+#define NETBACK_VMID_LAST 0xfffcU    /* 10.86.255.254, the last address that is not broadcast */
+#define NETBACK_VMID_GATEWAY 0xffffU /* 10.86.0.1: (0xffff + 2) mod 2^16 */
+#define NETBACK_MARK 0x53464e42U     /* frames to a tap that come from the filter or from DHCP */
 #define NETBACK_PORTS 65536
 
 /* Where the filter is in the list of tc filters of an interface. */
@@ -35,9 +35,13 @@ struct netback_port {
 	char name[16]; /* of the interface, to find it again after it has gone */
 };
 
+/* What the filter changed on the uplink and undoes when it goes. */
+#define NETBACK_OWNS_QDISC 1U   /* made clsact */
+#define NETBACK_OWNS_PROMISC 2U /* set promiscuous */
+
 struct netback_config {
 	__u32 uplink; /* ifindex */
-	__u32 own_qdisc; /* 1: clsact on the uplink was made by the filter and goes with it */
+	__u32 owned;
 };
 
 #endif

@@ -58,8 +58,7 @@ Status MakeQdisc(uint32_t ifindex, const std::string& name, bool* made) {
   bpf_tc_hook hook = Hook(ifindex, BPF_TC_INGRESS);
   const int error = bpf_tc_hook_create(&hook);
   *made = error == 0;
-  return error == 0 || error == -EEXIST ? Status::Ok()
-                                        : BpfError("make clsact on " + name, error);
+  return error == 0 || error == -EEXIST ? Status::Ok() : BpfError("make clsact on " + name, error);
 }
 
 void RemoveQdisc(uint32_t ifindex) {
@@ -102,10 +101,19 @@ bool IsThere(const netback_port& port) { return NameOf(port.ifindex) == PortName
 // Takes the programs off. Down first: between a guest and the host's stack there is nothing else.
 Status Bare(const netback_port& port) {
   if (!IsThere(port)) return Status::Ok();
-  Status status = SetLinkUp(PortName(port), false);
+  Status status = SetLinkFlags(PortName(port), IFF_UP, false);
   if (!status.ok() && IsThere(port)) return status;
   RemoveQdisc(port.ifindex);
   return Status::Ok();
+}
+
+// Undoes what the filter changed on the uplink, if that is still there.
+Status Release(const netback_config& config) {
+  const std::string name = NameOf(config.uplink);
+  if (name.empty()) return Status::Ok();
+  if ((config.owned & NETBACK_OWNS_QDISC) != 0) RemoveQdisc(config.uplink);
+  return (config.owned & NETBACK_OWNS_PROMISC) == 0 ? Status::Ok()
+                                                    : SetLinkFlags(name, IFF_PROMISC, false);
 }
 
 Status UpdateFailed(const char* map, int error) {
@@ -159,21 +167,26 @@ Status NetbackFilter::AttachUplink(const std::string& object, const std::string&
     if (bound != 0) return BpfError("bind the maps to from_wire", bound);
   }
 
-  bool made = false;
-  status = MakeQdisc(uplink_, uplink, &made);
-  if (!status.ok()) return status;
   const uint32_t zero = 0;
   netback_config config = {};
   if (before != 0) bpf_map_lookup_elem(config_, &zero, &config);
   config.uplink = uplink_;
-  if (made) config.own_qdisc = 1;
-  const int changed = bpf_map_update_elem(config_, &zero, &config, BPF_ANY);
-  if (changed != 0) status = UpdateFailed("sf_config", changed);
+  bool made = false;
+  status = MakeQdisc(uplink_, uplink, &made);
+  if (made) config.owned |= NETBACK_OWNS_QDISC;
   if (status.ok()) {
-    status = AttachProgram(uplink_, uplink, BPF_TC_INGRESS, from_wire);
+    // A network card passes on only what is for its own address, and wire MACs are not.
+    bool changed = false;
+    status = SetLinkFlags(uplink, IFF_PROMISC, true, &changed);
+    if (changed) config.owned |= NETBACK_OWNS_PROMISC;
   }
+  if (status.ok()) {
+    const int error = bpf_map_update_elem(config_, &zero, &config, BPF_ANY);
+    if (error != 0) status = UpdateFailed("sf_config", error);
+  }
+  if (status.ok()) status = AttachProgram(uplink_, uplink, BPF_TC_INGRESS, from_wire);
   if (!status.ok()) {
-    if (made) RemoveQdisc(uplink_);
+    if (before == 0) Release(config);
     return status;
   }
   return Repair();
@@ -276,7 +289,7 @@ Status NetbackFilter::AddVm(const Vm& vm) {
   }
   Status status = AttachTap(ifindex, vm.interface);
   if (status.ok()) status = PutIdentity(ifindex, vm);
-  return status.ok() ? SetLinkUp(vm.interface, true) : status;
+  return status.ok() ? SetLinkFlags(vm.interface, IFF_UP, true) : status;
 }
 
 Status NetbackFilter::PutIdentity(uint32_t ifindex, const Vm& vm) {
@@ -389,12 +402,10 @@ Status NetbackFilter::Detach() {
   bpf_tc_hook hook = Hook(uplink_, BPF_TC_INGRESS);
   bpf_tc_opts opts = Place();
   const int error = bpf_tc_detach(&hook, &opts);
-  if (error != 0 && !NameOf(uplink_).empty() &&
-      AttachedProgram(uplink_, BPF_TC_INGRESS) != 0) {
+  if (error != 0 && !NameOf(uplink_).empty() && AttachedProgram(uplink_, BPF_TC_INGRESS) != 0) {
     return BpfError("detach from the uplink", error);
   }
-  if (config.own_qdisc != 0) RemoveQdisc(uplink_);
-  return Status::Ok();
+  return Release(config);
 }
 
 Status NetbackFilter::Run(const std::string& program, const std::vector<uint8_t>& frame,

@@ -49,10 +49,11 @@ class NetbackFilter {
   NetbackFilter(const NetbackFilter&) = delete;
   NetbackFilter& operator=(const NetbackFilter&) = delete;
 
-  // Also sets the interface up. A second call for the same interface gives it a new identity. E_EXISTS: the wire MAC belongs to
-  // another interface.
+  // Also sets the interface up. A second call for the same interface gives it a new identity.
+  // E_EXISTS: the wire MAC belongs to another interface.
   Status AddVm(const Vm& vm);
-  // By name, which works after the interface has gone too; if it is there it is set down. E_NOT_FOUND.
+  // By name, which works after the interface has gone too; if it is there it is set down.
+  // E_NOT_FOUND.
   Status RemoveVm(const std::string& interface);
   Status Vms(std::vector<Vm>* out) const;
   // One sum over all CPUs for each reason of kernel/netback/reasons.h.

@@ -1,13 +1,12 @@
-// Frames between a descriptor (tap or packet socket) and JavaScript: the control plane's few frames,
-// never a guest's traffic.
+// Frames between a descriptor (tap or packet socket) and JavaScript: the control plane's few
+// frames, never a guest's traffic.
 //
 // The descriptor is polled by Node's own loop. A token bucket bounds what reaches JavaScript: when
 // it is empty, polling stops and the kernel's receive buffer, itself bounded, drops the rest.
-#include <uv.h>
-
-#include <unistd.h>
-#include <sys/socket.h>
 #include <linux/if_packet.h>
+#include <sys/socket.h>
+#include <unistd.h>
+#include <uv.h>
 
 #include <algorithm>
 #include <optional>
@@ -90,8 +89,8 @@ class FramePort : public Napi::ObjectWrap<FramePort> {
   bool TakeToken() {
     if (frames_per_second_ == 0) return true;
     const uint64_t now = uv_hrtime();
-    tokens_ = std::min(burst_, tokens_ + static_cast<double>(now - refilled_ns_) * 1e-9 *
-                                             frames_per_second_);
+    tokens_ = std::min(
+        burst_, tokens_ + static_cast<double>(now - refilled_ns_) * 1e-9 * frames_per_second_);
     refilled_ns_ = now;
     if (tokens_ >= 1) {
       tokens_ -= 1;
@@ -120,8 +119,8 @@ class FramePort : public Napi::ObjectWrap<FramePort> {
         return End(errno);
       }
       if (length > max_frame_bytes_) continue;  // no such frame is of use to the owner
-      Call(on_frame_, Napi::Buffer<uint8_t>::Copy(Env(), buffer_.data(),
-                                                  static_cast<size_t>(length)));
+      Call(on_frame_,
+           Napi::Buffer<uint8_t>::Copy(Env(), buffer_.data(), static_cast<size_t>(length)));
     }
   }
 

@@ -20,8 +20,7 @@ constexpr int kDhcpReceiveBytes = 64 * 1024;
 
 // Names that mean one file under /proc/sys and nothing to a shell.
 bool IsName(const std::string& name) {
-  constexpr char kAllowed[] =
-      "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-";
+  constexpr char kAllowed[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-";
   return !name.empty() && name.size() < IF_NAMESIZE &&
          name.find_first_not_of(kAllowed) == std::string::npos;
 }
@@ -82,7 +81,7 @@ Status LinkAddress(const std::string& name, uint32_t* ifindex, uint64_t* mac) {
   return Status::Ok();
 }
 
-Status SetLinkUp(const std::string& name, bool up) {
+Status SetLinkFlags(const std::string& name, int flags, bool on, bool* changed) {
   Fd control;
   Status status = ControlSocket(&control);
   if (!status.ok()) return status;
@@ -90,10 +89,12 @@ Status SetLinkUp(const std::string& name, bool up) {
   if (::ioctl(control.get(), SIOCGIFFLAGS, &request) != 0) {
     return Status::Errno("E_NETWORK", "read the flags of " + name);
   }
-  const int flags = up ? request.ifr_flags | IFF_UP : request.ifr_flags & ~IFF_UP;
-  request.ifr_flags = static_cast<int16_t>(flags);
-  if (::ioctl(control.get(), SIOCSIFFLAGS, &request) != 0) {
-    return Status::Errno("E_NETWORK", "set " + name + (up ? " up" : " down"));
+  const int before = request.ifr_flags;
+  const int wanted = on ? before | flags : before & ~flags;
+  if (changed != nullptr) *changed = wanted != before;
+  request.ifr_flags = static_cast<int16_t>(wanted);
+  if (wanted != before && ::ioctl(control.get(), SIOCSIFFLAGS, &request) != 0) {
+    return Status::Errno("E_NETWORK", "change the flags of " + name);
   }
   return Status::Ok();
 }
@@ -105,8 +106,8 @@ Status OpenTap(const std::string& name, bool vnet_hdr, uint32_t mtu, Fd* out) {
   Fd tap(::open(kTun, O_RDWR | O_CLOEXEC | O_NONBLOCK));
   if (!tap.valid()) return Status::Errno("E_NETWORK", std::string("open ") + kTun);
   ifreq request = Request(name);
-  request.ifr_flags = static_cast<int16_t>(IFF_TAP | IFF_NO_PI | IFF_TUN_EXCL |
-                                           (vnet_hdr ? IFF_VNET_HDR : 0));
+  request.ifr_flags =
+      static_cast<int16_t>(IFF_TAP | IFF_NO_PI | IFF_TUN_EXCL | (vnet_hdr ? IFF_VNET_HDR : 0));
   if (::ioctl(tap.get(), TUNSETIFF, &request) != 0) {
     const bool exists = errno == EBUSY || errno == EEXIST || errno == EINVAL;
     return Status::Errno(exists && if_nametoindex(name.c_str()) != 0 ? "E_EXISTS" : "E_NETWORK",
@@ -114,7 +115,7 @@ Status OpenTap(const std::string& name, bool vnet_hdr, uint32_t mtu, Fd* out) {
   }
   Status status = DisableIpv6(name);
   if (status.ok()) status = SetMtu(name, mtu);
-  if (status.ok()) status = SetLinkUp(name, true);
+  if (status.ok()) status = SetLinkFlags(name, IFF_UP, true);
   if (status.ok()) *out = std::move(tap);
   return status;
 }

@@ -13,8 +13,9 @@ namespace sf {
 // E_NOT_FOUND, E_NETWORK. The MAC address is a number, first byte on the wire highest.
 Status LinkAddress(const std::string& name, uint32_t* ifindex, uint64_t* mac);
 
-// E_NETWORK.
-Status SetLinkUp(const std::string& name, bool up);
+// Sets or clears flags of the interface (IFF_UP, IFF_PROMISC). `changed`, if given, says whether
+// they were otherwise before. E_NETWORK.
+Status SetLinkFlags(const std::string& name, int flags, bool on, bool* changed = nullptr);
 
 // A new tap that lives as long as its descriptor: up, without IPv6, close-on-exec, non-blocking.
 // With `vnet_hdr` every frame carries a virtio_net_hdr (Documentation/networking/tuntap.rst).

@@ -104,8 +104,8 @@ class Netback : public Napi::ObjectWrap<Netback> {
     throw_if(info.Env(), filter(info.Env()).AddVm(VmOf(info[0])));
   }
   void PutIdentity(const Napi::CallbackInfo& info) {
-    throw_if(info.Env(), filter(info.Env())
-                             .PutIdentity(info[0].ToNumber().Uint32Value(), VmOf(info[1])));
+    throw_if(info.Env(),
+             filter(info.Env()).PutIdentity(info[0].ToNumber().Uint32Value(), VmOf(info[1])));
   }
   void RemoveVm(const Napi::CallbackInfo& info) {
     throw_if(info.Env(), filter(info.Env()).RemoveVm(info[0].ToString()));

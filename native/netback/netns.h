@@ -1,5 +1,5 @@
-// The network namespace a thread works in. Sockets, taps, tc filters and /proc/sys/net all belong to
-// the namespace of the thread that opens them; an open descriptor stays in its own.
+// The network namespace a thread works in. Sockets, taps, tc filters and /proc/sys/net all belong
+// to the namespace of the thread that opens them; an open descriptor stays in its own.
 #pragma once
 
 #include <fcntl.h>

@@ -116,7 +116,10 @@ test('detach leaves nothing behind', async () => {
   lab = await Lab.create(1);
   const host = lab.host(0);
   const guest = host.guest(9, 0);
+  // Wire MACs are none of the network card's own.
+  expect(host.netns.exec('ip', 'link', 'show', 'dev', 'eth0')).toContain('PROMISC');
   host.netns.do(() => host.attached.detach());
+  expect(host.netns.exec('ip', 'link', 'show', 'dev', 'eth0')).not.toContain('PROMISC');
   for (const name of ['eth0', guest.tap]) {
     expect(host.netns.exec('tc', 'qdisc', 'show', 'dev', name)).not.toContain('clsact');
   }
