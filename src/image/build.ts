@@ -116,7 +116,7 @@ export class ImageBuilder {
         join(out, 'initrd.cpio'),
       );
       if (name === 'minimal') await placeMinimalTree(busyboxDeb, programs, tree, signal);
-      else await placeDebianTree(programs, tree, this.#log, signal);
+      else await placeDebianTree(programs, tree, this.#log, TIME_S, signal);
       this.#log('writing the root disk');
       await makeExt4({
         disk: join(out, 'disk.raw'),

@@ -36,7 +36,7 @@ async function walk(tree: string, at = ''): Promise<TreeEntry[]> {
   for (const name of (await readdir(join(tree, at))).sort()) {
     const path = `${at}/${name}`;
     const source = join(tree, path);
-    if (/["\\\n]/.test(path)) {
+    if (/["\n]/.test(path)) {
       throw new SnowflockError('E_ARGUMENT', `file name not supported in an image: ${path}`);
     }
     const stat = await lstat(source);

@@ -21,7 +21,7 @@ export interface ImageManifest {
   disk: string;
   disk_bytes: number;
   kernel_version: string;
-  /** Recommended kernel command line. */
+  /** Recommended kernel command line; see `kernelCommandLine`. */
   cmdline: string;
   /** The Debian packages it holds, as file names. */
   packages: string[];
@@ -47,14 +47,26 @@ export interface BuiltImage {
  *   demand that would fetch pages only to overwrite them;
  * - transparent_hugepage=never: a fork shares and copies 4 KiB pages;
  * - rcupdate.rcu_expedited=1, cryptomgr.notests: boot time under emulation;
+ * - tsc=reliable, no_timer_check: an emulated machine has nothing to check its counter against; on a
+ *   busy host the check would take the guest off its only good clock;
  * - i8042.noaux, i8042.nokbd, 8250.nr_uarts=1: no probing for devices that are not there;
  * - net.ifnames=0: the interface is eth0 in every image.
  */
 export const KERNEL_CMDLINE = [
   'console=ttyS0 quiet root=/dev/vda rw panic=-1 reboot=t random.trust_cpu=on init_on_alloc=0',
   'transparent_hugepage=never rcupdate.rcu_expedited=1 cryptomgr.notests',
+  'tsc=reliable no_timer_check',
   'i8042.noaux i8042.nokbd 8250.nr_uarts=1 net.ifnames=0',
 ].join(' ');
+
+/**
+ * The command line for one boot. Under TCG give `tscKhz` (src/common/tsc.ts), the host's counter
+ * rate: without it the guest must calibrate against the PIT, which fails on a busy host and leaves
+ * it hanging before its console is up. Under KVM the guest has kvmclock: leave it out.
+ */
+export function kernelCommandLine(manifest: ImageManifest, tscKhz?: number): string {
+  return tscKhz === undefined ? manifest.cmdline : `${manifest.cmdline} tsc_early_khz=${tscKhz}`;
+}
 
 /** Reads an image's folder. E_IMAGE_UNKNOWN if it holds no image, E_CORRUPT if it is damaged. */
 export async function readImage(folder: string): Promise<BuiltImage> {
