@@ -8,7 +8,7 @@ export type { Logger };
  */
 export function createLogger(name: string): Logger {
   return pino(
-    { name, level: process.env['SNOWFLOCK_LOG'] ?? 'info', base: { name, pid: process.pid } },
+    { name, level: process.env.SNOWFLOCK_LOG ?? 'info', base: { name, pid: process.pid } },
     destination({ fd: 2, sync: true }),
   );
 }
