@@ -123,6 +123,12 @@ function devices(spec: VmSpec, machine: Machine): Record<string, string | number
   return list;
 }
 
+/** Machine type, options and firmware, as shapes name them. */
+export function machineName(machine: Machine): string {
+  const { type, firmware } = machine;
+  return firmware === undefined ? type : `${type} ${firmware}`;
+}
+
 /** Shape of a VM of this specification; `accel` and `hostCpu` as probed. */
 export function shapeOf(
   spec: VmSpec,
@@ -132,7 +138,7 @@ export function shapeOf(
   return {
     driver: 'qemu',
     version: host.version,
-    machine: machine.type,
+    machine: machineName(machine),
     accel: host.accel,
     cpu: host.cpu,
     vcpus: spec.vcpus,
@@ -167,6 +173,7 @@ export function buildArgs(spec: VmSpec, choice: ArgsOptions): string[] {
   add('-no-reboot');
   add('-sandbox', 'on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny');
   add('-M', `${machine.type},memory-backend=ram0`);
+  if (machine.firmware !== undefined) add('-bios', machine.firmware);
   if (machine.transport === 'device') add('-global', 'virtio-mmio.force-legacy=false');
   if (choice.accel === 'kvm') {
     add('-accel', 'kvm');

@@ -9,7 +9,14 @@ import { promisify } from 'node:util';
 import { SnowflockError } from '../../common/errors.js';
 import type { Capabilities, HypervisorDriver, VmRecord, VmSpec, VmUser } from '../driver.js';
 import { assertSameShape, type MachineShape } from '../shape.js';
-import { type ArgsOptions, buildArgs, shapeOf, validateSpec, vmPaths } from './args.js';
+import {
+  type ArgsOptions,
+  buildArgs,
+  machineName,
+  shapeOf,
+  validateSpec,
+  vmPaths,
+} from './args.js';
 import { hardLimit } from './console-log.js';
 import { probeKvm } from './kvm-probe.js';
 import { defaultMachine, type Machine } from './machine.js';
@@ -72,7 +79,7 @@ export class QemuDriver implements HypervisorDriver {
     return {
       driver: this.name,
       version,
-      machine: this.#machine.type,
+      machine: machineName(this.#machine),
       accel: kvm.works ? 'kvm' : 'tcg',
       accel_reason: kvm.reason,
       cpu: kvm.works ? hostCpu() : this.#machine.tcgCpu,
