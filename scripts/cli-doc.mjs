@@ -37,7 +37,10 @@ function section(path) {
   return [own, ...subcommands(text).map((name) => section([...path, name]))].join('\n');
 }
 
-const { errorTable } = await import('../dist/src/common/errors.js');
+// Named by a variable: the type checker must not follow it into build products.
+const errors = '../dist/src/common/errors.js';
+/** @type {{ errorTable: Record<string, { exit: number }> }} */
+const { errorTable } = await import(errors);
 /** @type {Map<number, string[]>} */
 const byStatus = new Map();
 for (const [code, { exit }] of Object.entries(errorTable)) {

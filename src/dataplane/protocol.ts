@@ -102,6 +102,8 @@ export interface DataplaneMethods {
     };
     result: { size_bytes: number };
   };
+  /** Makes the next slice in advance, so that `disk.fork` only puts it in place. */
+  'disk.prepare_fork': { params: { disk: string }; result: Record<string, never> };
   'disk.fork': {
     params: { disk: string; generation: string };
     result: { duration_us: number };

@@ -199,6 +199,10 @@ export class Dataplane {
         this.#disks.set(p.disk, disk);
         return { size_bytes: disk.info().sizeBytes };
       },
+      'disk.prepare_fork': async (p) => {
+        await this.#disk(p.disk).prepareFork();
+        return {};
+      },
       'disk.fork': async (p) => {
         const { durationUs } = await this.#disk(p.disk).fork(p.generation);
         return { duration_us: durationUs };

@@ -110,3 +110,27 @@ export function decodeZeroMap(encoded: Buffer, pages: number): Buffer {
   if (page !== pages) bad('runs are shorter than the RAM');
   return bitmap;
 }
+
+/** Runs of pages, [first, count, ...], as a bitmap. @throws E_ARGUMENT for a run out of range. */
+export function bitmapOfRuns(runs: readonly number[], pages: number): Buffer {
+  const bitmap = Buffer.alloc(bitmapBytes(pages));
+  for (let i = 0; i + 1 < runs.length; i += 2) {
+    const [first = 0, count = 0] = runs.slice(i, i + 2);
+    if (first < 0 || count < 0 || first + count > pages) {
+      throw new SnowflockError('E_ARGUMENT', `zero map: run ${first}+${count} of ${pages} pages`);
+    }
+    setRun(bitmap, first, first + count);
+  }
+  return bitmap;
+}
+
+/** The set bits of a bitmap as runs, [first, count, ...], ascending. */
+export function runsOfBitmap(bitmap: Buffer, pages: number): number[] {
+  const runs: number[] = [];
+  for (let page = runEnd(bitmap, 0, 0, pages); page < pages; ) {
+    const end = runEnd(bitmap, page, 1, pages);
+    runs.push(page, end - page);
+    page = runEnd(bitmap, end, 0, pages);
+  }
+  return runs;
+}

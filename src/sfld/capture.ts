@@ -13,7 +13,8 @@
  */
 import { rm, writeFile } from 'node:fs/promises';
 import { SnowflockError } from '../common/errors.js';
-import { encodeDescriptor } from '../descriptor/descriptor.js';
+import { encodeDescriptor } from '../descriptor/index.js';
+import { bitmapOfRuns } from '../descriptor/zero-map.js';
 import { GUEST_MAC, NETWORK, PREFIX_BITS } from '../network/addresses.js';
 import type { Host, LiveVm } from './host.js';
 import type { ForkRecord, GenerationRef } from './records.js';
@@ -25,12 +26,15 @@ export async function captureVm(host: Host, live: LiveVm, fork: ForkRecord): Pro
   if (record.hypervisor === null) {
     throw new SnowflockError('E_STATE', `VM ${record.name} is not running`);
   }
-  await call('vm.fork_begin', {
-    vm: record.id,
-    generation: fork.ram.id,
-    directory: fork.ram_directory,
-    rescue: record.hypervisor,
-  });
+  await Promise.all([
+    call('vm.fork_begin', {
+      vm: record.id,
+      generation: fork.ram.generation,
+      directory: fork.ram_directory,
+      rescue: record.hypervisor,
+    }),
+    call('disk.prepare_fork', { disk: record.id }),
+  ]);
   let sealed = false;
   try {
     const pausedAt = performance.now();
@@ -40,8 +44,8 @@ export async function captureVm(host: Host, live: LiveVm, fork: ForkRecord): Pro
       await vm.pause();
       state = await vm.captureState();
       const [commit] = await Promise.all([
-        call('vm.fork_commit', { vm: record.id, generation: fork.ram.id }),
-        call('disk.fork', { disk: record.id, generation: fork.disk.id }).then(() => {
+        call('vm.fork_commit', { vm: record.id, generation: fork.ram.generation }),
+        call('disk.fork', { disk: record.id, generation: fork.disk.generation }).then(() => {
           sealed = true;
         }),
       ]);
@@ -57,20 +61,18 @@ export async function captureVm(host: Host, live: LiveVm, fork: ForkRecord): Pro
       serve(host, fork.disk, { disk: record.id }),
     ]);
     const descriptor = encodeDescriptor({
-      fork: fork.id,
-      shape: record.shape,
+      machine: vm.shape,
       ram: fork.ram,
       disk: fork.disk,
-      network: {
+      identity: {
         family: record.family,
         guest_mac: GUEST_MAC,
-        network: NETWORK,
-        prefix: PREFIX_BITS,
+        network: `${NETWORK}/${PREFIX_BITS}`,
       },
-      parent: { host: host.config.name, vm: record.id },
+      parent: { host: host.config.name, vm: record.id, vmid: record.vmid },
       created_ms: fork.created_ms,
       state,
-      zeroRuns,
+      zero_map: bitmapOfRuns(zeroRuns, fork.ram.pages),
     });
     fork.descriptor_bytes = descriptor.length;
     fork.state = 'open';
@@ -92,7 +94,7 @@ export function serve(
   call: Host['dataplane']['call'] = host.dataplane.call,
 ): Promise<unknown> {
   return call('generation.serve', {
-    generation: generation.id,
+    generation: generation.generation,
     of,
     key: generation.source.key,
     group: generation.source.group,
@@ -102,10 +104,10 @@ export function serve(
 
 async function dropGenerations(host: Host, fork: ForkRecord, sealed: boolean): Promise<void> {
   const call = host.dataplane.call;
-  await call('generation.unserve', { generation: fork.ram.id });
-  await call('generation.unserve', { generation: fork.disk.id });
-  await call('vm.fork_abort', { vm: fork.vm, generation: fork.ram.id });
-  if (sealed) await call('disk.drop_generation', { disk: fork.vm, generation: fork.disk.id });
+  await call('generation.unserve', { generation: fork.ram.generation });
+  await call('generation.unserve', { generation: fork.disk.generation });
+  await call('vm.fork_abort', { vm: fork.vm, generation: fork.ram.generation });
+  if (sealed) await call('disk.drop_generation', { disk: fork.vm, generation: fork.disk.generation });
   await rm(fork.ram_directory, { recursive: true, force: true });
 }
 
@@ -117,15 +119,15 @@ export async function closeFork(host: Host, fork: ForkRecord): Promise<void> {
   // Counters are for people: if the data plane has just been replaced they are gone.
   const stats = (generation: string): Promise<Record<string, number>> =>
     call('generation.stats', { generation }).catch(() => ({}));
-  fork.wire = { ram: await stats(fork.ram.id), disk: await stats(fork.disk.id) };
+  fork.wire = { ram: await stats(fork.ram.generation), disk: await stats(fork.disk.generation) };
   await host.forks.save(fork);
-  await call('generation.unserve', { generation: fork.ram.id });
-  await call('generation.unserve', { generation: fork.disk.id });
+  await call('generation.unserve', { generation: fork.ram.generation });
+  await call('generation.unserve', { generation: fork.disk.generation });
   await call('vm.drop_generation', {
     vm: fork.vm,
-    generation: fork.ram.id,
+    generation: fork.ram.generation,
     directory: fork.ram_directory,
   });
-  await call('disk.drop_generation', { disk: fork.vm, generation: fork.disk.id });
+  await call('disk.drop_generation', { disk: fork.vm, generation: fork.disk.generation });
   await rm(fork.descriptor_path, { force: true });
 }

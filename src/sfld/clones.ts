@@ -12,7 +12,8 @@ import { closeSync } from 'node:fs';
 import { join } from 'node:path';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
 import { Undo } from '../common/undo.js';
-import { type Descriptor, decodeDescriptor } from '../descriptor/descriptor.js';
+import { type Descriptor, checkShape, decodeDescriptor } from '../descriptor/index.js';
+import { runsOfBitmap } from '../descriptor/zero-map.js';
 import type { DhcpService } from '../dhcp/service.js';
 import type { Vm } from '../hypervisor/driver.js';
 import type { Host } from './host.js';
@@ -99,8 +100,8 @@ export class Clones {
     let zeroed: Promise<unknown> | undefined;
     const markZero = (): Promise<unknown> => {
       zeroed ??= this.#host.dataplane.call('replica.zero', {
-        generation: decoded.ram.id,
-        runs: [...decoded.zeroRuns],
+        generation: decoded.ram.generation,
+        runs: runsOfBitmap(decoded.zero_map, decoded.ram.pages),
       });
       return zeroed;
     };
@@ -135,10 +136,11 @@ export class Clones {
 
   #check(request: PrepareRequest, descriptor: Descriptor): void {
     const same =
-      descriptor.ram.id === request.ram.id &&
-      descriptor.disk.id === request.disk.id &&
+      descriptor.ram.generation === request.ram.generation &&
+      descriptor.disk?.generation === request.disk.generation &&
       descriptor.ram.pages === request.ram.pages &&
-      descriptor.shape.ram_bytes === request.ram_bytes;
+      descriptor.identity.family === request.family &&
+      descriptor.machine.ram_bytes === request.ram_bytes;
     if (!same) {
       throw new SnowflockError('E_SHAPE', `descriptor is not of fork ${request.fork}`);
     }
@@ -182,7 +184,7 @@ export class Clones {
       await host.dataplane.call('disk.create', {
         directory: record.disk_directory,
         size_bytes: record.disk_bytes,
-        replica: request.disk.id,
+        replica: request.disk.generation,
       });
       const { spec, dhcp, tapFd } = await makeParts(host, record, undo);
       const vm = await host.driver.prepareClone(spec, request.shape);

@@ -130,7 +130,7 @@ function newFork(host: Host, live: LiveVm, ticket: string | null, held: boolean)
     ticket,
     ram,
     disk: newGeneration(host, record.disk_bytes),
-    ram_directory: join(config.ramDir, 'generation', ram.id),
+    ram_directory: join(config.ramDir, 'generation', ram.generation),
     descriptor_path: join(config.stateDir, 'descriptor', id),
     descriptor_bytes: 0,
     created_ms: Date.now(),
@@ -146,7 +146,7 @@ function newGeneration(host: Host, bytes: number): GenerationRef {
   const id = newGenerationId();
   const { group, port } = groupFor(id);
   return {
-    id,
+    generation: id,
     pages: Math.ceil(bytes / 4096),
     source: {
       address: host.config.address,

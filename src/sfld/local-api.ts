@@ -165,8 +165,8 @@ async function wireStats(
 ): Promise<Record<'ram' | 'disk', Record<string, number>> | null> {
   if (fork.state !== 'open') return fork.wire;
   const [ram, disk] = await Promise.all([
-    host.dataplane.call('generation.stats', { generation: fork.ram.id }),
-    host.dataplane.call('generation.stats', { generation: fork.disk.id }),
+    host.dataplane.call('generation.stats', { generation: fork.ram.generation }),
+    host.dataplane.call('generation.stats', { generation: fork.disk.generation }),
   ]);
   return { ram, disk };
 }

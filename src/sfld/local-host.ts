@@ -112,7 +112,7 @@ export class LocalHost implements HostPort {
     const replica =
       record.base === null
         ? undefined
-        : await host.dataplane.call('replica.stats', { generation: record.base.ram.id });
+        : await host.dataplane.call('replica.stats', { generation: record.base.ram.generation });
     return {
       ram_pages: record.ram_bytes / 4096,
       replica_present: replica?.present ?? 0,

@@ -3,8 +3,10 @@
  * Field names are those of the JSON (snake case, units last).
  */
 
-import type { GenerationSource } from '../dataplane/protocol.js';
+import type { GenerationRef } from '../descriptor/index.js';
 import type { VmRecord as HypervisorRecord, MachineShape } from '../hypervisor/driver.js';
+
+export type { GenerationRef };
 
 export type VmState = 'starting' | 'running' | 'forking' | 'ending' | 'ended';
 
@@ -15,12 +17,6 @@ export interface EndReport {
   message: string;
   /** Pages of RAM this VM waited for in its life, where they could still be counted. */
   pages_fetched?: number;
-}
-
-export interface GenerationRef {
-  id: string;
-  pages: number;
-  source: GenerationSource;
 }
 
 export interface VmRecord {

@@ -123,7 +123,7 @@ export function identity(record: VmRecord, seed?: string): GuestIdentity {
     mtu: MTU,
     hostname: record.name,
     seed: seed ?? randomBytes(32).toString('hex'),
-    ...(record.base === null ? {} : { generation: record.base.ram.id }),
+    ...(record.base === null ? {} : { generation: record.base.ram.generation }),
   };
 }
 
@@ -182,8 +182,8 @@ export async function expectVm(call: Call, host: Host, record: VmRecord): Promis
   const { base } = record;
   if (base !== null) {
     await call('replica.open', {
-      generation: base.ram.id,
-      path: replicaPath(host.config, 'ram', base.ram.id),
+      generation: base.ram.generation,
+      path: replicaPath(host.config, 'ram', base.ram.generation),
       pages: base.ram.pages,
       medium: 'memory',
       source: base.ram.source,
@@ -193,12 +193,12 @@ export async function expectVm(call: Call, host: Host, record: VmRecord): Promis
     vm: record.id,
     token: record.token,
     ram_bytes: record.ram_bytes,
-    ...(base === null ? {} : { replica: base.ram.id }),
+    ...(base === null ? {} : { replica: base.ram.generation }),
     generations: host.forks
       .all()
       .filter((fork) => fork.vm === record.id && fork.state === 'open')
       .sort((a, b) => a.created_ms - b.created_ms)
-      .map((fork) => ({ generation: fork.ram.id, directory: fork.ram_directory })),
+      .map((fork) => ({ generation: fork.ram.generation, directory: fork.ram_directory })),
   });
 }
 
@@ -206,8 +206,8 @@ export async function openDisk(call: Call, host: Host, record: VmRecord): Promis
   const { base } = record;
   if (base !== null) {
     await call('replica.open', {
-      generation: base.disk.id,
-      path: replicaPath(host.config, 'disk', base.disk.id),
+      generation: base.disk.generation,
+      path: replicaPath(host.config, 'disk', base.disk.generation),
       pages: base.disk.pages,
       medium: 'disk',
       source: base.disk.source,
@@ -216,7 +216,7 @@ export async function openDisk(call: Call, host: Host, record: VmRecord): Promis
   await call('disk.open', {
     disk: record.id,
     directory: record.disk_directory,
-    ...(base === null ? {} : { replica: base.disk.id }),
+    ...(base === null ? {} : { replica: base.disk.generation }),
     socket: vmPaths(host.config, record.id).nbd,
     export_name: record.id,
     uid: host.config.vmUid,
@@ -402,12 +402,12 @@ async function closeReplicas(host: Host, record: VmRecord): Promise<void> {
   if (base === null) return;
   const shared = host.vms
     .all()
-    .some((vm) => vm.id !== record.id && vm.base?.ram.id === base.ram.id);
+    .some((vm) => vm.id !== record.id && vm.base?.ram.generation === base.ram.generation);
   if (shared) return;
   for (const kind of ['ram', 'disk'] as const) {
     await host.dataplane.call('replica.close', {
-      generation: base[kind].id,
-      path: replicaPath(host.config, kind, base[kind].id),
+      generation: base[kind].generation,
+      path: replicaPath(host.config, kind, base[kind].generation),
     });
   }
 }
