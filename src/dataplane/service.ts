@@ -7,7 +7,7 @@ import type { VmRecord } from '../hypervisor/driver.js';
 import { rescueVm } from '../hypervisor/index.js';
 import { McdistClient, McdistServer } from '../mcdist/mcdist.js';
 import { MemtapServer } from '../memtap/memtap.js';
-import { openReplica, type ProviderHandle, type Replica } from '../pagestore/replica.js';
+import { openReplica, type Replica } from '../pagestore/replica.js';
 import type { DataplaneEvent } from './protocol.js';
 import type { Handlers } from './rpc.js';
 
@@ -46,6 +46,7 @@ export class Dataplane {
   readonly #disks = new Map<string, Disk>();
   readonly #forks = new Map<string, Fork>();
   readonly #served = new Set<string>();
+  readonly #vms = new Set<string>();
 
   constructor(options: DataplaneOptions, log: Logger, emit: (event: DataplaneEvent) => void) {
     this.#options = options;
@@ -106,13 +107,14 @@ export class Dataplane {
         return {};
       },
       'vm.expect': (p) => {
-        if (this.#memtap.has(p.vm)) return {};
+        if (this.#vms.has(p.vm)) return {};
         this.#memtap.expect({
           id: p.vm,
           token: p.token,
           ramBytes: p.ram_bytes,
           ...(p.replica === undefined ? {} : { replica: this.#replica(p.replica).replica.handle }),
         });
+        this.#vms.add(p.vm);
         for (const { generation, directory } of p.generations) {
           this.#memtap.adoptGeneration(p.vm, { generation, directory });
         }
@@ -152,7 +154,7 @@ export class Dataplane {
       },
       'vm.fork_abort': async (p) => {
         this.#forkEnded(p.vm);
-        if (this.#memtap.has(p.vm)) await this.#memtap.forkAbort(p.vm, p.generation);
+        if (this.#vms.has(p.vm)) await this.#memtap.forkAbort(p.vm, p.generation);
         return {};
       },
       'vm.drop_generation': async (p) => {
@@ -162,7 +164,7 @@ export class Dataplane {
       },
       'vm.remove': (p) => {
         this.#forkEnded(p.vm);
-        this.#memtap.remove(p.vm);
+        if (this.#vms.delete(p.vm)) this.#memtap.remove(p.vm);
         return {};
       },
       'vm.stats': (p) => ({ ...this.#memtap.stats(p.vm) }),
@@ -220,7 +222,7 @@ export class Dataplane {
       'disk.stats': (p) => ({ ...this.#disk(p.disk).stats() }),
       'generation.serve': (p) => {
         if (!this.#served.has(p.generation)) {
-          const provider: ProviderHandle =
+          const provider =
             'vm' in p.of
               ? this.#memtap.provider(p.of.vm, p.generation)
               : this.#disk(p.of.disk).provider(p.generation);
@@ -277,7 +279,7 @@ export class Dataplane {
     this.#forks.delete(vm);
     this.#log.warn({ vm }, 'sfld went away during a fork: resuming the parent');
     void (async () => {
-      if (fork !== undefined && this.#memtap.has(vm)) {
+      if (fork !== undefined && this.#vms.has(vm)) {
         await this.#memtap.forkAbort(vm, fork.generation);
       }
       await rescueVm(rescue);

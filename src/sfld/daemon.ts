@@ -24,6 +24,8 @@ import { Store } from './store.js';
 import { ticketFile } from './tickets.js';
 import { adoptVms, endVm, expectVm, memtapSocket, openDisk } from './vms.js';
 
+const ATTACH_LIMIT_MS = 5_000;
+
 export interface Daemon {
   readonly host: Host;
   /** Path of the local API's socket. */
@@ -144,6 +146,10 @@ async function restore(host: Host, call: Host['dataplane']['call']): Promise<voi
   }
   for (const fork of host.forks.all()) {
     if (fork.state !== 'open') continue;
+    // Its memory can be read once the VM's process has come back to memtap, a moment later.
+    await call('vm.attached', { vm: fork.vm, timeout_ms: ATTACH_LIMIT_MS }).catch((error: unknown) =>
+      host.log.warn({ vm: fork.vm, error: String(error) }, 'VM does not come back to memtap'),
+    );
     await serve(host, fork.ram, { vm: fork.vm }, call);
     await serve(host, fork.disk, { disk: fork.vm }, call);
   }
