@@ -26,6 +26,8 @@ export interface Ticket {
   /** Clones it is good for. */
   readonly granted: number;
   readonly placements: readonly Placement[];
+  /** The clones' vmids, in the order of the placements. */
+  readonly vmids: readonly number[];
   /** What each clone takes. */
   readonly need: Need;
   /** Wall-clock time, ms since 1970. */
@@ -40,6 +42,7 @@ const TicketRecord = Type.Object({
   placements: Type.Array(
     Type.Object({ host: Type.String(), clones: Type.Integer({ minimum: 1 }) }),
   ),
+  vmids: Type.Array(Type.Integer({ minimum: 0, maximum: 0xffff })),
   memory_bytes: Type.Integer({ minimum: 1 }),
   vcpus: Type.Integer({ minimum: 1 }),
   expires_ms: Type.Number(),
@@ -88,10 +91,11 @@ export class TicketBook {
     readonly id?: string;
     readonly ownerVmId: string;
     readonly placements: readonly Placement[];
+    readonly vmids?: readonly number[];
     readonly need: Need;
     readonly ttlMs: number;
   }): Ticket {
-    const { ownerVmId, placements, need, ttlMs } = request;
+    const { ownerVmId, placements, vmids = [], need, ttlMs } = request;
     const granted = placements.reduce((sum, placement) => sum + placement.clones, 0);
     if (granted < 1 || !(ttlMs > 0)) {
       throw new SnowflockError('E_ARGUMENT', 'a ticket is for one clone or more, and for a while');
@@ -107,6 +111,7 @@ export class TicketBook {
       ownerVmId,
       granted,
       placements: placements.map(({ host, clones }) => ({ host, clones })),
+      vmids: [...vmids],
       need: { memoryBytes: need.memoryBytes, vcpus: need.vcpus },
       expiresMs: this.#now() + ttlMs,
       state: 'open',
@@ -169,6 +174,7 @@ export class TicketBook {
         owner_vm_id: ticket.ownerVmId,
         granted: ticket.granted,
         placements: ticket.placements.map(({ host, clones }) => ({ host, clones })),
+        vmids: [...ticket.vmids],
         memory_bytes: ticket.need.memoryBytes,
         vcpus: ticket.need.vcpus,
         expires_ms: ticket.expiresMs,
@@ -189,6 +195,7 @@ export class TicketBook {
         ownerVmId: record.owner_vm_id,
         granted: record.granted,
         placements: record.placements,
+        vmids: record.vmids,
         need: { memoryBytes: record.memory_bytes, vcpus: record.vcpus },
         expiresMs: record.expires_ms,
         state: record.state,

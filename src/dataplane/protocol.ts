@@ -102,7 +102,10 @@ export interface DataplaneMethods {
     };
     result: { size_bytes: number };
   };
-  /** Makes the next slice in advance, so that `disk.fork` only puts it in place. */
+  /**
+   * Makes the next slice in advance, so that `disk.fork` only puts it in place, and writes out what
+   * is dirty: the hypervisor flushes while the VM is paused, and should find little to do.
+   */
   'disk.prepare_fork': { params: { disk: string }; result: Record<string, never> };
   'disk.fork': {
     params: { disk: string; generation: string };

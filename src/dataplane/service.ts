@@ -203,6 +203,7 @@ export class Dataplane {
       },
       'disk.prepare_fork': async (p) => {
         await this.#disk(p.disk).prepareFork();
+        await this.#disk(p.disk).flush();
         return {};
       },
       'disk.fork': async (p) => {

@@ -107,7 +107,8 @@ async function dropGenerations(host: Host, fork: ForkRecord, sealed: boolean): P
   await call('generation.unserve', { generation: fork.ram.generation });
   await call('generation.unserve', { generation: fork.disk.generation });
   await call('vm.fork_abort', { vm: fork.vm, generation: fork.ram.generation });
-  if (sealed) await call('disk.drop_generation', { disk: fork.vm, generation: fork.disk.generation });
+  if (sealed)
+    await call('disk.drop_generation', { disk: fork.vm, generation: fork.disk.generation });
   await rm(fork.ram_directory, { recursive: true, force: true });
 }
 

@@ -12,7 +12,7 @@ import { closeSync } from 'node:fs';
 import { join } from 'node:path';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
 import { Undo } from '../common/undo.js';
-import { type Descriptor, checkShape, decodeDescriptor } from '../descriptor/index.js';
+import { checkShape, type Descriptor, decodeDescriptor } from '../descriptor/index.js';
 import { runsOfBitmap } from '../descriptor/zero-map.js';
 import type { DhcpService } from '../dhcp/service.js';
 import type { Vm } from '../hypervisor/driver.js';

@@ -147,8 +147,9 @@ async function restore(host: Host, call: Host['dataplane']['call']): Promise<voi
   for (const fork of host.forks.all()) {
     if (fork.state !== 'open') continue;
     // Its memory can be read once the VM's process has come back to memtap, a moment later.
-    await call('vm.attached', { vm: fork.vm, timeout_ms: ATTACH_LIMIT_MS }).catch((error: unknown) =>
-      host.log.warn({ vm: fork.vm, error: String(error) }, 'VM does not come back to memtap'),
+    await call('vm.attached', { vm: fork.vm, timeout_ms: ATTACH_LIMIT_MS }).catch(
+      (error: unknown) =>
+        host.log.warn({ vm: fork.vm, error: String(error) }, 'VM does not come back to memtap'),
     );
     await serve(host, fork.ram, { vm: fork.vm }, call);
     await serve(host, fork.disk, { disk: fork.vm }, call);

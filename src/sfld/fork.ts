@@ -50,10 +50,10 @@ export async function forkVm(
   begin(live);
   try {
     const ticket = await useTicket(host, record.id, ticketId);
-    const fork = newFork(host, live, ticketId, false);
+    const fork = newFork(host, live, ticketId, false, pendingId);
     const captured = captureVm(host, live, fork);
     captured.catch(() => {});
-    await spawnClones(host, record, fork, ticket, captured, pendingId, requestedAt);
+    await spawnClones(host, record, fork, ticket, captured, requestedAt);
     await captured; // a failed capture fails the fork as a whole
     await forgetOldForks(host, record.id);
     return fork;
@@ -63,10 +63,14 @@ export async function forkVm(
 }
 
 /** `sf_checkpoint_parent`: captures, and holds the generations until they are released. */
-export async function checkpointVm(host: Host, live: LiveVm): Promise<ForkRecord> {
+export async function checkpointVm(
+  host: Host,
+  live: LiveVm,
+  pendingId: string | null,
+): Promise<ForkRecord> {
   begin(live);
   try {
-    const fork = newFork(host, live, null, true);
+    const fork = newFork(host, live, null, true, pendingId);
     await captureVm(host, live, fork);
     return fork;
   } finally {
@@ -91,7 +95,7 @@ export async function createClones(
   }
   const ticket = await useTicket(host, live.record.id, ticketId);
   const descriptor = readFile(fork.descriptor_path);
-  await spawnClones(host, live.record, fork, ticket, descriptor, null, requestedAt);
+  await spawnClones(host, live.record, fork, ticket, descriptor, requestedAt);
   fork.ticket = ticketId;
   await host.forks.save(fork);
   return fork;
@@ -117,7 +121,13 @@ function end(live: LiveVm): void {
   live.forking = false;
 }
 
-function newFork(host: Host, live: LiveVm, ticket: string | null, held: boolean): ForkRecord {
+function newFork(
+  host: Host,
+  live: LiveVm,
+  ticket: string | null,
+  held: boolean,
+  pending: string | null,
+): ForkRecord {
   const { config } = host;
   const { record } = live;
   const id = newSecretId('fork');
@@ -127,6 +137,7 @@ function newFork(host: Host, live: LiveVm, ticket: string | null, held: boolean)
     vm: record.id,
     state: 'capturing',
     held,
+    pending,
     ticket,
     ram,
     disk: newGeneration(host, record.disk_bytes),
@@ -164,10 +175,9 @@ async function spawnClones(
   fork: ForkRecord,
   ticket: Ticket,
   descriptor: Promise<Buffer>,
-  pendingId: string | null,
   requestedAt: number,
 ): Promise<void> {
-  const vmids = await allocateVmids(host, record, ticket.granted);
+  const vmids = [...ticket.vmids];
   const first = fork.clones.length;
   const jobs = ticket.placements.map((placement) => {
     const mine = vmids.splice(0, placement.clones).map((vmid) => ({ vm: newVmId(), vmid }));
@@ -207,7 +217,6 @@ async function spawnClones(
           placement,
           mine,
           descriptor,
-          pendingId,
           ticket.id,
           summary,
           sentAt,
@@ -235,7 +244,6 @@ async function spawnOnHost(
   placement: Placement,
   mine: { vm: string; vmid: number }[],
   descriptor: Promise<Buffer>,
-  pendingId: string | null,
   ticketId: string,
   summary: Record<string, string>,
   sentAt: number,
@@ -262,7 +270,9 @@ async function spawnOnHost(
       epoch: newEpoch(),
       seed: randomBytes(32).toString('hex'),
       reply:
-        pendingId === null ? null : { id: pendingId, args: { vmid: String(vmid), ...summary } },
+        fork.pending === null
+          ? null
+          : { id: fork.pending, args: { vmid: String(vmid), ...summary } },
     })),
   };
   try {
@@ -424,24 +434,4 @@ async function forgetOldForks(host: Host, vm: string): Promise<void> {
     .filter((fork) => fork.vm === vm && fork.state === 'closed')
     .sort((a, b) => b.created_ms - a.created_ms);
   for (const fork of closed.slice(CLOSED_FORKS_KEPT)) await host.forks.remove(fork.id);
-}
-
-/** vmids are unique in the family for ever; the family's host gives them out. */
-async function allocateVmids(host: Host, record: VmRecord, n: number): Promise<number[]> {
-  if (record.family_host !== host.config.name) {
-    return host.peers.get(record.family_host).allocateVmids(record.family, n);
-  }
-  return takeVmids(host, record.family, n);
-}
-
-export async function takeVmids(host: Host, family: number, n: number): Promise<number[]> {
-  const first = host.vms.all().find((vm) => vm.family === family && vm.vmid === 0);
-  if (first === undefined) throw new SnowflockError('E_NOT_FOUND', `no family ${family} here`);
-  if (first.next_vmid + n > 0xfd00) {
-    throw new SnowflockError('E_CAPACITY', `family ${family} has used up its 64,768 vmids`);
-  }
-  const vmids = Array.from({ length: n }, (_, i) => first.next_vmid + i);
-  first.next_vmid += n;
-  await host.vms.save(first);
-  return vmids;
 }

@@ -1,9 +1,9 @@
 /** The sf_* calls of a guest (paper section 2.1), as they come through its channel. */
 import type { GuestCall } from '../api/guest-channel.js';
-import { SnowflockError } from '../common/errors.js';
+import { type ErrorCode, SnowflockError } from '../common/errors.js';
 import { checkpointVm, createClones, forkVm, joinFork, killClones } from './fork.js';
 import type { Host, LiveVm } from './host.js';
-import type { CloneResult, ForkRecord } from './records.js';
+import type { CloneResult, EndReport, ForkRecord } from './records.js';
 import { requestTicket } from './tickets.js';
 import { endVm } from './vms.js';
 
@@ -28,15 +28,19 @@ export async function handleGuestCall(
       };
     case 'request_ticket': {
       const ticket = await requestTicket(host, live, number(args, 'n'));
-      return { ticket: ticket.id, granted: String(ticket.granted) };
+      return {
+        ticket: ticket.id,
+        allocation: String(ticket.granted),
+        vmids: ticket.vmids.join(','),
+      };
     }
     case 'clone': {
       const fork = await forkVm(host, live, text(args, 'ticket'), call.id);
       return { vmid: '0', ...forkReply(fork) };
     }
     case 'checkpoint_parent': {
-      const fork = await checkpointVm(host, live);
-      return { checkpoint: fork.id };
+      const fork = await checkpointVm(host, live, call.id);
+      return { vmid: '0', checkpoint: fork.id };
     }
     case 'create_clones': {
       const fork = await createClones(host, live, text(args, 'checkpoint'), text(args, 'ticket'));
@@ -76,12 +80,22 @@ function forkReply(fork: ForkRecord): Record<string, string> {
   };
 }
 
-/** `vmid:outcome` pairs: an exit status, or the reason why there is none (or not yet: running). */
+const CODE_OF_END: Record<EndReport['reason'], ErrorCode> = {
+  exit: 'E_CLOSED',
+  shutdown: 'E_CLOSED',
+  killed: 'E_INTERRUPTED',
+  crashed: 'E_QEMU',
+  lost: 'E_SOURCE_LOST',
+  failed: 'E_CLONE_START',
+};
+
+/** `vmid:outcome` of clones that have ended: the status given to sf_exit, or a code. */
 function results(clones: CloneResult[]): string {
   return clones
-    .map((clone) => {
-      if (clone.end === null) return `${clone.vmid}:${clone.ok ? 'running' : 'failed'}`;
-      return `${clone.vmid}:${clone.end.status ?? clone.end.reason}`;
+    .filter(({ end }) => end !== null)
+    .map(({ vmid, end, error }) => {
+      if (end === null) return '';
+      return `${vmid}:${end.status ?? error?.code ?? CODE_OF_END[end.reason]}`;
     })
     .join(',');
 }

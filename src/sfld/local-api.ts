@@ -103,7 +103,7 @@ function routes(host: Host, app: FastifyInstance): void {
     (request) => forkVm(host, findVm(host, request.params.ref), request.body.ticket, null),
   );
   app.post<{ Params: Ref }>('/v1/vms/:ref/checkpoints', (request) =>
-    checkpointVm(host, findVm(host, request.params.ref)),
+    checkpointVm(host, findVm(host, request.params.ref), null),
   );
   app.post<{ Params: Ref & { id: string }; Body: Static<typeof TicketBody> }>(
     '/v1/vms/:ref/checkpoints/:id/clones',

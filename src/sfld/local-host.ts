@@ -1,12 +1,12 @@
 import { SnowflockError } from '../common/errors.js';
 import { addressOfVmid, wireMac } from '../network/addresses.js';
 import type { Clones } from './clones.js';
-import { cloneReplied, noteEnd, takeVmids } from './fork.js';
+import { cloneReplied, noteEnd } from './fork.js';
 import type { Host } from './host.js';
 import type { Leases } from './leases.js';
 import type { Capacity, HostPort, VmCounters, VmSummary } from './peers.js';
 import type { EndReport, PrepareRequest, StartReport, VmRecord } from './records.js';
-import { shareOf, TICKET_LIFE_MS } from './tickets.js';
+import { shareOf, TICKET_LIFE_MS, takeVmids } from './tickets.js';
 import { endVm } from './vms.js';
 
 /** This host's own port: what others reach through the peer API, and this daemon directly. */

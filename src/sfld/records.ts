@@ -78,6 +78,8 @@ export interface ForkRecord {
   state: ForkState;
   /** True until released: the generations stay although no clone runs. */
   held: boolean;
+  /** The guest's call that made it: each clone gets its answer to it. */
+  pending: string | null;
   ticket: string | null;
   ram: GenerationRef;
   disk: GenerationRef;

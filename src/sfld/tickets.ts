@@ -4,6 +4,7 @@ import { newTicketId, type Ticket } from '../allocator/tickets.js';
 import { SnowflockError } from '../common/errors.js';
 import { writeJson } from '../common/files.js';
 import type { Host, LiveVm } from './host.js';
+import type { VmRecord } from './records.js';
 
 /** Unused tickets give their resources back after this. */
 export const TICKET_LIFE_MS = 60_000;
@@ -51,6 +52,11 @@ export async function requestTicket(host: Host, live: LiveVm, n: number): Promis
     id,
     ownerVmId: record.id,
     placements: given,
+    vmids: await allocateVmids(
+      host,
+      record,
+      given.reduce((sum, { clones }) => sum + clones, 0),
+    ),
     need,
     ttlMs: TICKET_LIFE_MS,
   });
@@ -77,4 +83,24 @@ function saveTickets(host: Host): Promise<void> {
 /** Room is reserved and given back clone by clone. */
 export function shareOf(ticket: string, share: number): string {
   return `${ticket}/${share}`;
+}
+
+/** vmids are unique in the family for ever; the family's host gives them out. */
+async function allocateVmids(host: Host, record: VmRecord, n: number): Promise<number[]> {
+  if (record.family_host !== host.config.name) {
+    return host.peers.get(record.family_host).allocateVmids(record.family, n);
+  }
+  return takeVmids(host, record.family, n);
+}
+
+export async function takeVmids(host: Host, family: number, n: number): Promise<number[]> {
+  const first = host.vms.all().find((vm) => vm.family === family && vm.vmid === 0);
+  if (first === undefined) throw new SnowflockError('E_NOT_FOUND', `no family ${family} here`);
+  if (first.next_vmid + n > 0xfd00) {
+    throw new SnowflockError('E_CAPACITY', `family ${family} has used up its 64,768 vmids`);
+  }
+  const vmids = Array.from({ length: n }, (_, i) => first.next_vmid + i);
+  first.next_vmid += n;
+  await host.vms.save(first);
+  return vmids;
 }
