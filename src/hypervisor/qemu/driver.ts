@@ -77,7 +77,12 @@ export class QemuDriver implements HypervisorDriver {
     if (version === undefined) {
       throw new SnowflockError('E_REQUIREMENT', `${this.#binary} is not QEMU`);
     }
-    const kvm = await probeKvm(this.#binary, this.options.user, this.options.kvmCacheFile);
+    const kvm = await probeKvm(
+      this.#binary,
+      this.#machine,
+      this.options.user,
+      this.options.kvmCacheFile,
+    );
     return {
       driver: this.name,
       version,
