@@ -1,7 +1,7 @@
 /**
  * QEMU's command line from a VmSpec. A clone's differs from its parent's only in what it waits for
  * (`-incoming`) and in that it has no kernel: its RAM holds one already, and reading a 50 MB kernel
- * costs 40 ms of QEMU's start.
+ * costs 40 to 60 ms of QEMU's start.
  *
  * What is on the line, and why:
  * - `-nodefaults -no-user-config`: nothing that was not asked for, on any host.
