@@ -4,8 +4,9 @@ import { chmodSync, copyFileSync, mkdtempSync, readFileSync, rmSync, watch } fro
 import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import type { VmSpec } from '../../src/hypervisor/driver.js';
+import type { VmRecord, VmSpec } from '../../src/hypervisor/driver.js';
 import { QemuDriver, type QemuDriverOptions } from '../../src/hypervisor/qemu/driver.js';
+import { isAlive, VmProcess } from '../../src/hypervisor/qemu/process.js';
 import type { QemuVm } from '../../src/hypervisor/qemu/vm.js';
 
 /** `nobody`: VM processes never run as root, in tests neither. */
@@ -25,11 +26,14 @@ export function buildGuest(folder: string): string {
 
 export interface Bed {
   folder: string;
+  ramFolder: string;
   kernel: string;
   driver: QemuDriver;
   spec: (id: string, more?: Partial<VmSpec>) => VmSpec;
   /** Ends the VM with the bed. */
   own: (vm: QemuVm) => QemuVm;
+  /** Ends the VM of this record with the bed, whoever started it. */
+  ownPid: (record: VmRecord) => void;
   boot: (id: string, more?: Partial<VmSpec>) => Promise<QemuVm>;
   /** Copies the RAM of a paused VM for a clone to start from. */
   copyRam: (from: string, to: string) => void;
@@ -44,6 +48,7 @@ export function makeBed(options: Partial<QemuDriverOptions> = {}): Bed {
   chmodSync(shared, 0o777);
   const kernel = buildGuest(folder);
   const vms: QemuVm[] = [];
+  const records: VmRecord[] = [];
   const ram = (id: string) => join(shared, `${id}.ram`);
   const driver = new QemuDriver({
     user: USER,
@@ -70,10 +75,14 @@ export function makeBed(options: Partial<QemuDriverOptions> = {}): Bed {
   };
   return {
     folder,
+    ramFolder: shared,
     kernel,
     driver,
     spec,
     own,
+    ownPid: (record) => {
+      records.push(record);
+    },
     boot: async (id, more) => own(await driver.boot(spec(id, more))),
     copyRam: (from, to) => {
       copyFileSync(ram(from), ram(to));
@@ -81,6 +90,10 @@ export function makeBed(options: Partial<QemuDriverOptions> = {}): Bed {
     },
     end: async () => {
       await Promise.all(vms.map((vm) => vm.destroy({ graceMs: 0 })));
+      for (const { pid, start_ticks, boot_id } of records) {
+        const identity = { pid, startTicks: start_ticks, bootId: boot_id };
+        if (isAlive(identity)) await VmProcess.adopt(identity).end(0);
+      }
       rmSync(folder, { recursive: true, force: true });
       rmSync(shared, { recursive: true, force: true });
       rmSync(join(tmpdir(), `sf-hyper-kvm-${process.pid}.json`), { force: true });

@@ -1,7 +1,7 @@
 /**
  * QEMU's command line from a VmSpec. A clone's differs from its parent's only in what it waits for
  * (`-incoming`) and in that it has no kernel: its RAM holds one already, and reading a 50 MB kernel
- * costs 40 ms of QEMU's start.
+ * costs 40 to 60 ms of QEMU's start.
  *
  * What is on the line, and why:
  * - `-nodefaults -no-user-config`: nothing that was not asked for, on any host.
@@ -156,6 +156,15 @@ export interface ArgsOptions {
   memory?: Record<string, string | number | boolean>;
 }
 
+/** What executes guest code; the probe guest is run with the very same. */
+export function accelArgs(accel: string, machine: Machine, vcpus: number): string[] {
+  if (accel === 'kvm') return ['-accel', 'kvm', '-cpu', 'host,migratable=on'];
+  if (accel !== 'tcg') return ['-accel', accel];
+  const thread = vcpus > 1 ? 'multi' : 'single';
+  const tcg = options({ thread, 'tb-size': TCG_BUFFER_MIB }, 'tcg');
+  return ['-accel', tcg, '-cpu', machine.tcgCpu];
+}
+
 export function buildArgs(spec: VmSpec, choice: ArgsOptions): string[] {
   const { machine } = choice;
   const paths = vmPaths(spec);
@@ -175,14 +184,7 @@ export function buildArgs(spec: VmSpec, choice: ArgsOptions): string[] {
   add('-M', `${machine.type},memory-backend=ram0`);
   if (machine.firmware !== undefined) add('-bios', machine.firmware);
   if (machine.transport === 'device') add('-global', 'virtio-mmio.force-legacy=false');
-  if (choice.accel === 'kvm') {
-    add('-accel', 'kvm');
-    add('-cpu', 'host,migratable=on');
-  } else {
-    const thread = spec.vcpus > 1 ? 'multi' : 'single';
-    add('-accel', options({ thread, 'tb-size': TCG_BUFFER_MIB }, 'tcg'));
-    add('-cpu', machine.tcgCpu);
-  }
+  args.push(...accelArgs(choice.accel, machine, spec.vcpus));
   add('-smp', String(spec.vcpus));
   add('-m', `${spec.ramBytes / 2 ** 20}M`);
   add('-object', {

@@ -28,6 +28,8 @@ const run = promisify(execFile);
 
 const DEFAULT_LOG_BYTES = 1 << 20;
 const DEFAULT_STATE_BYTES = 64 << 20;
+/** Connect errors of a QEMU that is about to listen, or about to end. */
+const NOT_YET = new Set(['ENOENT', 'ECONNREFUSED', 'ECONNRESET', 'EPIPE', 'E_CLOSED']);
 /** Its monitor answers after some 25 ms; a machine under load may take seconds. */
 const START_LIMIT_MS = 20_000;
 
@@ -75,7 +77,12 @@ export class QemuDriver implements HypervisorDriver {
     if (version === undefined) {
       throw new SnowflockError('E_REQUIREMENT', `${this.#binary} is not QEMU`);
     }
-    const kvm = await probeKvm(this.#binary, this.options.user, this.options.kvmCacheFile);
+    const kvm = await probeKvm(
+      this.#binary,
+      this.#machine,
+      this.options.user,
+      this.options.kvmCacheFile,
+    );
     return {
       driver: this.name,
       version,
@@ -192,7 +199,7 @@ export class QemuDriver implements HypervisorDriver {
           throw new SnowflockError('E_QEMU', `QEMU of VM ${spec.id} ended at its start: ${said}`);
         }
         const code = error instanceof Error && 'code' in error ? error.code : undefined;
-        if (code !== 'ENOENT' && code !== 'ECONNREFUSED') throw error;
+        if (typeof code !== 'string' || !NOT_YET.has(code)) throw error;
         if (performance.now() > deadline) {
           throw new SnowflockError('E_TIMEOUT', `QEMU of VM ${spec.id} opens no monitor (${log})`);
         }
