@@ -16,7 +16,7 @@
 //   flush_mutex_        one persist/settle at a time
 //   gate_               shared: a write of one stretch; exclusive: fork. Guards top_, spare_
 //   page_locks_         one of 256 by stretch: two writes of one stretch
-//   index_lock_         shared: a look-up; exclusive: a change. Never held during data I/O
+//   index_lock_         shared: a look-up; exclusive: a change
 // Left out: merging, closing descriptors of slices seldom read.
 #pragma once
 
@@ -102,6 +102,7 @@ class Disk final : public Device {
   // Both with gate_ shared and the stretch's page lock held.
   int write_stretch(const Stretch& stretch, uint64_t off, size_t len, const uint8_t* data,
                     ReadMode mode);
+  void give_back(const Stretch& stretch);
   int zero_stretch(const Stretch& stretch, uint64_t off, uint64_t len, bool edges);
   int mark(PageIndex first, uint64_t count, PageState state);
   Status settle_below_top(std::shared_ptr<Slice>* top);

@@ -76,13 +76,22 @@ int Disk::write_stretch(const Stretch& stretch, uint64_t off, size_t len, const 
   iovec parts[3] = {
       {head, head_bytes}, {const_cast<uint8_t*>(data), len}, {tail, tail_bytes}};
   error = top_->data().writev(off - head_bytes, parts, 3);
-  if (error != 0) return error;
+  bool fresh = false;
   for (PageIndex page = stretch.first; page <= last; page++) {
-    if (stretch.entry(page) != top_number_) {
-      return mark(stretch.first, stretch.count, PageState::kPresent);
-    }
+    fresh = fresh || stretch.entry(page) != top_number_;
   }
-  return 0;
+  if (error == 0 && fresh) error = mark(stretch.first, stretch.count, PageState::kPresent);
+  if (error != 0) give_back(stretch);
+  return error;
+}
+
+// After a failed write: what it put into pages that are not the top's takes space for nothing, which
+// a full file system needs, not least for the map. None of them is marked: the states of a stretch
+// are 16 aligned bytes of the map, written in one piece or not at all.
+void Disk::give_back(const Stretch& stretch) {
+  for (PageIndex page = stretch.first; page < stretch.first + stretch.count; page++) {
+    if (stretch.entry(page) != top_number_) top_->punch(page, 1);
+  }
 }
 
 int Disk::mark(PageIndex first, uint64_t count, PageState state) {
