@@ -72,9 +72,9 @@ class Requester {
   void forget(PageIndex page);  // no longer under way, without an answer
   void clear();
 
-  // Appends up to `max_runs` runs of what is to be asked now; they count as asked. While answers may
-  // lie unread in a socket (not `drained`), nothing is taken for lost, and nothing is prefetched: on
-  // a host that lags behind it may have come already because others asked.
+  // Appends up to `max_runs` runs of what is to be asked now; they count as asked. While answers
+  // may lie unread in a socket (not `drained`), nothing is taken for lost, and nothing is
+  // prefetched: on a host that lags behind it may have come already because others asked.
   void collect(TimeNs now, bool drained, size_t max_runs, std::vector<Run>* out);
   // Asks for one page that was just wanted, ahead of collect(). False: leave it to collect().
   bool ask_now(PageIndex page, TimeNs now, Run* out);
