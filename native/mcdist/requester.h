@@ -32,8 +32,8 @@
 namespace sf::mcdist {
 
 struct RequesterConfig {
-  // On two busy cores a runnable thread may wait several milliseconds for its turn: a lower bound
-  // below that asks again for what is already in the socket's buffer.
+  // Above PolicyConfig::retry_window, or the first retry is ignored; docs/mcdist.md has what was
+  // measured.
   TimeNs rto_min = 10 * kMillisecond;
   TimeNs rto_min_prefetch = 40 * kMillisecond;  // nobody waits
   TimeNs rto_max = 250 * kMillisecond;          // also how late a restarted server is noticed
