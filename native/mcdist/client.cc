@@ -371,7 +371,7 @@ void Client::handle_welcome(const Header& header, const Welcome& welcome, TimeNs
   }
 }
 
-void Client::flush(bool timeouts) {
+void Client::flush(bool drained) {
   const TimeNs now = now_ns();
   for (;;) {
     std::lock_guard lock(mutex_);
@@ -384,11 +384,12 @@ void Client::flush(bool timeouts) {
       return;
     }
     sending_.clear();
-    requester_.collect(now, timeouts, max_runs_, &sending_);
+    requester_.collect(now, drained, max_runs_, &sending_);
     if (!sending_.empty()) {
       send_request(sending_, now);
     } else if (!requester_.more()) {
-      if (!requester_.idle()) arm(std::max(requester_.due_at(), timeouts ? TimeNs{0} : now + 1));
+      // Not drained: at once again, even if the packets read last were the last ones there.
+      if (!requester_.idle()) arm(drained ? requester_.due_at() : now);
       return;
     }
   }

@@ -82,7 +82,7 @@ class Client final : public PageFetcher {
   void handle_negative(const std::vector<Run>& runs, TimeNs now);
   void handle_welcome(const Header& header, const Welcome& welcome, TimeNs now);
   void heard(const Header& header, TimeNs now);
-  void flush(bool timeouts);
+  void flush(bool drained);
   void watch_source(TimeNs now);
   void lose(const Status& status);
 

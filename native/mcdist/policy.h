@@ -38,8 +38,9 @@ struct PolicyConfig {
   double cut = 0.75;
   // A cut needs more than this share of pages reported lost (mean over clients) in an interval with
   // at least loss_min_pages sent. The paper cuts at each loss (0): on a link with random loss that
-  // spirals down to nothing (5% of packets are 14% of pages, and on busy cores some retries come for
-  // answers that are merely late). What keeps queues short meanwhile is the clients' own window.
+  // spirals down to nothing (5% of packets are 14% of pages, and on busy cores some retries come
+  // for answers that are merely late). What keeps queues short meanwhile is the clients' own
+  // window.
   double loss_tolerance = 0.4;
   uint32_t loss_min_pages = 32;
   TimeNs loss_interval = 100 * kMillisecond;

@@ -212,9 +212,10 @@ void Requester::collect_timeouts(TimeNs now, size_t max_runs, std::vector<Run>* 
   }
 }
 
-void Requester::collect(TimeNs now, bool timeouts, size_t max_runs, std::vector<Run>* out) {
-  if (timeouts) collect_timeouts(now, max_runs, out);
-  for (size_t kind = 0; kind < 2; kind++) {
+void Requester::collect(TimeNs now, bool drained, size_t max_runs, std::vector<Run>* out) {
+  more_ = false;
+  if (drained) collect_timeouts(now, max_runs, out);
+  for (size_t kind = 0; kind < (drained ? 2 : 1); kind++) {
     const uint32_t window = kind == 0 ? config_.fault_window : window_;
     auto& fresh = fresh_[kind];
     while (!fresh.empty() && in_flight_[kind] < window && out->size() < max_runs) {
@@ -232,7 +233,7 @@ void Requester::collect(TimeNs now, bool timeouts, size_t max_runs, std::vector<
       ask(page, &found->second, now, false, out);
     }
   }
-  more_ = false;
+  if (!drained) return;
   size_t looked = 0;
   // Many pages in few requests: wait until a quarter of the window is free.
   if (in_flight_[1] > window_ - window_ / 4) return;

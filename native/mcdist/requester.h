@@ -32,8 +32,8 @@
 namespace sf::mcdist {
 
 struct RequesterConfig {
-  // On two busy cores a runnable thread may wait several milliseconds for its turn: a lower bound
-  // below that asks again for what is already in the socket's buffer.
+  // Above PolicyConfig::retry_window, or the first retry is ignored; docs/mcdist.md has what was
+  // measured.
   TimeNs rto_min = 10 * kMillisecond;
   TimeNs rto_min_prefetch = 40 * kMillisecond;  // nobody waits
   TimeNs rto_max = 250 * kMillisecond;          // also how late a restarted server is noticed
@@ -72,9 +72,10 @@ class Requester {
   void forget(PageIndex page);  // no longer under way, without an answer
   void clear();
 
-  // Appends up to `max_runs` runs of what is to be asked now; they count as asked. `timeouts`: also
-  // ask again for what timed out; not while answers may still lie unread in a socket.
-  void collect(TimeNs now, bool timeouts, size_t max_runs, std::vector<Run>* out);
+  // Appends up to `max_runs` runs of what is to be asked now; they count as asked. While answers
+  // may lie unread in a socket (not `drained`), nothing is taken for lost, and nothing is
+  // prefetched: on a host that lags behind it may have come already because others asked.
+  void collect(TimeNs now, bool drained, size_t max_runs, std::vector<Run>* out);
   // Asks for one page that was just wanted, ahead of collect(). False: leave it to collect().
   bool ask_now(PageIndex page, TimeNs now, Run* out);
   // True if collect() stopped early and is to be called again at once.
