@@ -21,6 +21,21 @@ export interface RemoteProcess {
   signal(name: string): void;
 }
 
+interface Message {
+  stdout?: string;
+  stderr?: string;
+  exited?: Exited;
+  error?: { code: string; message: string };
+}
+
+function parse(line: string): Message | undefined {
+  try {
+    return JSON.parse(line) as Message;
+  } catch {
+    return undefined;
+  }
+}
+
 /** Runs a program in a VM's guest. Errors: E_NOT_FOUND, E_GUEST, E_DAEMON. */
 export async function exec(
   client: SnowflockClient,
@@ -38,12 +53,11 @@ export async function exec(
   };
   const exited = new Promise<Exited>((resolve, reject) => {
     readLines(socket, LINE_LIMIT_BYTES, (line) => {
-      const message = JSON.parse(line) as {
-        stdout?: string;
-        stderr?: string;
-        exited?: Exited;
-        error?: { code: string; message: string };
-      };
+      const message = parse(line);
+      if (message === undefined) {
+        socket.destroy(new SnowflockError('E_DAEMON', `the daemon said ${line.slice(0, 200)}`));
+        return;
+      }
       if (message.stdout !== undefined) stdout.write(Buffer.from(message.stdout, 'base64'));
       if (message.stderr !== undefined) stderr.write(Buffer.from(message.stderr, 'base64'));
       if (message.exited !== undefined) resolve(message.exited);

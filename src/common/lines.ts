@@ -1,4 +1,5 @@
 import type { Duplex } from 'node:stream';
+import { StringDecoder } from 'node:string_decoder';
 
 /**
  * Calls `onLine` for each newline-ended line of a stream. A line longer than `limitBytes` ends the
@@ -10,9 +11,10 @@ export function readLines(
   onLine: (line: string) => void,
 ): void {
   let pending = '';
-  stream.setEncoding('utf8');
-  stream.on('data', (chunk: string) => {
-    pending += chunk;
+  // Not setEncoding(): Node refuses it on the socket of an upgraded HTTP connection.
+  const decoder = new StringDecoder('utf8');
+  stream.on('data', (chunk: Buffer) => {
+    pending += decoder.write(chunk);
     let start = 0;
     for (;;) {
       const end = pending.indexOf('\n', start);

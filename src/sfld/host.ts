@@ -1,5 +1,6 @@
-import { mkdir } from 'node:fs/promises';
-import { join } from 'node:path';
+import { constants } from 'node:fs';
+import { chmod, copyFile, mkdir, rename, stat } from 'node:fs/promises';
+import { basename, join } from 'node:path';
 import type { Resources } from '../allocator/resources.js';
 import type { TicketBook } from '../allocator/tickets.js';
 import type { GuestChannel } from '../api/guest-channel.js';
@@ -7,6 +8,8 @@ import type { ClusterConfig } from '../cluster/config.js';
 import { SnowflockError } from '../common/errors.js';
 import type { Logger } from '../common/log.js';
 import type { DhcpService } from '../dhcp/service.js';
+import type { BuiltImage } from '../image/manifest.js';
+import { nativePath } from '../common/native.js';
 import type { HypervisorDriver, Vm } from '../hypervisor/driver.js';
 import type { NetbackFilter } from '../netback-filter/filter.js';
 import type { DataplaneSupervisor } from './dataplane.js';
@@ -47,6 +50,33 @@ export function vmPaths(config: ClusterConfig, vm: string): Record<'run' | 'nbd'
   return { run, nbd: join(run, 'nbd.sock') };
 }
 
+/** The library that is loaded into VM processes: a copy that their user can reach. */
+export function agentPath(config: ClusterConfig): string {
+  return join(config.runDir, 'memtap-agent.so');
+}
+
+/**
+ * Kernel and initramfs where the VMs' user can read them: the image's own folder may be in somebody's
+ * home. Copied once for each version of an image.
+ */
+export async function placeBootFiles(
+  config: ClusterConfig,
+  image: BuiltImage,
+): Promise<{ kernel: string; initrd: string }> {
+  const folder = join(config.stateDir, 'boot', `${image.manifest.name}-${image.manifest.version}`);
+  const place = async (from: string): Promise<string> => {
+    const to = join(folder, basename(from));
+    if ((await stat(to).catch(() => undefined)) !== undefined) return to;
+    await mkdir(folder, { recursive: true, mode: 0o755 });
+    const temporary = `${to}.${process.pid}.tmp`;
+    await copyFile(from, temporary, constants.COPYFILE_FICLONE);
+    await chmod(temporary, 0o644);
+    await rename(temporary, to);
+    return to;
+  };
+  return { kernel: await place(image.kernelPath), initrd: await place(image.initrdPath) };
+}
+
 export function replicaPath(
   config: ClusterConfig,
   kind: 'ram' | 'disk',
@@ -66,6 +96,7 @@ export async function makeFolders(config: ClusterConfig): Promise<void> {
     join(config.stateDir, 'disk'),
     join(config.stateDir, 'replica'),
     join(config.stateDir, 'descriptor'),
+    join(config.stateDir, 'boot'),
     config.ramDir,
     join(config.ramDir, 'replica'),
     join(config.ramDir, 'generation'),
@@ -73,6 +104,11 @@ export async function makeFolders(config: ClusterConfig): Promise<void> {
     // Others may pass through, so that the VMs' user reaches its sockets; nobody may look around.
     await mkdir(folder, { recursive: true, mode: 0o711 });
   }
+  // Renamed into place: VMs of an earlier daemon have the old one mapped.
+  const agent = agentPath(config);
+  await copyFile(nativePath('memtap-agent.so'), `${agent}.tmp`);
+  await chmod(`${agent}.tmp`, 0o755);
+  await rename(`${agent}.tmp`, agent);
 }
 
 export function liveVm(host: Host, id: string): LiveVm {

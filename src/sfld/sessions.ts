@@ -53,6 +53,7 @@ export async function acceptSession(
     }
   } catch (error) {
     const mapped = asSnowflockError(error);
+    host.log.debug({ code: mapped.code, stack: mapped.stack, url: request.url }, 'session refused');
     const body = JSON.stringify({ error: mapped.toJSON() });
     socket.end(
       `HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: ${Buffer.byteLength(body)}\r\nconnection: close\r\n\r\n${body}`,

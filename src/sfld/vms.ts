@@ -9,7 +9,6 @@ import { join } from 'node:path';
 import { GuestChannel, type GuestIdentity } from '../api/guest-channel.js';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
 import { newEpoch, newSecretId, newVmId } from '../common/ids.js';
-import { nativePath } from '../common/native.js';
 import { Undo } from '../common/undo.js';
 import { DhcpService } from '../dhcp/service.js';
 import type { Vm, VmSpec } from '../hypervisor/driver.js';
@@ -18,10 +17,19 @@ import { addressOfVmid, GATEWAY, GUEST_MAC, MTU, PREFIX_BITS } from '../network/
 import { openTap } from '../network/tap.js';
 import { cloneEnded, endForksOf } from './fork.js';
 import { handleGuestCall } from './guest-calls.js';
-import { type Host, type LiveVm, liveVm, replicaPath, vmPaths } from './host.js';
+import {
+  agentPath,
+  type Host,
+  type LiveVm,
+  liveVm,
+  placeBootFiles,
+  replicaPath,
+  vmPaths,
+} from './host.js';
 import type { EndReport, VmRecord } from './records.js';
 
 const READY_LIMIT_MS = 120_000;
+const ATTACH_LIMIT_MS = 10_000;
 const START_LIMIT_MS = 60_000;
 const CHANNEL_RETRY_MS = 500;
 
@@ -79,20 +87,18 @@ export async function runVm(host: Host, request: RunRequest): Promise<VmRecord> 
       image: image.diskPath,
     });
     undo.add('disk', () => rm(record.disk_directory, { recursive: true, force: true }));
+    const bootFiles = await placeBootFiles(host.config, image);
     const { spec, dhcp, tapFd } = await makeParts(host, record, undo);
     const vm = await host.driver.boot({
       ...spec,
-      boot: {
-        kernel: image.kernelPath,
-        initrd: image.initrdPath,
-        cmdline: image.manifest.cmdline,
-      },
+      boot: { ...bootFiles, cmdline: image.manifest.cmdline },
     });
     closeSync(tapFd);
     undo.add('VM', () => vm.destroy());
     record.hypervisor = vm.record;
     record.shape = vm.shape;
     await host.vms.save(record);
+    await host.dataplane.call('vm.attached', { vm: id, timeout_ms: ATTACH_LIMIT_MS });
     const live = await goLive(host, record, vm, dhcp);
     undo.add('channel', () => live.channel.close());
     await live.channel.hello(identity(record), undefined, { timeoutMs: READY_LIMIT_MS });
@@ -163,7 +169,7 @@ export async function makeParts(
       socket: memtapSocket(config),
       vm: record.id,
       token: record.token,
-      agentPath: nativePath('memtap-agent.so'),
+      agentPath: agentPath(config),
     },
     user: { uid: config.vmUid, gid: config.vmGid },
     boot: { kernel: '', cmdline: '' },
