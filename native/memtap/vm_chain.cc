@@ -132,25 +132,30 @@ void Vm::lift_protection() {
   }
 }
 
-// A generation as the rest of the system reads it.
+// A generation as the rest of the system reads it. JavaScript may hold it long after the generation
+// is dropped: it must not keep the files' space meanwhile.
 class Vm::View final : public PageProvider {
  public:
-  View(std::shared_ptr<Vm> vm, std::shared_ptr<Generation> generation)
-      : vm_(std::move(vm)), generation_(std::move(generation)) {}
-  uint64_t pages() const override { return vm_->options_.pages; }
+  View(std::weak_ptr<Vm> vm, std::weak_ptr<Generation> generation, uint64_t pages)
+      : vm_(std::move(vm)), generation_(std::move(generation)), pages_(pages) {}
+  uint64_t pages() const override { return pages_; }
   ReadResult read(PageIndex page, uint8_t* out) override {
-    return vm_->read(*generation_, page, out);
+    auto vm = vm_.lock();
+    auto generation = generation_.lock();
+    if (vm == nullptr || generation == nullptr) return ReadResult::kError;
+    return vm->read(*generation, page, out);
   }
 
  private:
-  std::shared_ptr<Vm> vm_;
-  std::shared_ptr<Generation> generation_;
+  const std::weak_ptr<Vm> vm_;
+  const std::weak_ptr<Generation> generation_;
+  const uint64_t pages_;
 };
 
 Status Vm::provider(const std::string& name, std::shared_ptr<PageProvider>* out) {
   for (auto& generation : *chain_.load()) {
     if (generation->saved->generation() != name) continue;
-    *out = std::make_shared<View>(shared_from_this(), generation);
+    *out = std::make_shared<View>(weak_from_this(), generation, options_.pages);
     return Status::Ok();
   }
   return Status::Error("E_NOT_FOUND", "VM " + options_.id + " has no generation " + name);
