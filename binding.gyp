@@ -35,7 +35,9 @@
     {
       # Preloaded into QEMU: plain C, nothing but libc, nothing exported but what it interposes.
       "target_name": "memtap-agent",
-      "type": "loadable_module",
+      # A shared_library, as node-gyp names every loadable module .node; and beside the addons.
+      "type": "shared_library",
+      "product_dir": "<(PRODUCT_DIR)",
       "product_prefix": "",
       "product_extension": "so",
       "sources": ["native/agent/agent.c"],

@@ -83,20 +83,20 @@ void Vm::stop(bool gone) {
   std::shared_ptr<const Chain> chain;
   std::shared_ptr<Fork> fork;
   {
+    // With the chain empty nothing looks needed any more: whoever lifts protection or removes files
+    // checks `stopped_` under this lock first.
     std::lock_guard lock(mutex_);
     stopped_.store(true);
-    if (gone) {
-      gone_.store(true);
-      chain = chain_.exchange(std::make_shared<const Chain>());
-      fork = std::exchange(fork_, nullptr);
-    }
+    if (!gone) closed_->store(true);
+    chain = chain_.exchange(std::make_shared<const Chain>());
+    fork = std::exchange(fork_, nullptr);
   }
   const uint64_t one = 1;
   if (::write(wakeup_.get(), &one, sizeof one) < 0) {
     // Full: it is readable already, which is all that matters.
   }
+  if (!gone) return;
   if (fork != nullptr) fork->saved->remove_files();
-  if (chain == nullptr) return;
   for (auto& generation : *chain) {
     generation->state.store(Generation::State::kDropped);
     generation->saved->remove_files();
@@ -202,6 +202,7 @@ void Vm::on_write(PageIndex page) {
   for (;;) {
     {
       std::lock_guard lock(mutex_);
+      if (stopped_.load()) return;
       auto chain = chain_.load();
       const size_t target = newest_active(*chain, chain->size());
       Status status;

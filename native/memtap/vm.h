@@ -103,6 +103,7 @@ class Vm : public std::enable_shared_from_this<Vm> {
   Status provider(const std::string& generation, std::shared_ptr<PageProvider>* out);
 
   // Ends the pager. `gone`: the VM is no more, its generations cannot be read and their files go.
+  // Otherwise all stays as it is for the next data plane.
   void stop(bool gone);
 
  private:
@@ -167,7 +168,8 @@ class Vm : public std::enable_shared_from_this<Vm> {
   std::atomic<std::shared_ptr<GuestMemory>> memory_;
   std::atomic<bool> ended_{false};    // the process is gone
   std::atomic<bool> stopped_{false};  // stop() was called
-  std::atomic<bool> gone_{false};     // stop(true) was called
+  // stop(false) was called; outlives this object, for those who still hold a provider.
+  const std::shared_ptr<std::atomic<bool>> closed_ = std::make_shared<std::atomic<bool>>(false);
   std::atomic<bool> lost_{false};     // reported once
   Fd connection_;                     // the pager's, once attached
 

@@ -49,7 +49,7 @@ Status Vm::move_pages(const std::shared_ptr<Generation>& from, uint64_t word_ind
   auto chain = chain_.load();
   size_t at = 0;
   while (at < chain->size() && (*chain)[at] != from) at++;
-  if (at == chain->size()) return Status::Ok();  // the VM was removed meanwhile
+  if (at == chain->size()) return Status::Ok();  // stopped meanwhile; drop() sees it
   std::array<uint8_t, kPageBytes> data;
   for (uint64_t bits = from->saved->word(word_index); bits != 0; bits &= bits - 1) {
     const PageIndex page = word_index * 64 + static_cast<uint64_t>(std::countr_zero(bits));
@@ -110,6 +110,7 @@ Status Vm::drop(const std::string& name) {
   }
   {
     std::lock_guard lock(mutex_);
+    if (stopped_.load()) return Status::Error("E_CLOSED", "VM " + options_.id + " was let go");
     unlink_from_chain(generation);
     generation->state.store(Generation::State::kDropped);
   }
@@ -126,25 +127,36 @@ void Vm::lift_protection() {
     std::lock_guard lock(mutex_);
     auto memory = memory_.load();
     auto chain = chain_.load();
-    if (memory == nullptr || fork_ != nullptr) return;
+    if (memory == nullptr || fork_ != nullptr || stopped_.load()) return;
     if (newest_active(*chain, chain->size()) != kNone) return;
     if (!memory->unprotect(first, std::min(kStep, options_.pages - first)).ok()) return;
   }
 }
 
-// A generation as the rest of the system reads it.
+// A generation as the rest of the system reads it. JavaScript may hold it long after the generation
+// is dropped: it must not keep the files' space meanwhile.
 class Vm::View final : public PageProvider {
  public:
-  View(std::shared_ptr<Vm> vm, std::shared_ptr<Generation> generation)
-      : vm_(std::move(vm)), generation_(std::move(generation)) {}
-  uint64_t pages() const override { return vm_->options_.pages; }
+  View(const std::shared_ptr<Vm>& vm, std::weak_ptr<Generation> generation)
+      : vm_(vm),
+        generation_(std::move(generation)),
+        closed_(vm->closed_),
+        pages_(vm->options_.pages) {}
+  uint64_t pages() const override { return pages_; }
   ReadResult read(PageIndex page, uint8_t* out) override {
-    return vm_->read(*generation_, page, out);
+    auto vm = vm_.lock();
+    auto generation = generation_.lock();
+    ReadResult result = ReadResult::kError;
+    if (vm != nullptr && generation != nullptr) result = vm->read(*generation, page, out);
+    // A data plane on its way out does not mean that the generation is lost.
+    return result == ReadResult::kError && closed_->load() ? ReadResult::kAbsent : result;
   }
 
  private:
-  std::shared_ptr<Vm> vm_;
-  std::shared_ptr<Generation> generation_;
+  const std::weak_ptr<Vm> vm_;
+  const std::weak_ptr<Generation> generation_;
+  const std::shared_ptr<const std::atomic<bool>> closed_;
+  const uint64_t pages_;
 };
 
 Status Vm::provider(const std::string& name, std::shared_ptr<PageProvider>* out) {
@@ -161,9 +173,7 @@ ReadResult Vm::read(const Generation& generation, PageIndex page, uint8_t* out) 
   ReadResult live = ReadResult::kAbsent;
   for (int round = 0; round < 2; round++) {
     auto chain = chain_.load();
-    if (gone_.load() || generation.state.load() != Generation::State::kActive) {
-      return ReadResult::kError;
-    }
+    if (generation.state.load() != Generation::State::kActive) return ReadResult::kError;
     size_t at = 0;
     while (at < chain->size() && (*chain)[at].get() != &generation) at++;
     if (at == chain->size()) return ReadResult::kError;

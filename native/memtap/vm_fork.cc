@@ -168,7 +168,7 @@ Status Vm::fork_abort(const std::string& name) {
 
 Status Vm::adopt(const std::string& name, const std::string& directory) {
   std::lock_guard lock(mutex_);
-  if (attached_once_) {
+  if (attached_once_ || stopped_.load()) {
     return Status::Error("E_STATE", "VM " + options_.id + " is attached: too late to adopt");
   }
   auto chain = std::make_shared<Chain>(*chain_.load());
