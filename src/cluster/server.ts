@@ -59,6 +59,8 @@ export function createPeerServer(config: ClusterConfig, logger?: Logger) {
     keepAliveTimeout: 600_000,
     requestTimeout: 60_000,
     forceCloseConnections: true,
+    // What is wrong is refused, not bent into shape (0 would become null).
+    ajv: { customOptions: { coerceTypes: false, removeAdditional: false } },
     routerOptions: { maxParamLength: 256 },
   });
   server.server.maxConnections = CONNECTIONS_MAX;

@@ -1,3 +1,4 @@
+import { mkdirSync } from 'node:fs';
 import { mkdir, rm } from 'node:fs/promises';
 import { dirname } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
@@ -70,7 +71,8 @@ export class Dataplane {
       ping: () => ({ pid: process.pid }),
       'replica.open': async (p) => {
         if (this.#replicas.has(p.generation)) return {};
-        await mkdir(dirname(p.path), { recursive: true });
+        mkdirSync(dirname(p.path), { recursive: true });
+        // Nothing is awaited from here on: clones of one fork ask for the same replica at once.
         const replica = openReplica(p.path, p.generation, p.pages, p.medium);
         const client = new McdistClient({
           generation: p.generation,

@@ -24,7 +24,7 @@ export const PageSource = Type.Object(
     port: Port,
     group: Type.String({ pattern: `^${MULTICAST}$`, maxLength: 15 }),
     group_port: Port,
-    /** Authenticates every packet of this generation. Travels nowhere but here, over mutual TLS. */
+    /** Encrypts and authenticates every packet of this generation. Travels over mutual TLS alone. */
     key: Type.String({ pattern: '^[0-9a-f]{64}$' }),
   },
   strict,

@@ -19,43 +19,77 @@ import { GUEST_MAC, NETWORK, PREFIX_BITS } from '../network/addresses.js';
 import type { Host, LiveVm } from './host.js';
 import type { ForkRecord, GenerationRef } from './records.js';
 
-/** Captures into `fork` (state `capturing` -> `open`) and returns the descriptor's bytes. */
-export async function captureVm(host: Host, live: LiveVm, fork: ForkRecord): Promise<Buffer> {
+export interface Capture {
+  /** The parent runs again. Rejects with what failed; it runs then too. */
+  resumed: Promise<void>;
+  /** The descriptor's bytes, once the generations are served. Rejects as `resumed` does. */
+  descriptor: Promise<Buffer>;
+}
+
+/** Captures into `fork`: its state goes from `capturing` to `open`. */
+export function captureVm(host: Host, live: LiveVm, fork: ForkRecord): Capture {
+  const paused = pauseAndCapture(host, live, fork);
+  return {
+    resumed: paused.then(() => {}),
+    descriptor: paused.then((captured) => publish(host, live, fork, captured)),
+  };
+}
+
+interface Captured {
+  state: Buffer;
+  zeroRuns: number[];
+}
+
+async function pauseAndCapture(host: Host, live: LiveVm, fork: ForkRecord): Promise<Captured> {
   const { record, vm } = live;
   const call = host.dataplane.call;
   if (record.hypervisor === null) {
     throw new SnowflockError('E_STATE', `VM ${record.name} is not running`);
   }
-  await Promise.all([
-    call('vm.fork_begin', {
-      vm: record.id,
-      generation: fork.ram.generation,
-      directory: fork.ram_directory,
-      rescue: record.hypervisor,
-    }),
-    call('disk.prepare_fork', { disk: record.id }),
-  ]);
   let sealed = false;
   try {
+    await Promise.all([
+      call('vm.fork_begin', {
+        vm: record.id,
+        generation: fork.ram.generation,
+        directory: fork.ram_directory,
+        rescue: record.hypervisor,
+      }),
+      call('disk.prepare_fork', { disk: record.id }),
+    ]);
     const pausedAt = performance.now();
-    let state: Buffer;
-    let zeroRuns: number[];
+    let captured: Captured;
     try {
       await vm.pause();
-      state = await vm.captureState();
+      const state = await vm.captureState();
       const [commit] = await Promise.all([
         call('vm.fork_commit', { vm: record.id, generation: fork.ram.generation }),
         call('disk.fork', { disk: record.id, generation: fork.disk.generation }).then(() => {
           sealed = true;
         }),
       ]);
-      zeroRuns = commit.zero_runs;
+      captured = { state, zeroRuns: commit.zero_runs };
       fork.dirty_pages = commit.dirty_pages;
     } finally {
       await vm.resume();
     }
     fork.parent_pause_ms = performance.now() - pausedAt;
     await call('vm.fork_end', { vm: record.id });
+    return captured;
+  } catch (error) {
+    await giveUp(host, fork, sealed);
+    throw error;
+  }
+}
+
+async function publish(
+  host: Host,
+  live: LiveVm,
+  fork: ForkRecord,
+  { state, zeroRuns }: Captured,
+): Promise<Buffer> {
+  const { record, vm } = live;
+  try {
     await Promise.all([
       serve(host, fork.ram, { vm: record.id }),
       serve(host, fork.disk, { disk: record.id }),
@@ -80,10 +114,16 @@ export async function captureVm(host: Host, live: LiveVm, fork: ForkRecord): Pro
     await host.forks.save(fork);
     return descriptor;
   } catch (error) {
-    await dropGenerations(host, fork, sealed).catch((cleanup: unknown) =>
-      host.log.error({ fork: fork.id, error: String(cleanup) }, 'cannot give up a generation'),
-    );
+    await giveUp(host, fork, true);
     throw error;
+  }
+}
+
+async function giveUp(host: Host, fork: ForkRecord, sealed: boolean): Promise<void> {
+  try {
+    await dropGenerations(host, fork, sealed);
+  } catch (error) {
+    host.log.error({ fork: fork.id, error: String(error) }, 'cannot give up a generation');
   }
 }
 

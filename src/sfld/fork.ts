@@ -1,6 +1,6 @@
 /**
  * VM fork on the parent's host (paper sections 1 and 3.8): capture once, start clones on many hosts.
- * The hosts make their clones ready while the parent is still being captured. A host that fails
+ * The hosts make their clones ready while the descriptor is being put together. A host that fails
  * costs its own clones only; each clone has its own result.
  */
 
@@ -51,10 +51,13 @@ export async function forkVm(
   try {
     const ticket = await useTicket(host, record.id, ticketId);
     const fork = newFork(host, live, ticketId, false, pendingId);
-    const captured = captureVm(host, live, fork);
-    captured.catch(() => {});
-    await spawnClones(host, record, fork, ticket, captured, requestedAt);
-    await captured; // a failed capture fails the fork as a whole
+    // The clones' VM processes are started only when the parent runs again: on a shared machine
+    // they would take the processors from the capture, and the parent would pause longer.
+    const { resumed, descriptor } = captureVm(host, live, fork);
+    descriptor.catch(() => {});
+    await resumed; // a failed capture fails the fork as a whole
+    await spawnClones(host, record, fork, ticket, descriptor, requestedAt);
+    await descriptor;
     await forgetOldForks(host, record.id);
     return fork;
   } finally {
@@ -71,7 +74,7 @@ export async function checkpointVm(
   begin(live);
   try {
     const fork = newFork(host, live, null, true, pendingId);
-    await captureVm(host, live, fork);
+    await captureVm(host, live, fork).descriptor;
     return fork;
   } finally {
     end(live);

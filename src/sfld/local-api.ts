@@ -47,7 +47,11 @@ interface Ref {
 }
 
 export async function listenLocal(host: Host, socket: string): Promise<FastifyInstance> {
-  const app = Fastify({ forceCloseConnections: true });
+  const app = Fastify({
+    forceCloseConnections: true,
+    // What is wrong is refused, not bent into shape.
+    ajv: { customOptions: { coerceTypes: false, removeAdditional: false } },
+  });
   app.setErrorHandler((error, _request, reply) => {
     const status = (error as { statusCode?: number }).statusCode;
     const mapped = asSnowflockError(

@@ -16,7 +16,7 @@ const Id = Type.String({ pattern: '^[a-zA-Z0-9/_.-]{1,128}$' });
 const Hex32 = Type.String({ pattern: '^[0-9a-f]{64}$' });
 const Vmid = Type.Integer({ minimum: 0, maximum: 0xffff });
 const Generation = Type.Object({
-  id: Type.String({ pattern: '^[0-9a-f]{32}$' }),
+  generation: Type.String({ pattern: '^[0-9a-f]{32}$' }),
   pages: Type.Integer({ minimum: 1, maximum: 2 ** 36 }),
   source: Type.Object({
     address: Type.String({ format: 'ipv4' }),
