@@ -93,7 +93,13 @@ ReadResult View::read(PageIndex page, uint8_t* out) {
   if (page >= pages()) return ReadResult::kError;
   const SliceIndex::Entry entry = index_.get(page);
   if (entry == SliceIndex::kZero) return ReadResult::kZero;
-  if (entry == SliceIndex::kBase) return chain_.base->read_page(page, out);
+  if (entry == SliceIndex::kBase) {
+    const ReadResult result = chain_.base->read_page(page, out);
+    // A clone's disk serves its own clones: what it does not hold yet is fetched from its source, and
+    // whoever asked asks again.
+    if (result == ReadResult::kAbsent) chain_.base->want(page, [](const Status&) {});
+    return result;
+  }
   const DataFile& file = chain_.slices->at(entry).data();
   if (file.read(page * kPageBytes, kPageBytes, out, ReadMode::kBlock) != 0) {
     return ReadResult::kError;

@@ -128,7 +128,7 @@ Requester::Refusal Requester::refused(PageIndex page, TimeNs now) {
     return Refusal::kGiveUp;
   }
   // A source that is itself being filled may hold it soon.
-  set_due(page, &state, now + (config_.rto_min << state.negatives));
+  set_due(page, &state, now + (config_.rto_min << (state.negatives - 1)));
   return Refusal::kAgain;
 }
 

@@ -46,7 +46,7 @@ struct RequesterConfig {
   // queues, and the server's is the faults' too.
   TimeNs prefetch_delay = 4 * kMillisecond;
   uint32_t max_ranges = 65536;
-  uint32_t negative_tries = 8;
+  uint32_t negative_tries = 10;  // some 5 s in all: a source may itself wait for its source
 };
 
 class Requester {

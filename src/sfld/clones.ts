@@ -19,10 +19,9 @@ import type { Vm } from '../hypervisor/driver.js';
 import type { Host } from './host.js';
 import type { PendingReply, PrepareRequest, StartReport, VmRecord } from './records.js';
 import { shareOf } from './tickets.js';
-import { endVm, goLive, identity, makeParts, tapName } from './vms.js';
+import { endVm, goLive, greet, makeParts, tapName } from './vms.js';
 
 const PREPARED_LIMIT_MS = 20_000;
-const READY_LIMIT_MS = 60_000;
 
 /** A clone's guest answered under its new identity; counted from the request to this host. */
 export interface Reply {
@@ -221,10 +220,7 @@ export class Clones {
       const live = await goLive(host, record, parts.vm, parts.dhcp);
       await loaded;
       // The identity waits in the guest channel before the clone's first instruction.
-      const ready = live.channel.hello(identity(record, clone.seed), clone.reply ?? undefined, {
-        timeoutMs: READY_LIMIT_MS,
-      });
-      ready.catch(() => {});
+      const ready = greet(live, clone.seed, clone.reply ?? undefined);
       await parts.vm.run();
       report.running_ms = elapsed();
       report.ok = true;

@@ -22,6 +22,8 @@ export interface LiveVm {
   record: VmRecord;
   vm: Vm;
   channel: GuestChannel;
+  /** Resolves when the guest has taken its identity on; programs can be run from then. */
+  ready: Promise<unknown>;
   dhcp: DhcpService;
   /** Set while a fork of this VM is under way: one at a time. */
   forking: boolean;

@@ -13,12 +13,14 @@ import { pipeline } from 'node:stream';
 import { loadTlsIdentity } from '../cluster/index.js';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
 import { readLines } from '../common/lines.js';
+import { within } from '../common/timeout.js';
 import type { Host, LiveVm } from './host.js';
 import { liveVm } from './host.js';
 import { locate } from './locate.js';
 
 const LINE_LIMIT_BYTES = 256 * 1024;
 const CONNECT_LIMIT_MS = 5_000;
+const READY_LIMIT_MS = 60_000;
 /** Output not yet taken by the caller; beyond it the guest program waits. */
 const OUTPUT_LIMIT_BYTES = 1024 * 1024;
 
@@ -49,7 +51,10 @@ export async function acceptSession(
     if (match[2] === 'console') {
       await consoleSession(live, socket);
     } else {
-      execSession(live, parseExec(url), socket);
+      const wanted = parseExec(url);
+      // A clone runs before its guest agent has answered: the caller need not know.
+      await within(live.ready, READY_LIMIT_MS, `guest of ${live.record.name}`, 'E_GUEST');
+      execSession(live, wanted, socket);
     }
   } catch (error) {
     const mapped = asSnowflockError(error);

@@ -26,7 +26,7 @@ import {
   replicaPath,
   vmPaths,
 } from './host.js';
-import type { EndReport, VmRecord } from './records.js';
+import type { EndReport, PendingReply, VmRecord } from './records.js';
 
 const READY_LIMIT_MS = 120_000;
 const ATTACH_LIMIT_MS = 10_000;
@@ -101,7 +101,7 @@ export async function runVm(host: Host, request: RunRequest): Promise<VmRecord> 
     await host.dataplane.call('vm.attached', { vm: id, timeout_ms: ATTACH_LIMIT_MS });
     const live = await goLive(host, record, vm, dhcp);
     undo.add('channel', () => live.channel.close());
-    await live.channel.hello(identity(record), undefined, { timeoutMs: READY_LIMIT_MS });
+    await greet(live);
     record.state = 'running';
     await host.vms.save(record);
     return record;
@@ -118,7 +118,7 @@ export function tapName(vm: string): string {
 }
 
 /** What `hello` tells the guest; the seed is new each time. */
-export function identity(record: VmRecord, seed?: string): GuestIdentity {
+function identity(record: VmRecord, seed?: string): GuestIdentity {
   return {
     epoch: record.epoch,
     vmid: record.vmid,
@@ -237,7 +237,9 @@ export async function goLive(
   vm: Vm,
   dhcp: DhcpService,
 ): Promise<LiveVm> {
-  const live: LiveVm = { record, vm, dhcp, channel: newChannel(host, vm), forking: false };
+  const channel = newChannel(host, vm);
+  const ready = Promise.resolve();
+  const live: LiveVm = { record, vm, dhcp, channel, ready, forking: false };
   useChannel(host, live);
   host.live.set(record.id, live);
   vm.on('exited', ({ status, signal, logTail }) => {
@@ -283,9 +285,15 @@ function useChannel(host: Host, live: LiveVm): void {
   });
 }
 
-/** Says hello under the identity the guest has already: it only resumes its pending calls. */
-async function greet(live: LiveVm): Promise<void> {
-  await live.channel.hello(identity(live.record), undefined, { timeoutMs: READY_LIMIT_MS });
+/**
+ * Tells the guest who it is; resolves when it has taken that on. Under the identity it has already
+ * (same epoch) it only resumes its pending calls.
+ */
+export function greet(live: LiveVm, seed?: string, reply?: PendingReply): Promise<unknown> {
+  const limit = { timeoutMs: READY_LIMIT_MS };
+  live.ready = live.channel.hello(identity(live.record, seed), reply, limit);
+  live.ready.catch(() => {}); // whoever waits gets it
+  return live.ready;
 }
 
 function dhcpOf(record: VmRecord): DhcpService {

@@ -80,6 +80,6 @@ describe('bad input', () => {
     expect(unknown).toContain('E_TICKET_UNKNOWN');
     const exit = await sh(lab.client, vm, 'sf exit 2>&1 || true');
     expect(exit).toContain('E_STATE');
-    expect(await sh(lab.client, vm, 'sf kill --help >/dev/null; echo $?')).toBe('0');
+    expect(await sh(lab.client, vm, 'sf --help >/dev/null; echo $?')).toBe('0');
   });
 });

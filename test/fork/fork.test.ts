@@ -59,7 +59,9 @@ describe('a fork', () => {
       [vm, ...fork.clones.map((clone) => clone.vm)].map((one) => sh(lab.client, one, ask)),
     );
     expect(said[0]).toContain('10.86.0.2/16');
-    fork.clones.forEach((clone, i) => expect(said[i + 1]).toContain(`${clone.ip}/16`));
+    for (const [i, clone] of fork.clones.entries()) {
+      expect(said[i + 1]).toContain(`${clone.ip}/16`);
+    }
     const last = said.map((text) => text.split('\n').at(-1));
     expect(new Set(last).size).toBe(4);
     expect(new Set(fork.clones.map((clone) => clone.wire_mac)).size).toBe(3);
@@ -105,14 +107,14 @@ describe('a fork', () => {
     const out = await sh(
       lab.client,
       vm,
-      `ticket=$(sf ticket 3) && id=$(sf clone $ticket) &&
+      `set -- $(sf ticket 3); ticket=$1; id=$(sf clone $ticket) || exit 1
        if [ "$id" != 0 ]; then echo $id > /root/id; sync; sf exit $((id % 7)); sleep 60; fi;
-       sf join $ticket`,
+       sf join $ticket; test $? = 4`,
     );
     const fork = (await lab.client.forks()).forks.at(-1);
     for (const clone of fork?.clones ?? []) {
       expect(clone.end).toMatchObject({ reason: 'exit', status: clone.vmid % 7 });
-      expect(out).toContain(String(clone.vmid));
+      expect(out.split('\n')).toContain(`${clone.vmid} ${clone.vmid % 7}`);
     }
     expect(fork?.clones.length).toBe(3);
   });
