@@ -1,6 +1,6 @@
 /** Daemons on the hosts of a testbed, as an operator would start them. */
 import type { ChildProcess } from 'node:child_process';
-import { closeSync, openSync, readFileSync } from 'node:fs';
+import { closeSync, existsSync, openSync, readFileSync } from 'node:fs';
 import { readFile, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { SnowflockClient } from '../api/client.js';
@@ -43,7 +43,8 @@ export async function startDaemonOn(testbed: Testbed, host: TestbedHost): Promis
     { stdio: ['ignore', 'pipe', log] },
   );
   closeSync(log);
-  const tail = (): string => readFileSync(logPath, 'utf8').slice(-LOG_TAIL_BYTES);
+  const tail = (): string =>
+    existsSync(logPath) ? readFileSync(logPath, 'utf8').slice(-LOG_TAIL_BYTES) : '';
   await new Promise<void>((resolve, reject) => {
     const fail = (what: string): void => {
       child.kill('SIGKILL');

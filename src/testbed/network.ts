@@ -51,6 +51,8 @@ export function createNetwork(prefix: string, hosts: number, rateLimitMbit?: num
       ['ip'],
       [
         'link set lo up',
+        // A random address may begin with 5e, which the netback filter keeps for VMs.
+        `link set eth0 address 02:85:00:00:00:${index.toString(16).padStart(2, '0')}`,
         'link set eth0 up',
         `address add ${hostAddress(index)}/24 broadcast 10.85.0.255 dev eth0`,
         'route add 224.0.0.0/4 dev eth0',

@@ -51,7 +51,7 @@ describe('failures during and after a fork', () => {
     await lab.client.killClones(vm, { fork: fork.id });
   });
 
-  it('sfld killed: VMs continue and are found again, with their pending join', async () => {
+  it('sfld killed: VMs continue and are found again', async () => {
     const fork = await lab.fork(vm, 2);
     const daemon = lab.daemon(0);
     const pids = vmPids(lab);
