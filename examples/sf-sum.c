@@ -267,7 +267,7 @@ static bool take_reply(const char *text, const char *peer, uint64_t fork_start) 
   return true;
 }
 
-#define CONNECTIONS 64
+#define CONNECTIONS (SF_MAX_CLONES + 16)
 struct connection {
   char ip[16], text[REPLY_BYTES];
   size_t len;
@@ -309,7 +309,7 @@ static void collect(int listener, uint64_t fork_start) {
     while (slot < CONNECTIONS + 2 && fds[slot].fd >= 0) slot++;
     if (fd < 0) continue;
     if (slot == CONNECTIONS + 2) {
-      close(fd);  // the clone tries again... its connection ends, and join reports it
+      close(fd);  // more at once than our clones would be
       continue;
     }
     connections[slot - 2].len = 0;
@@ -432,7 +432,7 @@ int main(int argc, char **argv) {
   uint64_t fork_start = now_ns();
   int vmid = sf_clone(&ticket);
   if (vmid < 0) return no_fork("clone", vmid);
-  if (vmid != parent_vmid && vmid > 0) be_clone((unsigned)vmid, (unsigned)parent_vmid);
+  if (vmid > 0) be_clone((unsigned)vmid, (unsigned)parent_vmid);
   printf("{\"event\":\"forked\",\"vmid\":%d,\"fork_ms\":%.1f}\n", vmid, ms_since(fork_start));
 
   pthread_t thread;

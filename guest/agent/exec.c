@@ -45,6 +45,11 @@ static struct session *find(const char *id) {
   return NULL;
 }
 
+// To the whole group; to the program itself as long as it has not made its group.
+static void send_signal(const struct session *s, int number) {
+  if (kill(-s->pid, number)) kill(s->pid, number);
+}
+
 static void close_fd(int *fd) {
   if (*fd >= 0) close(*fd);
   *fd = -1;
@@ -198,7 +203,7 @@ void exec_stdin(const char *id, const char *rest, bool eof) {
   if (got < 0 || (size_t)got > SF_WINDOW_BYTES - s->in_len) {
     s->in_ended = true;  // more than it was given, or garbage: never a silent gap in the data
     s->in_len = 0;
-    kill(-s->pid, SIGKILL);
+    send_signal(s, SIGKILL);
     return;
   }
   if (s->in_head + s->in_len + (size_t)got > SF_WINDOW_BYTES) {
@@ -223,7 +228,7 @@ void exec_signal(const char *id, const char *rest) {
   struct session *s = find(id);
   uint64_t number;
   if (s && !s->exited && line_u64(rest, "sig", &number) && number > 0 && number < 65)
-    kill(-s->pid, (int)number);
+    send_signal(s, (int)number);
 }
 
 void exec_resize(const char *id, const char *rest) {

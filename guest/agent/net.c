@@ -12,6 +12,7 @@
 #include <linux/sock_diag.h>
 #include <net/if.h>
 #include <netinet/in.h>
+#include <stdbool.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
@@ -169,14 +170,28 @@ static void forget_neighbour(const struct nlmsghdr *found) {
   }
 }
 
+// Of either family: a server listening on [::] has IPv4 connections with mapped addresses.
 static void reset_connection(const struct nlmsghdr *found) {
   const struct inet_diag_msg *entry = NLMSG_DATA(found);
-  if (entry->id.idiag_src[0] != old_address) return;
-  struct inet_diag_req_v2 body = {
-      .sdiag_family = AF_INET, .sdiag_protocol = IPPROTO_TCP, .idiag_states = ~0u, .id = entry->id};
+  const uint32_t *from = entry->id.idiag_src;
+  bool mapped = entry->idiag_family == AF_INET6 && !from[0] && !from[1] && from[2] == htonl(0xffff);
+  if (entry->idiag_family != AF_INET && !mapped) return;
+  if (from[mapped ? 3 : 0] != old_address) return;
+  struct inet_diag_req_v2 body = {.sdiag_family = entry->idiag_family,
+                                  .sdiag_protocol = IPPROTO_TCP,
+                                  .idiag_states = ~0u,
+                                  .id = entry->id};
   struct batch batch = {0};
   add_message(&batch, SOCK_DESTROY, NLM_F_ACK, &body, sizeof body);
   exchange(changes, &batch);
+}
+
+static void dump_connections(int diag, uint8_t family) {
+  struct batch batch = {0};
+  struct inet_diag_req_v2 body = {
+      .sdiag_family = family, .sdiag_protocol = IPPROTO_TCP, .idiag_states = TCP_LIVE};
+  add_message(&batch, SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, &body, sizeof body);
+  dump(diag, batch.bytes, batch.len, reset_connection);
 }
 
 void net_forget_old(void) {
@@ -194,11 +209,8 @@ void net_forget_old(void) {
   int diag = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_SOCK_DIAG);
   changes = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_SOCK_DIAG);
   if (diag >= 0 && changes >= 0) {
-    struct batch batch = {0};
-    struct inet_diag_req_v2 body = {
-        .sdiag_family = AF_INET, .sdiag_protocol = IPPROTO_TCP, .idiag_states = TCP_LIVE};
-    add_message(&batch, SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, &body, sizeof body);
-    dump(diag, batch.bytes, batch.len, reset_connection);
+    dump_connections(diag, AF_INET);
+    dump_connections(diag, AF_INET6);
   }
   if (diag >= 0) close(diag);
   if (changes >= 0) close(changes);

@@ -72,7 +72,7 @@ class Output extends Readable {
 /**
  * A program running in the guest. `stdout` and `stderr` must be read (or resumed): what is not read
  * makes the program wait, never memory grow. `exited` rejects with E_GUEST or E_CAPACITY if it
- * could not be started, E_CLOSED if the channel ended first.
+ * could not be started or the guest's agent was restarted, E_CLOSED if the channel ended first.
  */
 export class ExecSession {
   readonly stdin: Writable;

@@ -318,8 +318,7 @@ export class GuestChannel extends EventEmitter<{ closed: [SnowflockError] }> {
   #receive(line: GuestLine): boolean {
     switch (line.verb) {
       case 'hi':
-        // The agent (re)started: what it was told before is lost.
-        if (this.#hello) this.#sendHello(this.#hello);
+        this.#agentStarted();
         return true;
       case 'ready':
       case 'failed':
@@ -341,6 +340,15 @@ export class GuestChannel extends EventEmitter<{ closed: [SnowflockError] }> {
       default:
         return false;
     }
+  }
+
+  /** The agent (re)started: what it was told before, and the programs it ran for us, are lost. */
+  #agentStarted(): void {
+    const error = new SnowflockError('E_GUEST', 'the agent in the guest was restarted');
+    for (const session of this.#sessions.values()) session.abandon(error);
+    this.#sessions.clear();
+    this.#identified = false;
+    if (this.#hello) this.#sendHello(this.#hello);
   }
 
   #answered(line: GuestLine): boolean {

@@ -61,10 +61,10 @@ export class AgentRig {
         rig.#host?.destroy();
         rig.#host = socket;
         socket.on('data', (data) => {
-          if (rig.#port?.write(data) === false) {
-            socket.pause();
-            rig.#port.once('drain', () => socket.resume());
-          }
+          const port = rig.#port;
+          if (!port || port.destroyed || port.write(data)) return;
+          socket.pause();
+          for (const event of ['drain', 'close']) port.once(event, () => socket.resume());
         });
       });
       rig.#portServer = await rig.#listen(join(rig.folder, 'port.sock'), (socket) => {

@@ -52,8 +52,10 @@ describe('identity', () => {
   it('is told again to an agent that was restarted', async () => {
     const channel = await rig.channel();
     await channel.hello(identityOf(3));
+    const session = channel.exec({ argv: ['cat'] });
     await rig.killAgent();
     await rig.startAgent();
+    await expect(session.exited).rejects.toMatchObject({ code: 'E_GUEST' });
     await expect.poll(async () => (await rig.sf('info', '--local')).stdout).toContain('vmid 3');
   });
 
