@@ -95,8 +95,8 @@ ReadResult View::read(PageIndex page, uint8_t* out) {
   if (entry == SliceIndex::kZero) return ReadResult::kZero;
   if (entry == SliceIndex::kBase) {
     const ReadResult result = chain_.base->read_page(page, out);
-    // A clone's disk serves its own clones: what it does not hold yet is fetched from its source, and
-    // whoever asked asks again.
+    // A clone's disk serves its own clones: what it does not hold yet is fetched from its source,
+    // and whoever asked asks again.
     if (result == ReadResult::kAbsent) chain_.base->want(page, [](const Status&) {});
     return result;
   }

@@ -4,13 +4,14 @@
 //
 // fork(), with the VM paused: shut the gate (all writes under way are finished, none is new), name
 // the spare the new top in its live header (one write into the page cache, which outlives this
-// process), keep a copy of the index as the generation's view (one pointer), open the gate. No sync,
-// nothing that grows with depth or size.
+// process), keep a copy of the index as the generation's view (one pointer), open the gate. No
+// sync, nothing that grows with depth or size.
 //
-// Durability of a fork: settle() afterwards, or the guest's next flush, whichever comes first, makes
-// first the sealed slice durable, then the header that makes the spare the top. So after a power
-// cut a generation either exists with all its pages, or the fork did not happen and nothing that was
-// flushed is lost. disk.json (src/cow-disk) follows later; open() finds an active spare by itself.
+// Durability of a fork: settle() afterwards, or the guest's next flush, whichever comes first,
+// makes first the sealed slice durable, then the header that makes the spare the top. So after a
+// power cut a generation either exists with all its pages, or the fork did not happen and nothing
+// that was flushed is lost. disk.json (src/cow-disk) follows later; open() finds an active spare by
+// itself.
 //
 // Locks, in this order:
 //   flush_mutex_        one persist/settle at a time

@@ -3,14 +3,16 @@
 // States of a page:  absent -> present   (fill)
 //                    absent -> zero      (fill_zero)
 // Invariants:
-//  - A page never leaves `present` or `zero`, and its bytes never change: a generation is immutable.
-//  - `present` is set only after all 4096 bytes are in the file. On tmpfs (Medium::kMemory) the page
-//    also enters the page cache whole, in one step (UFFDIO_COPY): VMs that map the file see it there
-//    at once, without reading the bitmap, and must never see a page half written.
+//  - A page never leaves `present` or `zero`, and its bytes never change: a generation is
+//  immutable.
+//  - `present` is set only after all 4096 bytes are in the file. On tmpfs (Medium::kMemory) the
+//  page
+//    also enters the page cache whole, in one step (UFFDIO_COPY): VMs that map the file see it
+//    there at once, without reading the bitmap, and must never see a page half written.
 //  - Each waiter is called exactly once: with success, or with the error that ended the source.
-// The bitmaps live in a file beside the data (`PATH.map`, mapped shared), so that a replica survives
-// the death of the process that fills it. A replica is not made durable: after a power cut the
-// clones are gone, and so is it.
+// The bitmaps live in a file beside the data (`PATH.map`, mapped shared), so that a replica
+// survives the death of the process that fills it. A replica is not made durable: after a power cut
+// the clones are gone, and so is it.
 #pragma once
 
 #include <atomic>
@@ -36,8 +38,8 @@ class Replica final : public PageProvider {
  public:
   using Done = std::function<void(const Status&)>;
 
-  // Opens PATH and PATH.map, or makes them. `generation` is bound to the map at creation; opening it
-  // as another generation, size or medium is E_REPLICA_MISMATCH. Two processes must not fill one
+  // Opens PATH and PATH.map, or makes them. `generation` is bound to the map at creation; opening
+  // it as another generation, size or medium is E_REPLICA_MISMATCH. Two processes must not fill one
   // replica: the map is locked (E_IN_USE).
   static Status Open(const std::string& path, const std::string& generation, uint64_t pages,
                      Medium medium, std::shared_ptr<Replica>* out);
@@ -93,7 +95,7 @@ class Replica final : public PageProvider {
   Medium medium_ = Medium::kDisk;
   Fd data_;
   Fd map_;
-  Fd uffd_;                 // kMemory only: registered over data_map_ so that UFFDIO_COPY may fill it
+  Fd uffd_;  // kMemory only: registered over data_map_ so that UFFDIO_COPY may fill it
   uint8_t* data_map_ = nullptr;
   uint8_t* map_base_ = nullptr;
   size_t map_bytes_ = 0;

@@ -8,27 +8,28 @@ namespace {
 class ReplicaJs : public Napi::ObjectWrap<ReplicaJs> {
  public:
   static void Init(Napi::Env env, Napi::Object exports) {
-    exports.Set("Replica", DefineClass(env, "Replica",
-                                       {
-                                           InstanceMethod("fillZero", &ReplicaJs::FillZero),
-                                           InstanceMethod("fill", &ReplicaJs::Fill),
-                                           InstanceMethod("read", &ReplicaJs::Read),
-                                           InstanceMethod("prefetch", &ReplicaJs::Prefetch),
-                                           InstanceMethod("fail", &ReplicaJs::Fail),
-                                           InstanceMethod("stats", &ReplicaJs::Stats),
-                                           InstanceMethod("close", &ReplicaJs::Close),
-                                           InstanceAccessor("handle", &ReplicaJs::Handle, nullptr),
-                                           InstanceAccessor("provider", &ReplicaJs::Provider, nullptr),
-                                       }));
+    exports.Set("Replica",
+                DefineClass(env, "Replica",
+                            {
+                                InstanceMethod("fillZero", &ReplicaJs::FillZero),
+                                InstanceMethod("fill", &ReplicaJs::Fill),
+                                InstanceMethod("read", &ReplicaJs::Read),
+                                InstanceMethod("prefetch", &ReplicaJs::Prefetch),
+                                InstanceMethod("fail", &ReplicaJs::Fail),
+                                InstanceMethod("stats", &ReplicaJs::Stats),
+                                InstanceMethod("close", &ReplicaJs::Close),
+                                InstanceAccessor("handle", &ReplicaJs::Handle, nullptr),
+                                InstanceAccessor("provider", &ReplicaJs::Provider, nullptr),
+                            }));
   }
 
   explicit ReplicaJs(const Napi::CallbackInfo& info) : Napi::ObjectWrap<ReplicaJs>(info) {
     const std::string medium = info[3].ToString();
     const int64_t pages = info[2].ToNumber().Int64Value();
-    throw_if(info.Env(), Replica::Open(info[0].ToString(), info[1].ToString(),
-                                       pages < 0 ? 0 : static_cast<uint64_t>(pages),
-                                       medium == "memory" ? Medium::kMemory : Medium::kDisk,
-                                       &replica_));
+    throw_if(info.Env(),
+             Replica::Open(info[0].ToString(), info[1].ToString(),
+                           pages < 0 ? 0 : static_cast<uint64_t>(pages),
+                           medium == "memory" ? Medium::kMemory : Medium::kDisk, &replica_));
   }
 
  private:
@@ -37,8 +38,8 @@ class ReplicaJs : public Napi::ObjectWrap<ReplicaJs> {
     return *replica_;
   }
   void FillZero(const Napi::CallbackInfo& info) {
-    throw_if(info.Env(),
-             open(info.Env()).fill_zero(static_cast<PageIndex>(info[0].ToNumber().Int64Value()),
+    throw_if(info.Env(), open(info.Env())
+                             .fill_zero(static_cast<PageIndex>(info[0].ToNumber().Int64Value()),
                                         static_cast<uint64_t>(info[1].ToNumber().Int64Value())));
   }
   void Fill(const Napi::CallbackInfo& info) {
@@ -46,8 +47,9 @@ class ReplicaJs : public Napi::ObjectWrap<ReplicaJs> {
     if (data.Length() != kPageBytes) {
       throw js_error(info.Env(), Status::Error("E_ARGUMENT", "a page has 4096 bytes"));
     }
-    throw_if(info.Env(), open(info.Env()).fill(
-                             static_cast<PageIndex>(info[0].ToNumber().Int64Value()), data.Data()));
+    throw_if(info.Env(),
+             open(info.Env())
+                 .fill(static_cast<PageIndex>(info[0].ToNumber().Int64Value()), data.Data()));
   }
   // For tests and tools: the page, all zeros included, or null if absent.
   Napi::Value Read(const Napi::CallbackInfo& info) {

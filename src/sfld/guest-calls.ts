@@ -35,10 +35,14 @@ export async function handleGuestCall(
       };
     }
     case 'clone': {
+      const known = forkOfCall(host, live, call.id);
+      if (known !== undefined) return { vmid: '0', ...forkReply(known) };
       const fork = await forkVm(host, live, text(args, 'ticket'), call.id);
       return { vmid: '0', ...forkReply(fork) };
     }
     case 'checkpoint_parent': {
+      const known = forkOfCall(host, live, call.id);
+      if (known !== undefined) return { vmid: '0', checkpoint: known.id };
       const fork = await checkpointVm(host, live, call.id);
       return { vmid: '0', checkpoint: fork.id };
     }
@@ -67,6 +71,11 @@ export async function handleGuestCall(
     default:
       throw new SnowflockError('E_ARGUMENT', `no such call: ${call.verb}`);
   }
+}
+
+/** A call seen before: the daemon that answered it died before the guest had the answer. */
+function forkOfCall(host: Host, live: LiveVm, id: string): ForkRecord | undefined {
+  return host.forks.all().find((fork) => fork.vm === live.record.id && fork.pending === id);
 }
 
 function forkReply(fork: ForkRecord): Record<string, string> {

@@ -8,11 +8,13 @@ import { chown, mkdir, rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { GuestChannel, type GuestIdentity } from '../api/guest-channel.js';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
+import { tscKhz } from '../common/tsc.js';
 import { newEpoch, newSecretId, newVmId } from '../common/ids.js';
 import { Undo } from '../common/undo.js';
 import { DhcpService } from '../dhcp/service.js';
 import type { Vm, VmSpec } from '../hypervisor/driver.js';
 import { findImage } from '../image/images.js';
+import { kernelCommandLine } from '../image/manifest.js';
 import { addressOfVmid, GATEWAY, GUEST_MAC, MTU, PREFIX_BITS } from '../network/addresses.js';
 import { openTap } from '../network/tap.js';
 import { cloneEnded, endForksOf } from './fork.js';
@@ -88,10 +90,13 @@ export async function runVm(host: Host, request: RunRequest): Promise<VmRecord> 
     });
     undo.add('disk', () => rm(record.disk_directory, { recursive: true, force: true }));
     const bootFiles = await placeBootFiles(host.config, image);
+    // An emulated guest cannot measure its counter's rate on a busy host; it is the host's.
+    const { accel } = await host.driver.probe();
+    const clockKhz = accel === 'kvm' ? undefined : await tscKhz();
     const { spec, dhcp, tapFd } = await makeParts(host, record, undo);
     const vm = await host.driver.boot({
       ...spec,
-      boot: { ...bootFiles, cmdline: image.manifest.cmdline },
+      boot: { ...bootFiles, cmdline: kernelCommandLine(image.manifest, clockKhz) },
     });
     closeSync(tapFd);
     undo.add('VM', () => vm.destroy());
