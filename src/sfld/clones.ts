@@ -89,7 +89,7 @@ export class Clones {
     let decoded: Descriptor;
     try {
       decoded = decodeDescriptor(descriptor);
-      this.#check(prepared.request, decoded);
+      await this.#check(prepared.request, decoded);
     } catch (error) {
       await this.abort(fork);
       throw error;
@@ -133,7 +133,11 @@ export class Clones {
     await clone.undo.run(this.#host.log);
   }
 
-  #check(request: PrepareRequest, descriptor: Descriptor): void {
+  async #check(request: PrepareRequest, descriptor: Descriptor): Promise<void> {
+    checkShape(descriptor, await this.#host.driver.probe(), {
+      ramBytes: request.ram_bytes,
+      vcpus: request.vcpus,
+    });
     const same =
       descriptor.ram.generation === request.ram.generation &&
       descriptor.disk?.generation === request.disk.generation &&

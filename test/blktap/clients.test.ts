@@ -162,8 +162,7 @@ test('QEMU reconnects after SIGKILL of the server, and its request is carried ou
   const [directory, socketPath] = [join(folder, 'disk'), join(folder, 'nbd')];
   await Disk.create(directory, { sizeBytes: 64 * MIB });
   const first = await serveInChild(directory, socketPath);
-  const options =
-    `driver=nbd,server.type=unix,server.path=${socketPath},` + 'export=disk,reconnect-delay=60';
+  const options = `driver=nbd,server.type=unix,server.path=${socketPath},export=disk,reconnect-delay=60`;
   const io = spawn('qemu-io', ['--image-opts', options], { stdio: ['pipe', 'pipe', 'inherit'] });
   const exited = once(io, 'exit');
   cleanup(() => {

@@ -212,7 +212,7 @@ export function random(seed: number): () => number {
 
 /** A fresh seed, or SEED; printed so that a failure can be repeated. */
 export function newSeed(name: string): number {
-  const seed = Number(process.env['SEED'] ?? randomBytes(4).readUInt32BE(0));
+  const seed = Number(process.env.SEED ?? randomBytes(4).readUInt32BE(0));
   console.log(`${name}: SEED=${seed}`);
   return seed;
 }

@@ -95,7 +95,7 @@ test('udhcpc obtains the lease, probes the address by ARP, and can talk', async 
     lease: '3600',
     serverid: '10.86.0.1',
   });
-  expect(told['router']).toBeUndefined();
+  expect(told.router).toBeUndefined();
   expect(events).toEqual(['offer', 'ack']);
   expect(service.state).toBe('bound');
 

@@ -14,7 +14,7 @@ import {
   u8,
 } from '../../packages/dhcp-packet/src/index.js';
 
-const SEED = Number(process.env['SNOWFLOCK_SEED'] ?? Date.now() % 2 ** 31);
+const SEED = Number(process.env.SNOWFLOCK_SEED ?? Date.now() % 2 ** 31);
 console.log(`dhcp codec seed ${SEED} (SNOWFLOCK_SEED repeats it)`);
 const RUNS = { seed: SEED, numRuns: 20_000 };
 

@@ -81,7 +81,7 @@ async function dropsFromWire(reason: string, ...frames: Buffer[]): Promise<void>
   }
   const after = gained(before, host.stats());
   expect(after[reason]).toBe(frames.length);
-  expect(after['wire_to_guest']).toBe(1);
+  expect(after.wire_to_guest).toBe(1);
 }
 
 const toSibling = (change: Partial<Ip>): Buffer =>
@@ -345,7 +345,7 @@ test('the host cannot send into a guest, and a guest without identity cannot sen
   );
   await dropsFromWire('wire_unknown_destination', fromWire({ to: '5e:00:00:07:00:63' }));
   host.netns.exec('ip', 'address', 'del', '10.99.0.1/24', 'dev', mine.tap);
-  expect(gained(before, host.stats())['host_into_tap']).toBeGreaterThan(0);
+  expect(gained(before, host.stats()).host_into_tap).toBeGreaterThan(0);
 
   const leaving = host.guest(FAMILY, 50);
   host.netns.do(() => host.attached.removeVm(leaving.tap));
