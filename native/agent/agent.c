@@ -2,9 +2,9 @@
 //
 // QEMU runs with `memory-backend-memfd,share=on` and believes its RAM is a shared file, so that the
 // migration capability `x-ignore-shared` leaves RAM out of the device state. When it maps that
-// memfd, the agent maps something else in its place: anonymous memory for a VM that boots, a private
-// mapping of the replica for a clone; registers it with a userfaultfd, and hands that to the data
-// plane before QEMU sees the first byte.
+// memfd, the agent maps something else in its place: anonymous memory for a VM that boots, a
+// private mapping of the replica for a clone; registers it with a userfaultfd, and hands that to
+// the data plane before QEMU sees the first byte.
 //
 // States:  unmapped -> attached <-> detached (the data plane is gone; faults wait)
 // Invariants:
@@ -231,7 +231,8 @@ static bool resume(void) {
   struct memtap_ack ack;
   int fds[2];
   const uint32_t flags = MEMTAP_RESUME | (agent.clone ? MEMTAP_CLONE : 0);
-  bool ok = exchange_hello(socket, flags, &offer, fds) && exchange_attach(socket, offer.nonce, &ack);
+  bool ok =
+      exchange_hello(socket, flags, &offer, fds) && exchange_attach(socket, offer.nonce, &ack);
   close_fd(&fds[0]);
   close_fd(&fds[1]);
   if (ok) {
@@ -358,7 +359,8 @@ static void *take_ram(void *addr, size_t length, int prot, int flags, off_t offs
     goto failed;
   }
   // Huge pages would turn one written byte into 2 MiB that are no longer known to be zero, and are
-  // split by the first fork anyway. Failing to advise that is harmless; sharing with a child is not.
+  // split by the first fork anyway. Failing to advise that is harmless; sharing with a child is
+  // not.
   syscall(SYS_madvise, ram, length, MADV_NOHUGEPAGE);
   syscall(SYS_madvise, ram, length, MADV_DONTDUMP);
   if (syscall(SYS_madvise, ram, length, MADV_DONTFORK) != 0) {

@@ -15,8 +15,8 @@
 namespace sf {
 namespace {
 
-// The kernel answers EAGAIN while the mapping changes. It does so for an instant; the bound is there
-// so that a VM process gone wrong cannot hold a thread.
+// The kernel answers EAGAIN while the mapping changes. It does so for an instant; the bound is
+// there so that a VM process gone wrong cannot hold a thread.
 constexpr int kAgainLimit = 10'000;
 
 template <typename Argument>

@@ -1,11 +1,12 @@
 // The RAM of one running VM process: its userfaultfd and the ways to look at it from outside.
 //
-// All access is bound to the memory (mm) that was attached, never to a process number: /proc/PID/mem
-// and /proc/PID/pagemap keep the mm they were opened on, the userfaultfd likewise. If the process
-// ends, every call fails; a reused pid is never read.
+// All access is bound to the memory (mm) that was attached, never to a process number:
+// /proc/PID/mem and /proc/PID/pagemap keep the mm they were opened on, the userfaultfd likewise. If
+// the process ends, every call fails; a reused pid is never read.
 //
 // read() goes through /proc/PID/mem on purpose: unlike process_vm_readv() it cannot wait in a
-// userfaultfd fault (the kernel refuses instead), so no reader can wait for the pager or the network.
+// userfaultfd fault (the kernel refuses instead), so no reader can wait for the pager or the
+// network.
 #pragma once
 
 #include <sys/types.h>

@@ -56,8 +56,8 @@ Status learn_marker(const Kernel& kernel, uint64_t* out) {
   Fd uffd;
   uint64_t ignored = 0;
   uint64_t entry = 0;
-  Status status = new_uffd(
-      kernel, UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM, &uffd, &ignored);
+  Status status = new_uffd(kernel, UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
+                           &uffd, &ignored);
   uffdio_range range = {reinterpret_cast<uint64_t>(page), kPageBytes};
   uffdio_register reg = {range, UFFDIO_REGISTER_MODE_WP, 0};
   uffdio_writeprotect protect = {range, UFFDIO_WRITEPROTECT_MODE_WP};
@@ -100,8 +100,8 @@ Status Kernel::Probe(Kernel* out) {
   Fd uffd;
   Status status = new_uffd(kernel, 0, &uffd, &kernel.features_);
   if (!status.ok()) return status;
-  constexpr uint64_t kNeeded = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_MISSING_SHMEM |
-                               UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
+  constexpr uint64_t kNeeded =
+      UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
   if ((kernel.features_ & kNeeded) != kNeeded) {
     return Status::Error("E_USERFAULTFD", "this kernel's userfaultfd lacks write protection");
   }

@@ -1,5 +1,5 @@
-// JavaScript's view of memtap: register VMs, fork, drop, count. No page passes through here, but for
-// readPages(), by which tests and tools look at a generation.
+// JavaScript's view of memtap: register VMs, fork, drop, count. No page passes through here, but
+// for readPages(), by which tests and tools look at a generation.
 #include <array>
 
 #include "common/js.h"
@@ -53,19 +53,18 @@ class MemtapServerJs : public Napi::ObjectWrap<MemtapServerJs> {
  public:
   static void Init(Napi::Env env, Napi::Object exports) {
     using Self = MemtapServerJs;
-    exports.Set("MemtapServer",
-                DefineClass(env, "MemtapServer",
-                            {InstanceMethod("expect", &Self::Expect),
-                             InstanceMethod("pid", &Self::Pid),
-                             InstanceMethod("forkBegin", &Self::ForkBegin),
-                             InstanceMethod("forkCommit", &Self::ForkCommit),
-                             InstanceMethod("forkAbort", &Self::ForkAbort),
-                             InstanceMethod("dropGeneration", &Self::DropGeneration),
-                             InstanceMethod("adoptGeneration", &Self::AdoptGeneration),
-                             InstanceMethod("provider", &Self::Provider),
-                             InstanceMethod("remove", &Self::Remove),
-                             InstanceMethod("stats", &Self::Stats),
-                             InstanceMethod("close", &Self::Close)}));
+    exports.Set(
+        "MemtapServer",
+        DefineClass(
+            env, "MemtapServer",
+            {InstanceMethod("expect", &Self::Expect), InstanceMethod("pid", &Self::Pid),
+             InstanceMethod("forkBegin", &Self::ForkBegin),
+             InstanceMethod("forkCommit", &Self::ForkCommit),
+             InstanceMethod("forkAbort", &Self::ForkAbort),
+             InstanceMethod("dropGeneration", &Self::DropGeneration),
+             InstanceMethod("adoptGeneration", &Self::AdoptGeneration),
+             InstanceMethod("provider", &Self::Provider), InstanceMethod("remove", &Self::Remove),
+             InstanceMethod("stats", &Self::Stats), InstanceMethod("close", &Self::Close)}));
   }
 
   explicit MemtapServerJs(const Napi::CallbackInfo& info)
@@ -80,8 +79,8 @@ class MemtapServerJs : public Napi::ObjectWrap<MemtapServerJs> {
     options.populate = given.Get("populate").ToBoolean();
     options.save_wait_ms = static_cast<uint32_t>(number(given.Get("saveWaitMs"), "saveWaitMs"));
     auto background = std::make_shared<Background>(env);
-    auto emit = std::make_shared<Napi::FunctionReference>(
-        Napi::Persistent(info[1].As<Napi::Function>()));
+    auto emit =
+        std::make_shared<Napi::FunctionReference>(Napi::Persistent(info[1].As<Napi::Function>()));
     // The reference is used and let go on the JavaScript thread only: by this object.
     emit_ = emit;
     std::weak_ptr<Napi::FunctionReference> weak = emit;
@@ -171,8 +170,7 @@ class MemtapServerJs : public Napi::ObjectWrap<MemtapServerJs> {
         });
   }
   void AdoptGeneration(const Napi::CallbackInfo& info) {
-    throw_if(info.Env(),
-             vm(info)->adopt(text(info[1], "generation"), text(info[2], "directory")));
+    throw_if(info.Env(), vm(info)->adopt(text(info[1], "generation"), text(info[2], "directory")));
   }
   Napi::Value Provider(const Napi::CallbackInfo& info) {
     std::shared_ptr<PageProvider> provider;
@@ -211,10 +209,9 @@ class MemtapServerJs : public Napi::ObjectWrap<MemtapServerJs> {
 class LocalSourceJs : public Napi::ObjectWrap<LocalSourceJs> {
  public:
   static void Init(Napi::Env env, Napi::Object exports) {
-    exports.Set("LocalSource",
-                DefineClass(env, "LocalSource",
-                            {InstanceMethod("served", &LocalSourceJs::Served),
-                             InstanceMethod("close", &LocalSourceJs::Close)}));
+    exports.Set("LocalSource", DefineClass(env, "LocalSource",
+                                           {InstanceMethod("served", &LocalSourceJs::Served),
+                                            InstanceMethod("close", &LocalSourceJs::Close)}));
   }
   explicit LocalSourceJs(const Napi::CallbackInfo& info) : Napi::ObjectWrap<LocalSourceJs>(info) {
     const auto patience =
@@ -258,8 +255,7 @@ Napi::Value ReadPages(const Napi::CallbackInfo& info) {
             case ReadResult::kZero:
               break;
             case ReadResult::kAbsent:
-              return Status::Error("E_STATE",
-                                   "page " + std::to_string(first + i) + " is not here");
+              return Status::Error("E_STATE", "page " + std::to_string(first + i) + " is not here");
             case ReadResult::kError:
               return Status::Error("E_SOURCE_LOST",
                                    "page " + std::to_string(first + i) + " cannot be read");

@@ -1,17 +1,18 @@
 // The pages that were copied out of a running parent because it was about to overwrite them: a
-// sparse file `saved` and, mapped shared, its bitmaps `saved.map`, in the generation's own directory.
+// sparse file `saved` and, mapped shared, its bitmaps `saved.map`, in the generation's own
+// directory.
 //
 // The files outlive the process that fills them. What makes that sound if it is killed with SIGKILL
 // at any instruction (the kernel keeps the page cache; only program order matters):
 //  1. the old bytes are written whole, 2. the page's bit is set, 3. the write protection is lifted.
 //  Killed before 2, the page is still protected and still holds the old bytes, so the live page is
 //  the right answer, and the guest's write faults again once the next process serves it; the
-//  half-written copy is overwritten. Killed after 2, the copy is whole, and the guest's write, if it
-//  happened, came later. There is no instant at which neither holds.
+//  half-written copy is overwritten. Killed after 2, the copy is whole, and the guest's write, if
+//  it happened, came later. There is no instant at which neither holds.
 // `newer` names the generation that saves pages on this one's behalf (see vm.h). It is kept in two
 // slots and switched by one store, so that it is never read half written.
-// The bitmaps are allocated in full at creation: a full tmpfs must be an error of fallocate(), not a
-// SIGBUS at the first bit that needs a page.
+// The bitmaps are allocated in full at creation: a full tmpfs must be an error of fallocate(), not
+// a SIGBUS at the first bit that needs a page.
 #pragma once
 
 #include <atomic>

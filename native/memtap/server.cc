@@ -309,7 +309,8 @@ Status MemtapServer::admit(Peer& peer, const memtap_hello& hello, memtap_offer* 
     status = o.replica->open_readonly(replica);
     if (!status.ok()) return status;
     struct stat st = {};
-    if (::fstat(replica->get(), &st) != 0) return Status::Errno("E_IO", "stat " + o.replica->path());
+    if (::fstat(replica->get(), &st) != 0)
+      return Status::Errno("E_IO", "stat " + o.replica->path());
     // Serving it from another file would leave its faults unanswered for ever.
     if (peer.resume && (st.st_dev != hello.replica_dev || st.st_ino != hello.replica_ino)) {
       return Status::Error("E_REPLICA_MISMATCH", "VM " + o.id + " maps another replica");
@@ -359,8 +360,9 @@ MemtapServer::Next MemtapServer::on_hello(Peer& peer, const memtap_hello& hello)
 
 MemtapServer::Next MemtapServer::on_attach(Peer& peer, const memtap_attach& attach, Fd uffd) {
   const uint64_t bytes = peer.vm->options().pages * kPageBytes;
-  if (attach.magic != MEMTAP_MAGIC || attach.nonce != peer.nonce || attach.bytes != bytes || attach.base % kPageBytes != 0 ||
-      attach.base > UINT64_MAX - bytes || !uffd.valid() || !is_userfaultfd(uffd.get())) {
+  if (attach.magic != MEMTAP_MAGIC || attach.nonce != peer.nonce || attach.bytes != bytes ||
+      attach.base % kPageBytes != 0 || attach.base > UINT64_MAX - bytes || !uffd.valid() ||
+      !is_userfaultfd(uffd.get())) {
     return refuse(peer, Status::Error("E_ARGUMENT", "the memory handed over is not what was said"));
   }
   // The connection goes to the pager; the acknowledgement goes by a duplicate.

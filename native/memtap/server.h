@@ -36,9 +36,9 @@ class MemtapServer : public std::enable_shared_from_this<MemtapServer> {
                      std::shared_ptr<MemtapServer>* out);
   ~MemtapServer();
 
-  Status expect(VmOptions options);                        // E_EXISTS
+  Status expect(VmOptions options);                                    // E_EXISTS
   Status find(const std::string& id, std::shared_ptr<Vm>* out) const;  // E_NOT_FOUND
-  Status remove(const std::string& id);                    // E_NOT_FOUND
+  Status remove(const std::string& id);                                // E_NOT_FOUND
   void close();  // VMs run on; their faults wait for the next server
 
  private:

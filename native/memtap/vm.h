@@ -6,9 +6,11 @@
 //     the copy of the first of G, next newer, ..., newest that saved p; if none did: the live page.
 //
 // Invariants, all under `mutex_` unless noted:
-//  I1 If some active generation (open, not failed, not closing) finds p saved nowhere from itself on,
+//  I1 If some active generation (open, not failed, not closing) finds p saved nowhere from itself
+//  on,
 //     then p is write-protected. A write to it faults, and the pager copies it first.
-//  I2 A page is saved (bytes, then bit) before its protection is lifted. So a reader that copies the
+//  I2 A page is saved (bytes, then bit) before its protection is lifted. So a reader that copies
+//  the
 //     live page and *afterwards* finds no saved copy in the chain as it is *then* has read the old
 //     bytes; if it finds one, it takes that. Readers take no lock.
 //  I3 A generation leaves the chain only after every page it saved and the next older active one
@@ -22,9 +24,9 @@
 // the chain; that is the generation's instant. `dirty` is set before the page's protection is
 // lifted, both under the lock, so commit misses none.
 //
-// The data plane may die at any instant (saved_pages.h says why no byte is lost) and a new one adopts
-// the generations. Each generation's file names the next newer one; adopting a chain with a missing
-// link fails the generations that would need it, rather than read live bytes in its place.
+// The data plane may die at any instant (saved_pages.h says why no byte is lost) and a new one
+// adopts the generations. Each generation's file names the next newer one; adopting a chain with a
+// missing link fails the generations that would need it, rather than read live bytes in its place.
 //
 // One thread per VM: a VM process that misbehaves, or whose generation's file system is full, holds
 // up no other VM. Left out on purpose: pages pinned for DMA escape write protection.
@@ -60,8 +62,8 @@ struct VmOptions {
   std::string token;
   uint64_t pages = 0;
   std::shared_ptr<Replica> replica;  // null: the VM booted here
-  bool populate = false;             // protect unpopulated memory by populating it (before Linux 6.4)
-  uint32_t save_wait_ms = 1000;      // how long the guest waits for space before a generation fails
+  bool populate = false;         // protect unpopulated memory by populating it (before Linux 6.4)
+  uint32_t save_wait_ms = 1000;  // how long the guest waits for space before a generation fails
 };
 
 struct VmStats {
@@ -99,7 +101,8 @@ class Vm : public std::enable_shared_from_this<Vm> {
   Status drop(const std::string& generation);
   Status adopt(const std::string& generation, const std::string& directory);
 
-  // The generation's pages; E_NOT_FOUND. Reads give kError once it is dropped, failed or its VM gone.
+  // The generation's pages; E_NOT_FOUND. Reads give kError once it is dropped, failed or its VM
+  // gone.
   Status provider(const std::string& generation, std::shared_ptr<PageProvider>* out);
 
   // Ends the pager. `gone`: the VM is no more, its generations cannot be read and their files go.
@@ -170,8 +173,8 @@ class Vm : public std::enable_shared_from_this<Vm> {
   std::atomic<bool> stopped_{false};  // stop() was called
   // stop(false) was called; outlives this object, for those who still hold a provider.
   const std::shared_ptr<std::atomic<bool>> closed_ = std::make_shared<std::atomic<bool>>(false);
-  std::atomic<bool> lost_{false};     // reported once
-  Fd connection_;                     // the pager's, once attached
+  std::atomic<bool> lost_{false};  // reported once
+  Fd connection_;                  // the pager's, once attached
 
   std::mutex asked_mutex_;
   std::unordered_set<PageIndex> asked_;  // absent pages that readers asked the replica for

@@ -43,8 +43,9 @@ void Vm::fail_older_than(size_t end, const Status& status) {
   for (size_t i = 0; i < end; i++) fail_generation(*(*chain)[i], status);
 }
 
-// Copies 64 pages' worth of what `from` saved to the next older active generation (I3). Out of space:
-// E_NO_SPACE, to be called again; on the last try those that would need the page are given up.
+// Copies 64 pages' worth of what `from` saved to the next older active generation (I3). Out of
+// space: E_NO_SPACE, to be called again; on the last try those that would need the page are given
+// up.
 Status Vm::move_pages(const std::shared_ptr<Generation>& from, uint64_t word_index, bool last_try) {
   auto chain = chain_.load();
   size_t at = 0;
