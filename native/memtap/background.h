@@ -7,6 +7,7 @@
 
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <system_error>
 #include <thread>
 
@@ -34,7 +35,10 @@ class Background : public std::enable_shared_from_this<Background> {
           Napi::HandleScope scope(env);
           (*owned)(env);
         });
-    if (status != napi_ok) delete boxed;
+    if (status == napi_ok) return;
+    delete boxed;
+    // JavaScript is ending; this object has given up its share of the function by that answer.
+    if (status == napi_closing) released_ = true;
   }
 
   // JavaScript may end; calls under way settle nothing any more once release() was called and

@@ -4,6 +4,7 @@
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 
 #include <array>
 #include <chrono>
@@ -105,6 +106,8 @@ void Vm::stop(bool gone) {
 
 void Vm::run_pager() {
   ::prctl(PR_SET_NAME, "memtap-pager");
+  // A guest CPU waits for each fault: do not queue behind the CPUs of other guests. Best effort.
+  ::setpriority(PRIO_PROCESS, 0, -10);
   auto memory = memory_.load();
   std::array<pollfd, 4> fds = {{{wakeup_.get(), POLLIN, 0},
                                 {memory->pidfd(), POLLIN, 0},

@@ -78,6 +78,16 @@ test('the agent comes back to the next server by itself, and its faults with it'
   expect(await bench.image(next, id, generation, PAGES)).toEqual(before);
 });
 
+test('peers that send nonsense are dropped, and the others served', async () => {
+  const server = bench.server();
+  server.expect({ id: 'vm', token: 'secret', ramBytes: PAGES * PAGE });
+  const hostile = bench.guest('/nonexistent', 'hostile');
+  await hostile.say(`misbehave ${PAGES * PAGE} 0 ${socketOf(server)}`);
+  const honest = bench.guest(socketOf(server), 'vm');
+  await honest.map(PAGES);
+  expect(await server.attached('vm', 10_000)).toEqual({ pid: honest.pid });
+});
+
 test('a second server at the same socket is refused', () => {
   const server = bench.server();
   expect(() => new MemtapServer({ socketPath: socketOf(server) })).toThrow(

@@ -10,9 +10,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "protocol.h"
 
 enum { PAGE = 4096 };
 
@@ -75,6 +79,80 @@ static int child_leftovers(void) {
     if (strstr(target, "userfaultfd") != NULL || strncmp(target, "socket:", 7) == 0) leftovers |= 2;
   }
   return leftovers;
+}
+
+static int connect_to(const char *path) {
+  struct sockaddr_un address = {.sun_family = AF_UNIX};
+  strncpy(address.sun_path, path, sizeof address.sun_path - 1);
+  int fd = socket(AF_UNIX, SOCK_SEQPACKET, 0);
+  return connect(fd, (const struct sockaddr *)&address, sizeof address) == 0 ? fd : -1;
+}
+
+// Says hello rightly, then hands over what is no userfaultfd, or from another address.
+static void attach_wrongly(const char *path, int passed, uint64_t base, uint64_t bytes) {
+  struct memtap_hello hello = {
+      .magic = MEMTAP_MAGIC, .version = MEMTAP_VERSION, .ram_bytes = bytes, .vm = "vm"};
+  strcpy(hello.token, "secret");
+  int fd = connect_to(path);
+  struct memtap_offer offer = {0};
+  send(fd, &hello, sizeof hello, MSG_NOSIGNAL);
+  recv(fd, &offer, sizeof offer, 0);
+  struct memtap_attach attach = {.magic = MEMTAP_MAGIC,
+                                 .version = MEMTAP_VERSION,
+                                 .nonce = offer.nonce,
+                                 .base = base,
+                                 .bytes = bytes};
+  struct iovec iov = {.iov_base = &attach, .iov_len = sizeof attach};
+  union {
+    struct cmsghdr header;
+    char room[CMSG_SPACE(sizeof(int))];
+  } control = {0};
+  struct msghdr message = {.msg_iov = &iov,
+                           .msg_iovlen = 1,
+                           .msg_control = control.room,
+                           .msg_controllen = sizeof control.room};
+  struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+  header->cmsg_level = SOL_SOCKET;
+  header->cmsg_type = SCM_RIGHTS;
+  header->cmsg_len = CMSG_LEN(sizeof(int));
+  memcpy(CMSG_DATA(header), &passed, sizeof passed);
+  sendmsg(fd, &message, MSG_NOSIGNAL);
+  struct memtap_ack ack = {0};
+  recv(fd, &ack, sizeof ack, 0);
+  close(fd);
+}
+
+// Everything a peer should not send: wrong sizes, wrong magic, text without an end, wrong
+// hand-overs.
+static void misbehave(const char *path, uint64_t bytes) {
+  static char noise[65536];
+  for (size_t i = 0; i < sizeof noise; i++) noise[i] = (char)mix(i);
+  const size_t sizes[] = {1,
+                          sizeof(struct memtap_hello) - 1,
+                          sizeof(struct memtap_hello),
+                          sizeof(struct memtap_hello) + 1,
+                          sizeof(struct memtap_attach),
+                          65536};
+  for (int rounds = 0; rounds < 50; rounds++) {
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+      int fd = connect_to(path);
+      send(fd, noise, sizes[i], MSG_NOSIGNAL);
+      close(fd);
+    }
+  }
+  struct memtap_hello endless = {.magic = MEMTAP_MAGIC, .version = MEMTAP_VERSION};
+  memset(endless.vm, 'v', sizeof endless.vm);
+  memset(endless.token, 't', sizeof endless.token);
+  int fd = connect_to(path);
+  send(fd, &endless, sizeof endless, MSG_NOSIGNAL);
+  struct memtap_offer offer;
+  recv(fd, &offer, sizeof offer, 0);
+  close(fd);
+  int file = memfd_create("no userfaultfd", MFD_CLOEXEC);
+  attach_wrongly(path, file, PAGE, bytes);
+  attach_wrongly(path, file, 1, bytes);
+  attach_wrongly(path, file, UINT64_MAX - PAGE + 1, bytes);
+  close(file);
 }
 
 int main(void) {
@@ -140,6 +218,9 @@ int main(void) {
     } else if (strcmp(command, "discard") == 0) {  // discard FIRST COUNT ADVICE
       const int failed = madvise(ram + a * PAGE, b * PAGE, (int)c);
       printf("ok %d\n", failed == 0 ? 0 : errno);
+    } else if (strcmp(command, "misbehave") == 0) {  // misbehave BYTES 0 SOCKET
+      misbehave(path, a);
+      printf("ok\n");
     } else if (strcmp(command, "fork") == 0) {
       fflush(stdout);
       pid_t child = fork();

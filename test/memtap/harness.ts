@@ -5,7 +5,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
-import { loadAddon } from '../../src/common/native.js';
+import { loadAddon, projectRoot } from '../../src/common/native.js';
 import {
   agentEnvironment,
   MemtapServer,
@@ -52,6 +52,7 @@ export class Bench {
     try {
       execFileSync('gcc', [
         ...['-std=gnu17', '-D_GNU_SOURCE', '-O2', '-Wall', '-Wextra', '-Werror', '-pthread'],
+        ...['-I', join(projectRoot, 'native/agent')],
         ...['-o', this.#guestProgram, source],
       ]);
     } catch (error) {

@@ -9,13 +9,14 @@ import { fileURLToPath } from 'node:url';
 
 const root = fileURLToPath(new URL('../..', import.meta.url));
 const addon = createRequire(import.meta.url)(join(root, 'build/Release/dataplane.node'));
-const mib = Number(process.argv[2] ?? 512);
+const mib = Math.max(256, Number(process.argv[2] ?? 512));
 const pages = mib * 256;
 const directory = mkdtempSync('/dev/shm/memtap-measure-');
 chmodSync(directory, 0o777);
 const program = join(directory, 'guest');
 const source = join(root, 'test/memtap/guest.c');
-execFileSync('gcc', ['-std=gnu17', '-D_GNU_SOURCE', '-O2', '-pthread', '-o', program, source]);
+const include = join(root, 'native/agent');
+execFileSync('gcc', ['-D_GNU_SOURCE', '-O2', '-pthread', '-I', include, '-o', program, source]);
 const socketPath = join(directory, 'socket');
 const options = { socketPath, socketMode: 0o666, socketUid: -1, socketGid: -1, saveWaitMs: 1000 };
 const server = new addon.MemtapServer({ ...options, populate: false }, () => {});
@@ -36,10 +37,11 @@ async function vm(id, replica) {
     stdio: ['pipe', 'pipe', 'inherit'],
   });
   children.push(child);
+  const died = once(child, 'exit').then(() => ['error: the guest ended']);
   const lines = createInterface({ input: child.stdout });
   const say = async (command) => {
     child.stdin.write(`${command}\n`);
-    const [line] = await once(lines, 'line');
+    const [line] = await Promise.race([once(lines, 'line'), died]);
     if (!line.startsWith('ok')) throw new Error(`${command}: ${line}`);
     return Number(line.split(' ')[1]);
   };
@@ -58,6 +60,11 @@ async function begin(id) {
 const median = (values) => values.sort((a, b) => a - b)[Math.floor(values.length / 2)];
 const row = (what, value, unit) => console.log(`${what.padEnd(56)} ${value.toFixed(2)} ${unit}`);
 
+process.on('exit', () => {
+  for (const child of children) child.kill('SIGKILL');
+  rmSync(directory, { recursive: true, force: true });
+});
+
 const parent = await vm('parent');
 await parent(`fill 0 ${pages} 1`);
 let last;
@@ -65,7 +72,7 @@ const begins = [];
 const commits = [];
 for (let i = 0; i < 20; i++) {
   const fork = await begin('parent');
-  await parent('poke 0 1000 97');
+  await parent(`poke 0 1000 ${Math.floor(pages / 1000)}`);
   const start = performance.now();
   const { durationUs, dirtyPages } = await server.forkCommit('parent', fork.generation);
   commits.push({ us: durationUs, wallMs: performance.now() - start, dirtyPages });
@@ -97,7 +104,6 @@ for (let i = 1; i <= generations; i++) {
 }
 row('dropping 20 generations', performance.now() - start, 'ms');
 
-for (const child of children) child.kill('SIGKILL');
 local.close();
 server.close();
-rmSync(directory, { recursive: true, force: true });
+process.exit(0);
