@@ -1,4 +1,4 @@
-import { mkdirSync } from 'node:fs';
+import { mkdirSync, rmSync } from 'node:fs';
 import { mkdir, rm } from 'node:fs/promises';
 import { dirname } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
@@ -100,12 +100,14 @@ export class Dataplane {
       'replica.close': async (p) => {
         const open = this.#replicas.get(p.generation);
         this.#replicas.delete(p.generation);
+        // Removed at once, not after the wait below: a new replica of the same generation may be
+        // made at this path meanwhile. The files live on for those that have them open.
+        rmSync(p.path, { force: true });
+        rmSync(`${p.path}.map`, { force: true });
         if (open !== undefined) {
           await open.client.close();
           open.replica.close();
         }
-        await rm(p.path, { force: true });
-        await rm(`${p.path}.map`, { force: true });
         return {};
       },
       'vm.expect': (p) => {

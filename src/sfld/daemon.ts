@@ -21,8 +21,9 @@ import { listenPeers } from './peer-api.js';
 import { Peers, RemoteHost } from './peers.js';
 import type { ForkRecord, VmRecord } from './records.js';
 import { Store } from './store.js';
+import { sweep } from './sweep.js';
 import { ticketFile } from './tickets.js';
-import { adoptVms, endVm, expectVm, memtapSocket, openDisk } from './vms.js';
+import { adoptVms, endSoon, endVm, expectVm, memtapSocket, openDisk } from './vms.js';
 
 const ATTACH_LIMIT_MS = 5_000;
 
@@ -85,7 +86,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
   dataplane.on('event', (event) => {
     if (event.event === 'vm.lost') {
       log.error({ vm: event.vm, code: event.code }, event.message);
-      void endVm(host, event.vm, { status: null, reason: 'lost', message: event.message });
+      endSoon(host, event.vm, { status: null, reason: 'lost', message: event.message });
     } else {
       log.error({ vm: event.vm, generation: event.generation }, event.message);
     }
@@ -103,6 +104,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
   await dataplane.ready();
   await abandonHalfForks(host);
   await adoptVms(host);
+  await sweep(host);
   const peerServer = await listenPeers(host, self);
   const socket = apiSocket(config);
   const local = await listenLocal(host, socket);

@@ -37,6 +37,7 @@ const changes = new EventEmitter<{ changed: [string] }>();
 changes.setMaxListeners(0);
 
 const CLOSED_FORKS_KEPT = 64;
+const REPORT_EVERY_MS = 2_000;
 
 /** Forks a running VM with a ticket. Resolves when every clone runs or has failed. */
 export async function forkVm(
@@ -319,7 +320,27 @@ export function cloneReplied(host: Host, forkId: string, vmid: number, replyMs: 
 export async function cloneEnded(host: Host, record: VmRecord, end: EndReport): Promise<void> {
   if (record.parent === null) return;
   const { host: parentHost, fork } = record.parent;
-  await host.peers.get(parentHost).reportEnd(fork, record.vmid, end);
+  const port = host.peers.get(parentHost);
+  const report = (): Promise<void> => port.reportEnd(fork, record.vmid, end);
+  try {
+    await report();
+  } catch {
+    // Out of reach now. Tried again in the background until the lease tells the parent anyway.
+    const again = async (): Promise<void> => {
+      const limit = Date.now() + host.config.leaseMs;
+      while (Date.now() < limit && !host.closing) {
+        await new Promise((resolve) => setTimeout(resolve, REPORT_EVERY_MS).unref());
+        try {
+          await report();
+          return;
+        } catch (error) {
+          const { code, message } = asSnowflockError(error);
+          host.log.warn({ vm: record.id, code }, `cannot report the end of a clone: ${message}`);
+        }
+      }
+    };
+    void again();
+  }
 }
 
 /** Called on the parent's host. */

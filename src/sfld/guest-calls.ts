@@ -5,7 +5,7 @@ import { checkpointVm, createClones, forkVm, joinFork, killClones } from './fork
 import type { Host, LiveVm } from './host.js';
 import type { CloneResult, EndReport, ForkRecord } from './records.js';
 import { requestTicket } from './tickets.js';
-import { endVm } from './vms.js';
+import { endSoon } from './vms.js';
 
 /** A join may wait as long as a job takes; the guest's own limit, if it has one, comes first. */
 const JOIN_LIMIT_MS = 24 * 3600 * 1000;
@@ -65,7 +65,7 @@ export async function handleGuestCall(
       }
       const status = number(args, 'status') & 0xff;
       // Not awaited: the VM that would read the answer is the one that ends.
-      void endVm(host, record.id, { status, reason: 'exit', message: `exit status ${status}` });
+      endSoon(host, record.id, { status, reason: 'exit', message: `exit status ${status}` });
       return {};
     }
     default:

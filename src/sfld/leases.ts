@@ -25,9 +25,13 @@ export class Leases {
     this.#timer = setInterval(() => {
       if (this.#busy) return;
       this.#busy = true;
-      void this.#round().finally(() => {
-        this.#busy = false;
-      });
+      this.#round()
+        .catch((error: unknown) =>
+          this.#host.log.error({ error: String(error) }, 'lease round failed'),
+        )
+        .finally(() => {
+          this.#busy = false;
+        });
     }, RENEW_EVERY_MS);
   }
 

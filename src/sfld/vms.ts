@@ -251,7 +251,7 @@ export async function goLive(
     if (record.state === 'ending' || record.state === 'ended') return;
     // With -no-reboot a guest's orderly shutdown ends the process with status 0.
     const clean = status === 0;
-    void endVm(host, record.id, {
+    endSoon(host, record.id, {
       status: clean ? 0 : null,
       reason: clean ? 'shutdown' : 'crashed',
       message: clean ? 'the guest shut down' : `VM process ended (${signal ?? status}): ${logTail}`,
@@ -398,7 +398,6 @@ export async function endVm(
   // In reverse order: the clones end while their source still lives, then the VM, then its parts.
   undo.add('run folder', () => rm(vmPaths(host.config, id).run, { recursive: true, force: true }));
   undo.add('reservation', () => host.resources.release(record.reservation));
-  undo.add('replicas', () => closeReplicas(host, record));
   undo.add('disk', () => rm(record.disk_directory, { recursive: true, force: true }));
   undo.add('disk server', () => host.dataplane.call('disk.close', { disk: id }));
   undo.add('memtap', () => host.dataplane.call('vm.remove', { vm: id }));
@@ -413,6 +412,10 @@ export async function endVm(
   host.live.delete(id);
   record.state = 'ended';
   await host.vms.remove(id);
+  // After the record is gone: of clones that end at once the last one finds no other.
+  const last = new Undo();
+  last.add('replicas', () => closeReplicas(host, record));
+  await last.run(host.log);
   if (record.parent !== null) await cloneEnded(host, record, record.end);
 }
 
@@ -429,6 +432,13 @@ async function closeReplicas(host: Host, record: VmRecord): Promise<void> {
       path: replicaPath(host.config, kind, base[kind].generation),
     });
   }
+}
+
+/** Ends a VM that nobody waits for. */
+export function endSoon(host: Host, id: string, report: EndReport): void {
+  endVm(host, id, report).catch((error: unknown) =>
+    host.log.error({ vm: id, error: String(error) }, 'cannot end a VM'),
+  );
 }
 
 /** A VM by id or name, on this host. */

@@ -33,6 +33,12 @@ describe('host configuration', () => {
       runDir: '/run/snowflock',
       ramDir: '/dev/shm/snowflock',
       uplink: 'eth0',
+      imageDir: '/var/lib/snowflock/image',
+      mcdistPort: 7448,
+      leaseMs: 15_000,
+      vmUid: 64_947,
+      vmGid: 64_947,
+      number: 1,
       resources: { cpus: 4, memoryBytes: 8 * 2 ** 30, overcommit: { cpus: 2, memory: 1 } },
       tls: {
         caFile: '/etc/snowflock/ca.crt',
