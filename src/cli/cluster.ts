@@ -2,7 +2,7 @@ import type { Command } from 'commander';
 import { addHost, initCluster } from '../cluster/ca.js';
 import { loadClusterConfig } from '../cluster/config.js';
 import { createLogger } from '../common/log.js';
-import { note, printJson } from './output.js';
+import { note, printJson, reportError } from './output.js';
 
 interface HostOptions {
   dir: string;
@@ -48,7 +48,10 @@ export function addClusterCommands(program: Command): void {
       const { startDaemon } = await import('../sfld/daemon.js');
       const config = loadClusterConfig(o.config);
       const log = createLogger('sfld');
-      const daemon = await startDaemon(config, log);
+      const daemon = await startDaemon(config, log).catch((error: unknown) => {
+        // What was begun keeps the process alive; it must not stay as half a daemon.
+        process.exit(reportError(error, json()));
+      });
       // Data: whoever started the daemon waits for this line.
       process.stdout.write(`${JSON.stringify({ ready: config.name, socket: daemon.socket })}\n`);
       const signal = await new Promise<NodeJS.Signals>((resolve) => {

@@ -101,7 +101,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
   });
   const tickets = await readJson(ticketFile(config));
   if (tickets !== undefined) host.tickets.restore(tickets);
-  await dataplane.ready();
+  await dataplane.start();
   await abandonHalfForks(host);
   await adoptVms(host);
   await sweep(host);

@@ -35,7 +35,7 @@ export class DataplaneSupervisor extends EventEmitter<{ event: [DataplaneEvent] 
   readonly #log: Logger;
   readonly #restore: (call: DataplaneSupervisor['call']) => Promise<void>;
   #client: RpcClient | undefined;
-  #up: Promise<void>;
+  #up: Promise<void> = Promise.resolve();
   #closed = false;
   #pauseMs = RESTART_PAUSE_MIN_MS;
   #restarts = 0;
@@ -49,16 +49,16 @@ export class DataplaneSupervisor extends EventEmitter<{ event: [DataplaneEvent] 
     this.#options = options;
     this.#log = log;
     this.#restore = restore;
-    this.#up = this.#bringUp();
-    this.#up.catch(() => {});
   }
 
   get restarts(): number {
     return this.#restarts;
   }
 
-  /** Resolves when the data plane is up and restored. */
-  ready(): Promise<void> {
+  /** Resolves when the data plane is up and restored. Nothing is called before. */
+  start(): Promise<void> {
+    this.#up = this.#bringUp();
+    this.#up.catch(() => {});
     return this.#up;
   }
 
