@@ -123,9 +123,7 @@ class ReplicaBase final : public Base {
   }
 
   bool fills() const override { return true; }
-  bool absent(PageIndex page) const override {
-    return replica_->state(page) == PageState::kAbsent;
-  }
+  bool absent(PageIndex page) const override { return replica_->state(page) == PageState::kAbsent; }
   void want(PageIndex page, std::function<void(const Status&)> done) override {
     replica_->want(page, std::move(done));
   }

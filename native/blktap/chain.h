@@ -46,8 +46,7 @@ struct Stretch {
   void cover(uint64_t off, uint64_t len) {
     first = off / kPageBytes;
     const PageIndex last = (off + len - 1) / kPageBytes;
-    count = std::min(last - first + 1,
-                     SliceIndex::kLeafPages - first % SliceIndex::kLeafPages);
+    count = std::min(last - first + 1, SliceIndex::kLeafPages - first % SliceIndex::kLeafPages);
   }
   uint64_t end() const { return (first + count) * kPageBytes; }
   SliceIndex::Entry entry(PageIndex page) const { return entries[page - first]; }
@@ -81,8 +80,8 @@ void chain_missing(const Chain& chain, const SliceIndex& index, uint64_t off, ui
 uint64_t chain_extent(const Chain& chain, const SliceIndex& index, uint64_t off, uint64_t limit,
                       bool* hole);
 
-// The image of one instant. It stays readable, unchanged, while the disk goes on, and after the disk
-// is closed. read() of a page that a replica base has not got yet is kAbsent.
+// The image of one instant. It stays readable, unchanged, while the disk goes on, and after the
+// disk is closed. read() of a page that a replica base has not got yet is kAbsent.
 class View final : public PageProvider, public Device {
  public:
   View(Chain chain, SliceIndex index) : chain_(std::move(chain)), index_(std::move(index)) {}

@@ -30,10 +30,9 @@ int DataFile::read(uint64_t off, size_t len, uint8_t* out, ReadMode mode) const 
   size_t done = 0;
   while (done < len) {
     iovec part = {out + done, len - done};
-    const ssize_t n = flags == 0 ? ::pread(fd_.get(), out + done, len - done,
-                                           static_cast<off_t>(off + done))
-                                 : ::preadv2(fd_.get(), &part, 1, static_cast<off_t>(off + done),
-                                             flags);
+    const ssize_t n =
+        flags == 0 ? ::pread(fd_.get(), out + done, len - done, static_cast<off_t>(off + done))
+                   : ::preadv2(fd_.get(), &part, 1, static_cast<off_t>(off + done), flags);
     if (n < 0) {
       if (errno == EINTR) continue;
       return errno;

@@ -4,8 +4,8 @@
 //
 // fork(), with the VM paused: shut the gate (all writes under way are finished, none is new), name
 // the spare the new top in its live header (one write into the page cache, which outlives this
-// process), keep a copy of the index as the generation's view (one pointer), open the gate. No sync,
-// nothing that grows with depth or size.
+// process), keep a copy of the index as the generation's view (one pointer), open the gate. No
+// sync, nothing that grows with depth or size.
 //
 // Durability of a fork: settle() afterwards, or the guest's next flush, whichever comes first,
 // makes durable (1) the pages of the slice below the top, (2) the header that makes the spare the

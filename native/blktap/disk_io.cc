@@ -21,8 +21,8 @@ void Disk::lookup(Stretch* stretch) const {
 
 int Disk::read(uint64_t off, size_t len, uint8_t* out, ReadMode mode, bool* zero) {
   *zero = true;
-  const int error =
-      read_chain(chain_, [&](Stretch* s) { lookup(s); }, off, len, out, mode, zero);
+  const int error = read_chain(
+      chain_, [&](Stretch* s) { lookup(s); }, off, len, out, mode, zero);
   if (error != 0) return count_error(error);
   stats_.reads.fetch_add(1, std::memory_order_relaxed);
   stats_.bytes_read.fetch_add(len, std::memory_order_relaxed);
@@ -66,15 +66,14 @@ int Disk::write_stretch(const Stretch& stretch, uint64_t off, size_t len, const 
   bool zero = true;
   int error = 0;
   if (head_bytes != 0) {
-    error = read_stretch(chain_, stretch, off - head_bytes, head_bytes, head, ReadMode::kBlock,
-                         &zero);
+    error =
+        read_stretch(chain_, stretch, off - head_bytes, head_bytes, head, ReadMode::kBlock, &zero);
   }
   if (error == 0 && tail_bytes != 0) {
     error = read_stretch(chain_, stretch, end, tail_bytes, tail, ReadMode::kBlock, &zero);
   }
   if (error != 0) return error;
-  iovec parts[3] = {
-      {head, head_bytes}, {const_cast<uint8_t*>(data), len}, {tail, tail_bytes}};
+  iovec parts[3] = {{head, head_bytes}, {const_cast<uint8_t*>(data), len}, {tail, tail_bytes}};
   error = top_->data().writev(off - head_bytes, parts, 3);
   bool fresh = false;
   for (PageIndex page = stretch.first; page <= last; page++) {
@@ -85,9 +84,9 @@ int Disk::write_stretch(const Stretch& stretch, uint64_t off, size_t len, const 
   return error;
 }
 
-// After a failed write: what it put into pages that are not the top's takes space for nothing, which
-// a full file system needs, not least for the map. None of them is marked: the states of a stretch
-// are 16 aligned bytes of the map, written in one piece or not at all.
+// After a failed write: what it put into pages that are not the top's takes space for nothing,
+// which a full file system needs, not least for the map. None of them is marked: the states of a
+// stretch are 16 aligned bytes of the map, written in one piece or not at all.
 void Disk::give_back(const Stretch& stretch) {
   for (PageIndex page = stretch.first; page < stretch.first + stretch.count; page++) {
     if (stretch.entry(page) != top_number_) top_->punch(page, 1);

@@ -1,4 +1,5 @@
-// JavaScript's view of disks and their servers: open, fork, settle, serve. Requests never pass here.
+// JavaScript's view of disks and their servers: open, fork, settle, serve. Requests never pass
+// here.
 #include <functional>
 #include <set>
 
@@ -33,7 +34,10 @@ class Task : public Napi::AsyncWorker {
 
  private:
   Task(Napi::Env env, Work work, Result result)
-      : Napi::AsyncWorker(env), deferred_(env), work_(std::move(work)), result_(std::move(result)) {}
+      : Napi::AsyncWorker(env),
+        deferred_(env),
+        work_(std::move(work)),
+        result_(std::move(result)) {}
   Napi::Promise::Deferred deferred_;
   Work work_;
   Result result_;
@@ -130,21 +134,21 @@ class DiskJs : public Napi::ObjectWrap<DiskJs> {
     return *reference;
   }
   static void Init(Napi::Env env) {
-    constructor() = Napi::Persistent(
-        DefineClass(env, "NativeDisk",
-                    {
-                        InstanceMethod("recovered", &DiskJs::Recovered),
-                        InstanceMethod("fork", &DiskJs::Fork),
-                        InstanceMethod("settle", &DiskJs::Settle),
-                        InstanceMethod("attachSpare", &DiskJs::AttachSpare),
-                        InstanceMethod("provider", &DiskJs::Provider),
-                        InstanceMethod("dropView", &DiskJs::DropView),
-                        InstanceMethod("info", &DiskJs::Info),
-                        InstanceMethod("stats", &DiskJs::Stats),
-                        InstanceMethod("serve", &DiskJs::Serve),
-                        InstanceMethod("serveView", &DiskJs::ServeView),
-                        InstanceMethod("close", &DiskJs::Close),
-                    }));
+    constructor() =
+        Napi::Persistent(DefineClass(env, "NativeDisk",
+                                     {
+                                         InstanceMethod("recovered", &DiskJs::Recovered),
+                                         InstanceMethod("fork", &DiskJs::Fork),
+                                         InstanceMethod("settle", &DiskJs::Settle),
+                                         InstanceMethod("attachSpare", &DiskJs::AttachSpare),
+                                         InstanceMethod("provider", &DiskJs::Provider),
+                                         InstanceMethod("dropView", &DiskJs::DropView),
+                                         InstanceMethod("info", &DiskJs::Info),
+                                         InstanceMethod("stats", &DiskJs::Stats),
+                                         InstanceMethod("serve", &DiskJs::Serve),
+                                         InstanceMethod("serveView", &DiskJs::ServeView),
+                                         InstanceMethod("close", &DiskJs::Close),
+                                     }));
   }
   explicit DiskJs(const Napi::CallbackInfo& info) : Napi::ObjectWrap<DiskJs>(info) {}
 
@@ -163,8 +167,8 @@ class DiskJs : public Napi::ObjectWrap<DiskJs> {
     const auto slices = from.Get("slices").As<Napi::Array>();
     for (uint32_t i = 0; i < slices.Length(); i++) {
       const auto slice = slices.Get(i).As<Napi::Object>();
-      spec->slices.push_back({text(slice, "id"), text(slice, "generation"),
-                              slice.Get("keep").ToBoolean().Value()});
+      spec->slices.push_back(
+          {text(slice, "id"), text(slice, "generation"), slice.Get("keep").ToBoolean().Value()});
     }
     const auto base = from.Get("base").As<Napi::Object>();
     const std::string kind = text(base, "kind");
@@ -175,9 +179,9 @@ class DiskJs : public Napi::ObjectWrap<DiskJs> {
       replica = unwrap_replica(info[1]);
       if (replica->generation() != text(base, "generation") ||
           replica->pages() * kPageBytes != spec->size_bytes) {
-        throw js_error(env, Status::Error("E_REPLICA_MISMATCH",
-                                          "the replica given is not the base of disk " +
-                                              spec->directory));
+        throw js_error(
+            env, Status::Error("E_REPLICA_MISMATCH",
+                               "the replica given is not the base of disk " + spec->directory));
       }
     }
     auto disk = std::make_shared<std::shared_ptr<Disk>>();
@@ -273,9 +277,7 @@ class DiskJs : public Napi::ObjectWrap<DiskJs> {
   Napi::Value Provider(const Napi::CallbackInfo& info) {
     return wrap_provider(info.Env(), view(info.Env(), info[0]));
   }
-  void DropView(const Napi::CallbackInfo& info) {
-    open(info.Env())->drop_view(info[0].ToString());
-  }
+  void DropView(const Napi::CallbackInfo& info) { open(info.Env())->drop_view(info[0].ToString()); }
 
   Napi::Value Info(const Napi::CallbackInfo& info) {
     auto& disk = open(info.Env());

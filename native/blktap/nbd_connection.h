@@ -27,8 +27,8 @@ size_t put_read_reply(uint8_t* p, const Request& request, bool structured, bool 
 class Connection : public std::enable_shared_from_this<Connection> {
  public:
   Connection(std::shared_ptr<Export> exported, Fd socket);
-  void run();               // until the client leaves or stop()
-  void stop();              // any thread
+  void run();                 // until the client leaves or stop()
+  void stop();                // any thread
   void complete(JobPtr job);  // any thread: `reply` is ready
 
  private:
@@ -55,7 +55,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void small_commit(size_t bytes);
   void simple_reply(const Request& request, int error);
   void take_completions();
-  bool receive();  // true if something came
+  bool receive();   // true if something came
   bool send_out();  // true if something went
   void wait();
 

@@ -1,9 +1,9 @@
 // One exported device: its workers, and the requests that wait for something.
 //
-// A request that cannot be answered at once on the connection's thread becomes a Job. It runs on one
-// of a few worker threads, or waits, holding none of them, for pages of a replica. Flushes (and the
-// flush that FUA implies) go through a queue: one at a time, and all that were asked for while one
-// runs are answered by the next.
+// A request that cannot be answered at once on the connection's thread becomes a Job. It runs on
+// one of a few worker threads, or waits, holding none of them, for pages of a replica. Flushes (and
+// the flush that FUA implies) go through a queue: one at a time, and all that were asked for while
+// one runs are answered by the next.
 //
 // A job belongs to its connection: when that goes, so do its jobs, also those that wait. What stays
 // in the wait table is one weak reference each, swept when the page is asked for again.

@@ -9,7 +9,7 @@
 
 namespace sf::nbd {
 
-constexpr uint64_t kMagic = 0x4e42444d41474943;    // "NBDMAGIC"
+constexpr uint64_t kMagic = 0x4e42444d41474943;     // "NBDMAGIC"
 constexpr uint64_t kOptMagic = 0x49484156454f5054;  // "IHAVEOPT"
 constexpr uint64_t kOptReplyMagic = 0x0003e889045565a9;
 constexpr uint32_t kRequestMagic = 0x25609513;

@@ -80,8 +80,7 @@ Status Server::Start(Config config, std::shared_ptr<Device> device, std::unique_
   if (::chmod(temporary.c_str(), config.mode) != 0 ||
       ::chown(temporary.c_str(), config.uid, config.gid) != 0 ||
       ::listen(server->listener_.get(), kMaxConnections) != 0 ||
-      ::lstat(temporary.c_str(), &st) != 0 ||
-      ::rename(temporary.c_str(), path.c_str()) != 0) {
+      ::lstat(temporary.c_str(), &st) != 0 || ::rename(temporary.c_str(), path.c_str()) != 0) {
     status = Status::Errno("E_IO", "set up socket " + path);
     ::unlink(temporary.c_str());
     return status;

@@ -18,7 +18,7 @@ class Server {
  public:
   struct Config {
     std::string socket_path;
-    ExportInfo info;  // size and writable are taken from the device
+    ExportInfo info;                     // size and writable are taken from the device
     uid_t uid = static_cast<uid_t>(-1);  // -1: as created
     gid_t gid = static_cast<gid_t>(-1);
     mode_t mode = 0600;
@@ -27,8 +27,7 @@ class Server {
 
   // The socket appears at its path complete, with its owner and mode. A socket left there by a dead
   // process is replaced; one that somebody listens on is E_IN_USE, any other file E_EXISTS.
-  static Status Start(Config config, std::shared_ptr<Device> device,
-                      std::unique_ptr<Server>* out);
+  static Status Start(Config config, std::shared_ptr<Device> device, std::unique_ptr<Server>* out);
   ~Server();
   void stop();  // ends all connections; waits for requests being carried out
   size_t connections() const { return open_.load(); }

@@ -45,8 +45,7 @@ Status open_file(const std::string& path, int flags, uint64_t bytes, DataFile* o
 
 Status read_header(const DataFile& file, const std::string& path, const std::string& id,
                    uint64_t size_bytes, MapKind kind, SliceHeader* out) {
-  const int error =
-      file.read(0, sizeof *out, reinterpret_cast<uint8_t*>(out), ReadMode::kBlock);
+  const int error = file.read(0, sizeof *out, reinterpret_cast<uint8_t*>(out), ReadMode::kBlock);
   if (error != 0) return file_error("read " + path, error);
   return check_header(*out, path, id, size_bytes, kind);
 }
@@ -60,14 +59,13 @@ Status Slice::Create(const std::string& directory, const std::string& id, uint64
   Fd data(::open((stem + ".data").c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
   if (!data.valid()) return file_error("create " + stem + ".data");
   Status status = Status::Ok();
-  if (::ftruncate(data.get(), static_cast<off_t>(size_bytes)) != 0 ||
-      ::fsync(data.get()) != 0) {
+  if (::ftruncate(data.get(), static_cast<off_t>(size_bytes)) != 0 || ::fsync(data.get()) != 0) {
     status = file_error("size " + stem + ".data");
   }
   const uint64_t bytes = map_file_bytes(size_bytes);
   if (status.ok()) {
-    status = write_new_map(stem + ".map",
-                           make_header(id, size_bytes, state, MapKind::kDurable), bytes);
+    status =
+        write_new_map(stem + ".map", make_header(id, size_bytes, state, MapKind::kDurable), bytes);
   }
   if (status.ok()) status = sync_directory(directory);
   if (!status.ok()) {
@@ -144,7 +142,8 @@ Status Slice::remake_live() {
   ::unlink(fresh.c_str());
   Fd fd(::open(fresh.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
   if (!fd.valid()) return file_error("create " + fresh);
-  if (::ftruncate(fd.get(), static_cast<off_t>(map_bytes_)) != 0) return file_error("size " + fresh);
+  if (::ftruncate(fd.get(), static_cast<off_t>(map_bytes_)) != 0)
+    return file_error("size " + fresh);
   live_ = DataFile(std::move(fd));
   Status status = write_header(live_, fresh, MapKind::kLive);
   if (status.ok()) {
@@ -369,8 +368,8 @@ Status Slice::persist() {
       return failed(sync_failed_);
     }
     for (size_t i = 0; i < round.size(); i++) {
-      const int error = map_.write(kMapStart + round[i] * kPageBytes,
-                                   buffer.get() + i * kPageBytes, kPageBytes);
+      const int error =
+          map_.write(kMapStart + round[i] * kPageBytes, buffer.get() + i * kPageBytes, kPageBytes);
       if (error != 0) return failed(file_error("write " + path(".map"), error));
     }
     if (header) {

@@ -14,7 +14,8 @@
 // Why two maps. A bit must never be durable before its page: after a power cut it would show a hole
 // (zeros) where the old page was. And the kernel writes back whatever is in the page cache in any
 // order. So there are two truths for two accidents:
-//  - The process dies: the page cache lives. Every write goes to .data, then its bits to .live, both
+//  - The process dies: the page cache lives. Every write goes to .data, then its bits to .live,
+//  both
 //    by pwrite(), before it is acknowledged; the next process reads .live and has lost nothing.
 //  - The power goes: .live is worthless and is never read, because its name has another boot's id.
 //    .map changes only in persist(): (1) snapshot the changed blocks of .live, (2) fdatasync .data,
@@ -102,8 +103,8 @@ class Slice {
   std::atomic<bool> settled_{false};
   std::atomic<uint64_t> pages_marked_{0};  // not counting pages marked again with another state
 
-  std::mutex map_mutex_;          // guards live_'s contents and the two below
-  std::vector<uint64_t> dirty_;   // one bit a 4 KiB block of live_ that differs from map_
+  std::mutex map_mutex_;         // guards live_'s contents and the two below
+  std::vector<uint64_t> dirty_;  // one bit a 4 KiB block of live_ that differs from map_
   bool header_dirty_ = false;
   Status sync_failed_;
 };

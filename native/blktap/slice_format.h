@@ -12,8 +12,8 @@ namespace sf {
 constexpr char kSliceMagic[8] = {'S', 'F', 'S', 'L', 'I', 'C', 'E', '1'};
 constexpr uint32_t kSliceVersion = 1;
 constexpr size_t kSliceIdChars = 32;
-constexpr uint64_t kMapStart = kPageBytes;   // states begin here, after the header's page
-constexpr uint64_t kPagesPerByte = 4;        // two bits a page, lowest bits first
+constexpr uint64_t kMapStart = kPageBytes;             // states begin here, after the header's page
+constexpr uint64_t kPagesPerByte = 4;                  // two bits a page, lowest bits first
 constexpr uint64_t kMaxDiskBytes = uint64_t{1} << 46;  // 64 TiB
 
 enum class SliceState : uint32_t { kSpare = 0, kOpen = 1, kSealed = 2 };
@@ -25,14 +25,14 @@ struct SliceHeader {
   char magic[8];
   uint32_t version;
   uint32_t page_bytes;
-  uint64_t size_bytes;      // of the disk
-  char slice[32];           // this slice's id, no terminator
-  char below[32];           // id of the slice it was put on; NULs: on the base
+  uint64_t size_bytes;        // of the disk
+  char slice[32];             // this slice's id, no terminator
+  char below[32];             // id of the slice it was put on; NULs: on the base
   char below_generation[64];  // the generation the slice below became then; NUL-padded
-  uint32_t state;           // SliceState
-  uint32_t kind;            // MapKind
-  uint32_t map_crc;         // sealed: CRC-32C of the map (non-zero blocks, each after its number)
-  uint32_t header_crc;      // CRC-32C of all fields before this one
+  uint32_t state;             // SliceState
+  uint32_t kind;              // MapKind
+  uint32_t map_crc;           // sealed: CRC-32C of the map (non-zero blocks, each after its number)
+  uint32_t header_crc;        // CRC-32C of all fields before this one
 };
 static_assert(sizeof(SliceHeader) == 168 && sizeof(SliceHeader) <= 512);
 
