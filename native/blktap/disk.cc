@@ -102,6 +102,7 @@ Status Disk::recover_spare() {
     return Status::Error("E_CORRUPT", "spare slice " + slice->id() + " of " + directory_ +
                                           " does not fit on the chain");
   }
+  // Not sealed: it died before that. Its map is whole, in .live or, after a power cut, in .map.
   if (!top_->settled()) unsettled_.push_back(top_);
   views_[generation] = std::make_shared<View>(chain_, index_);
   recovered_ = generation;
@@ -173,33 +174,32 @@ void Disk::drop_view(const std::string& generation) {
   gate.unlock();
 }
 
-// Seals, oldest first, every slice that a fork left behind; *top is the top they lie below.
-Status Disk::settle_below_top(std::shared_ptr<Slice>* top) {
+Status Disk::settle() {
+  std::lock_guard lock(flush_mutex_);
   std::vector<std::shared_ptr<Slice>> below;
+  std::shared_ptr<Slice> top;
   {
     std::shared_lock gate(gate_);
     below = unsettled_;
-    *top = top_;
+    top = top_;
   }
+  Status status = Status::Ok();
   for (const auto& slice : below) {
-    Status status = slice->settle();
-    if (!status.ok()) {
-      last_error_ = status;
-      return status;
-    }
-    std::unique_lock gate(gate_);
-    std::erase(unsettled_, slice);
+    if (status.ok()) status = slice->persist();
   }
-  return Status::Ok();
-}
-
-Status Disk::settle() {
-  std::lock_guard lock(flush_mutex_);
-  std::shared_ptr<Slice> top;
-  Status status = settle_below_top(&top);
   if (status.ok()) status = top->persist();
-  if (!status.ok()) last_error_ = status;
-  return status;
+  for (const auto& slice : below) {
+    if (status.ok()) status = slice->seal();
+  }
+  if (!status.ok()) {
+    std::lock_guard error(error_mutex_);
+    last_error_ = status;
+    return status;
+  }
+  if (below.empty()) return Status::Ok();
+  std::unique_lock gate(gate_);
+  std::erase_if(unsettled_, [](const auto& slice) { return slice->settled(); });
+  return Status::Ok();
 }
 
 int Disk::flush() {
@@ -223,7 +223,7 @@ Status Disk::close() {
 }
 
 Status Disk::last_error() {
-  std::lock_guard lock(flush_mutex_);
+  std::lock_guard lock(error_mutex_);
   return last_error_;
 }
 

@@ -8,10 +8,18 @@
 // sync, nothing that grows with depth or size.
 //
 // Durability of a fork: settle() afterwards, or the guest's next flush, whichever comes first,
+<<<<<<< HEAD
 // makes first the sealed slice durable, then the header that makes the spare the top. So after a
 // power cut a generation either exists with all its pages, or the fork did not happen and nothing
 // that was flushed is lost. disk.json (src/cow-disk) follows later; open() finds an active spare by
 // itself.
+=======
+// makes durable (1) the pages of the slice below the top, (2) the header that makes the spare the
+// top, (3) the header that seals the slice below. A power cut before (2): the fork did not happen,
+// and nothing that was flushed is lost. After (2): the generation exists, with all its pages. Never
+// (3) before (2): a sealed slice with nothing on top would have no place for the guest's writes.
+// disk.json (src/cow-disk) follows later; Open finds an active spare by itself.
+>>>>>>> disk
 //
 // Locks, in this order:
 //   flush_mutex_        one persist/settle at a time
@@ -106,7 +114,6 @@ class Disk final : public Device {
   void give_back(const Stretch& stretch);
   int zero_stretch(const Stretch& stretch, uint64_t off, uint64_t len, bool edges);
   int mark(PageIndex first, uint64_t count, PageState state);
-  Status settle_below_top(std::shared_ptr<Slice>* top);
   int count_error(int error);
 
   Chain chain_;
@@ -117,7 +124,9 @@ class Disk final : public Device {
 
   std::mutex flush_mutex_;
   std::vector<std::shared_ptr<Slice>> unsettled_;  // sealed, oldest first; gate_ exclusive to add
-  Status last_error_;                              // flush_mutex_
+
+  std::mutex error_mutex_;
+  Status last_error_;  // of the last flush that failed
 
   mutable RwLock gate_;
   std::shared_ptr<Slice> top_;

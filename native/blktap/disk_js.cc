@@ -314,6 +314,9 @@ class DiskJs : public Napi::ObjectWrap<DiskJs> {
     set("fetched", stats.fetched);
     set("ioErrors", stats.io_errors);
     set("noSpaceErrors", stats.no_space_errors);
+    const Status last = disk_->last_error();
+    out.Set("lastError", last.ok() ? info.Env().Null()
+                                   : Napi::String::New(info.Env(), last.message).As<Napi::Value>());
     return out;
   }
 

@@ -296,12 +296,9 @@ Status Slice::activate(const std::string& below, const std::string& below_genera
   return Status::Ok();
 }
 
-Status Slice::persist() { return settled() ? Status::Ok() : make_durable(); }
-
-Status Slice::settle() {
+Status Slice::seal() {
   if (settled()) return Status::Ok();
-  Status status = make_durable();
-  if (!status.ok()) return status;
+  if (!sync_failed_.ok()) return sync_failed_;
   SliceHeader sealed = {};
   {
     std::lock_guard lock(map_mutex_);
@@ -309,7 +306,7 @@ Status Slice::settle() {
   }
   sealed.state = static_cast<uint32_t>(SliceState::kSealed);
   sealed.kind = static_cast<uint32_t>(MapKind::kDurable);
-  status = checksum(map_, &sealed.map_crc);
+  Status status = checksum(map_, &sealed.map_crc);
   if (!status.ok()) return status;
   seal_header(&sealed);
   const int error = map_.write(0, &sealed, sizeof sealed);
@@ -331,7 +328,8 @@ Status Slice::settle() {
 
 // One pass over the map. Blocks that become dirty behind the cursor belong to writes that were not
 // acknowledged when the caller's flush began, or they were rewritten: the next flush has them.
-Status Slice::make_durable() {
+Status Slice::persist() {
+  if (settled()) return Status::Ok();
   if (!sync_failed_.ok()) return sync_failed_;
   const uint64_t blocks = (map_bytes_ - kMapStart) / kPageBytes;
   auto buffer = std::make_unique<uint8_t[]>(kRoundBlocks * kPageBytes);

@@ -4,7 +4,7 @@
 //   spare   made ahead of time, empty, so that a fork only has to name it the new top
 //   open    the top of its chain; the only state in which pages change
 //   sealed  immutable. A slice below the top is never written again, from the instant of the fork;
-//           settle() then makes that durable and writes `sealed` into its header.
+//           after persist() seal() writes that into its header. Until then it is not `settled`.
 //
 // Files of slice ID in the disk's folder:
 //   ID.data         page p at offset p * 4096, sparse
@@ -80,13 +80,12 @@ class Slice {
 
   Status activate(const std::string& below, const std::string& below_generation);
   Status persist();  // one thread at a time
-  Status settle();   // of a slice that is no longer the top; the same thread as persist()
+  Status seal();     // after persist(), of a slice that is no longer the top; the same thread
 
  private:
   Slice() = default;
   std::string path(const char* suffix) const { return directory_ + "/" + id_ + suffix; }
   Status remake_live();
-  Status make_durable();
   Status write_header(const DataFile& file, const std::string& name, MapKind kind);
   Status checksum(const DataFile& file, uint32_t* crc) const;
   Status scan_blocks(const DataFile& file,

@@ -6,7 +6,8 @@
 // goes on, and both are read in at most `levels` steps.
 //
 // Memory: a leaf covers 64 pages (256 KiB) in about 144 bytes, an inner node 64 children in about
-// 528. A GiB written in full costs 0.6 MiB; pages far apart cost up to a leaf each. Areas never
+// 528. A GiB written in full costs 0.6 MiB; pages far apart cost up to a leaf each, and
+// the inner nodes above it once more for every copy of the index that is kept. Areas never
 // written cost nothing; areas trimmed whole share one static leaf.
 //
 // Threads: an index object is changed by one thread at a time while nobody else uses that same

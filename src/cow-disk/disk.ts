@@ -1,5 +1,6 @@
 import { randomBytes } from 'node:crypto';
-import { mkdir, readdir, stat } from 'node:fs/promises';
+import { mkdir, readdir, rm, stat } from 'node:fs/promises';
+import { join } from 'node:path';
 import { isDeepStrictEqual } from 'node:util';
 import { SnowflockError } from '../common/errors.js';
 import { type DiskFile, readDiskFile, type SliceEntry, writeDiskFile } from './disk-file.js';
@@ -117,17 +118,25 @@ export class Disk {
       throw new SnowflockError('E_EXISTS', `${directory} holds a disk already`);
     }
     const [top, spare] = [newId(), newId()];
-    await native(() => addon().createSlice(directory, top, sizeBytes, false));
-    await native(() => addon().createSlice(directory, spare, sizeBytes, true));
-    await writeDiskFile(directory, {
-      format: 'snowflock-disk',
-      version: 1,
-      page_bytes: 4096,
-      size_bytes: sizeBytes,
-      base,
-      slices: [{ id: top }],
-      spare,
-    });
+    try {
+      await native(() => addon().createSlice(directory, top, sizeBytes, false));
+      await native(() => addon().createSlice(directory, spare, sizeBytes, true));
+      await writeDiskFile(directory, {
+        format: 'snowflock-disk',
+        version: 1,
+        page_bytes: 4096,
+        size_bytes: sizeBytes,
+        base,
+        slices: [{ id: top }],
+        spare,
+      });
+    } catch (error) {
+      const made = [top, spare].flatMap((id) => [`${id}.data`, `${id}.map`]);
+      for (const name of [...made, 'disk.json', 'disk.json.new']) {
+        await rm(join(directory, name), { force: true });
+      }
+      throw error;
+    }
   }
 
   /**

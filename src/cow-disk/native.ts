@@ -55,6 +55,8 @@ export interface NativeStats {
   fetched: number;
   ioErrors: number;
   noSpaceErrors: number;
+  /** What the last failed flush said. */
+  lastError: string | null;
 }
 
 export interface NativeServer {

@@ -90,6 +90,28 @@ test('two writes of parts of one absent page both take', async () => {
   }
 });
 
+test('parts of the same pages written at once from two connections all take', async () => {
+  const { client, replica, socketPath } = await clone();
+  const clients = [client, await connectTo(socketPath)];
+  for (let page = 0; page < PAGES; page++) replica.fill(page, Buffer.alloc(PAGE, 0xff));
+  const writes: Promise<void>[] = [];
+  for (let page = 0; page < PAGES; page++) {
+    for (let i = 0; i < 8; i++) {
+      const write = clients[i % 2]?.write(page * PAGE + i * 512, Buffer.alloc(256, i + 1));
+      if (write !== undefined) writes.push(write);
+    }
+  }
+  await Promise.all(writes);
+  const expected = Buffer.alloc(PAGE, 0xff);
+  for (let i = 0; i < 8; i++) expected.fill(i + 1, i * 512, i * 512 + 256);
+  const all = await client.read(0, BYTES);
+  for (let page = 0; page < PAGES; page++) {
+    expect(all.subarray(page * PAGE, (page + 1) * PAGE).equals(expected), `page ${page}`).toBe(
+      true,
+    );
+  }
+});
+
 test('a source that is gone is EIO for what waits, never zeros; the rest goes on', async () => {
   const { client, replica } = await clone();
   replica.fill(1, Buffer.alloc(PAGE, 1));

@@ -1,5 +1,6 @@
 import { execFile, spawn } from 'node:child_process';
 import { createHash, randomBytes } from 'node:crypto';
+import { once } from 'node:events';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -135,25 +136,24 @@ export async function until(ready: () => boolean): Promise<void> {
 export async function serveInChild(
   directory: string,
   socketPath: string,
-  wrapper: string[] = [],
 ): Promise<{
+  pid: number;
   generations: string[];
   fork(generation: string): Promise<{ durationUs: number }>;
   forkWithoutWaiting(generation: string): void;
   kill(): Promise<void>;
-  end(): Promise<void>;
+  /** Ends its input; resolves with the signal that ended it, if one did. */
+  end(): Promise<NodeJS.Signals | null>;
 }> {
   const here = fileURLToPath(new URL('.', import.meta.url));
   const command = [
-    ...wrapper,
-    process.execPath,
     '--import',
     join(here, 'ts-loader.mjs'),
     join(here, 'serve-child.ts'),
     directory,
     socketPath,
   ];
-  const child = spawn(command[0] ?? '', command.slice(1), { stdio: ['pipe', 'pipe', 'pipe'] });
+  const child = spawn(process.execPath, command, { stdio: ['pipe', 'pipe', 'pipe'] });
   let errors = '';
   child.stderr.on('data', (chunk: Buffer) => {
     errors += chunk.toString();
@@ -166,22 +166,14 @@ export async function serveInChild(
     if (line.done === true) throw new Error(`the serving process ended: ${errors}`);
     return JSON.parse(line.value) as { pid: number; generations: string[]; durationUs: number };
   };
-  let pid = 0;
   const kill = async () => {
-    // Its own pid, which is not the wrapper's; already gone is fine.
-    if (child.exitCode === null && child.signalCode === null) {
-      try {
-        process.kill(pid === 0 ? (child.pid ?? 0) : pid, 'SIGKILL');
-      } catch (error) {
-        if ((error as NodeJS.ErrnoException).code !== 'ESRCH') throw error;
-      }
-    }
+    child.kill('SIGKILL'); // does nothing if it has ended
     await exited;
   };
   cleanup(kill);
   const ready = await next();
-  pid = ready.pid;
   return {
+    pid: ready.pid,
     generations: ready.generations,
     fork: async (generation) => {
       child.stdin.write(`${generation}\n`);
@@ -194,8 +186,25 @@ export async function serveInChild(
     end: async () => {
       child.stdin.end();
       await exited;
+      return child.signalCode;
     },
   };
+}
+
+/** Traces a process until it ends; it is under control when this resolves. */
+export async function strace(pid: number, options: string[]): Promise<{ ended: Promise<unknown> }> {
+  const tracer = spawn('strace', ['-f', '-p', String(pid), ...options], {
+    stdio: ['ignore', 'ignore', 'pipe'],
+  });
+  const ended = once(tracer, 'exit');
+  cleanup(() => {
+    tracer.kill('SIGKILL');
+    return ended;
+  });
+  // With -o it still says on stderr that it has attached to the process and all its threads.
+  await once(tracer.stderr, 'data');
+  tracer.stderr.resume();
+  return { ended };
 }
 
 /** Numbers in [0, 1) from a 32-bit seed (mulberry32). */

@@ -1,3 +1,5 @@
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
 import { writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { expect, test } from 'vitest';
@@ -5,6 +7,7 @@ import type { DiskBase } from '../../src/cow-disk/disk.js';
 import { addon } from '../../src/cow-disk/native.js';
 import type { NbdClient } from '../blktap/nbd-client.js';
 import {
+  cleanup,
   connectTo,
   contents,
   hash,
@@ -17,6 +20,7 @@ import {
   random,
   temporary,
   until,
+  uri,
 } from '../blktap/support.js';
 
 const PAGES = 300; // not a whole number of index leaves
@@ -207,4 +211,38 @@ test('a generation does not change while clients keep writing and forks go on', 
   }
   writing = false;
   await Promise.all(writers);
+});
+
+test('another process writes and verifies large areas while forks go on', async () => {
+  const { disk, socketPath, folder } = await newDisk(64 * 2 ** 20);
+  const fio = spawn(
+    'fio',
+    [
+      ...['--name=load', '--ioengine=nbd', `--uri=${uri(socketPath)}`, '--rw=randwrite'],
+      ...['--bsrange=4k-256k', '--iodepth=16', '--size=64m', '--loops=15', '--verify=crc32c'],
+      ...['--verify_backlog=64', '--verify_fatal=1', '--output=fio.log'],
+    ],
+    { cwd: folder, stdio: 'ignore' },
+  );
+  let code: number | null | undefined;
+  const exited = once(fio, 'exit').then(([status]: (number | null)[]) => {
+    code = status ?? null;
+  });
+  cleanup(async () => {
+    if (code === undefined) fio.kill('SIGKILL');
+    await exited;
+  });
+  const seen: [string, string][] = [];
+  while (code === undefined) {
+    await disk.prepareFork();
+    const generation = newGeneration();
+    await disk.fork(generation);
+    if (seen.length < 10) seen.push([generation, hash(contents(disk.provider(generation), PAGES))]);
+    else await disk.dropGeneration(generation);
+  }
+  expect(code).toBe(0);
+  expect(disk.info().slices.length).toBeGreaterThan(10);
+  for (const [generation, first] of seen) {
+    expect(hash(contents(disk.provider(generation), PAGES))).toBe(first);
+  }
 });
