@@ -8,18 +8,11 @@
 // sync, nothing that grows with depth or size.
 //
 // Durability of a fork: settle() afterwards, or the guest's next flush, whichever comes first,
-<<<<<<< HEAD
-// makes first the sealed slice durable, then the header that makes the spare the top. So after a
-// power cut a generation either exists with all its pages, or the fork did not happen and nothing
-// that was flushed is lost. disk.json (src/cow-disk) follows later; open() finds an active spare by
-// itself.
-=======
 // makes durable (1) the pages of the slice below the top, (2) the header that makes the spare the
 // top, (3) the header that seals the slice below. A power cut before (2): the fork did not happen,
 // and nothing that was flushed is lost. After (2): the generation exists, with all its pages. Never
 // (3) before (2): a sealed slice with nothing on top would have no place for the guest's writes.
 // disk.json (src/cow-disk) follows later; Open finds an active spare by itself.
->>>>>>> disk
 //
 // Locks, in this order:
 //   flush_mutex_        one persist/settle at a time

@@ -224,7 +224,10 @@ export class Dataplane {
         await disk?.close();
         return {};
       },
-      'disk.stats': (p) => ({ ...this.#disk(p.disk).stats() }),
+      'disk.stats': (p) => {
+        const { lastError: _text, ...counters } = this.#disk(p.disk).stats();
+        return counters;
+      },
       'generation.serve': (p) => {
         if (!this.#served.has(p.generation)) {
           const provider =
