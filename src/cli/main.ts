@@ -14,23 +14,42 @@ const { version } = JSON.parse(readFileSync(join(projectRoot, 'package.json'), '
   version: string;
 };
 
+const SOCKET = ['--socket <path>', "the local daemon's socket"] as const;
+const JSON_OUTPUT = ['--json', 'data and errors as JSON'] as const;
+
+/**
+ * The options of every command are accepted before and after its name. Not as commander's global
+ * options: `demo --json FILE` means another thing.
+ */
+function shareOptions(command: Command): void {
+  for (const child of command.commands) {
+    if (child.commands.length === 0 && child.name() !== 'demo') {
+      child.option(...SOCKET).option(...JSON_OUTPUT);
+    }
+    shareOptions(child);
+  }
+}
+
 const program = new Command('snowflock')
   .description('fork() for virtual machines: one running VM becomes many, on many hosts')
   .version(version)
-  .option(
-    '--socket <path>',
-    "the local daemon's socket",
-    process.env.SNOWFLOCK_SOCKET || '/run/snowflock/sfld.sock',
-  )
-  .option('--json', 'data and errors as JSON')
-  .configureHelp({ showGlobalOptions: true })
+  .option(...SOCKET, process.env.SNOWFLOCK_SOCKET || '/run/snowflock/sfld.sock')
+  .option(...JSON_OUTPUT)
+  .enablePositionalOptions()
   .showHelpAfterError('(see --help)')
-  .exitOverride();
+  .exitOverride()
+  .hook('preAction', (_program, command) => {
+    if (command.name() === 'demo') return;
+    const { socket, json } = command.opts<{ socket?: string; json?: boolean }>();
+    if (socket !== undefined) program.setOptionValue('socket', socket);
+    if (json === true) program.setOptionValue('json', true);
+  });
 
 addVmCommands(program);
 addImageCommands(program);
 addClusterCommands(program);
 addDemoCommand(program);
+shareOptions(program);
 
 try {
   await program.parseAsync();

@@ -144,7 +144,8 @@ export function addVmCommands(program: Command): void {
     .command('exec')
     .description("run a program in a VM's guest; its exit status becomes this command's")
     .argument('<vm>', 'id or name of a VM on any host')
-    .argument('<command...>', 'program and arguments (after --)')
+    .argument('<command...>', 'program and arguments')
+    .passThroughOptions()
     .action(async (vm: string, argv: string[]) => {
       const { client } = context();
       const child = await exec(client, vm, argv);

@@ -2,6 +2,7 @@
  * The data plane process of a host. Everything it needs comes on its command line and over its RPC
  * socket; it keeps no state of its own, so killing it loses nothing (see protocol.ts).
  */
+import { setPriority } from 'node:os';
 import { parseArgs } from 'node:util';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
 import { createLogger } from '../common/log.js';
@@ -11,6 +12,8 @@ import { Dataplane } from './service.js';
 const log = createLogger('dataplane');
 
 async function main(): Promise<void> {
+  // Guests wait for this process; on a busy host it goes before what they themselves compute.
+  setPriority(-10);
   const { values } = parseArgs({
     options: {
       socket: { type: 'string' },

@@ -2,6 +2,7 @@ import { join } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
 import type { HypervisorDriver, VmRecord, VmUser } from './driver.js';
 import { QemuDriver } from './qemu/driver.js';
+import { rescue } from './qemu/rescue.js';
 
 export interface DriverOptions {
   user: VmUser;
@@ -25,11 +26,8 @@ export function driverByName(name: string, options: DriverOptions): HypervisorDr
  * it is gone or still holds the first one. Does nothing to a VM that runs.
  */
 export async function rescueVm(record: VmRecord): Promise<void> {
-  const driver = driverByName(record.driver, { user: record.user, cacheDir: record.run_dir });
-  const vm = await driver.adopt({ ...record, control_socket: record.watchdog_socket });
-  try {
-    if ((await vm.status()) === 'paused') await vm.resume();
-  } finally {
-    vm.release();
+  if (record.driver !== 'qemu') {
+    throw new SnowflockError('E_CONFIG', `no hypervisor driver ${record.driver}: qemu exists`);
   }
+  await rescue(record);
 }

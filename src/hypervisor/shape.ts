@@ -31,7 +31,7 @@ export const MachineShape = Type.Object(
     ram_bytes: Type.Integer({ minimum: 4096, maximum: 2 ** 42, multipleOf: 4096 }),
     ram_layout: Type.Array(RamRange, { minItems: 1, maxItems: 8 }),
     /** Devices in the order in which they are plugged (it decides their addresses). */
-    devices: Type.Array(Type.String({ minLength: 1, maxLength: 256 }), { maxItems: 32 }),
+    devices: Type.Array(Type.String({ minLength: 1, maxLength: 1024 }), { maxItems: 32 }),
   },
   { additionalProperties: false },
 );

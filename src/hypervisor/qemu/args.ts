@@ -109,6 +109,11 @@ function devices(spec: VmSpec, machine: Machine): Record<string, string | number
       logical_block_size: 512,
       physical_block_size: 4096,
       min_io_size: 4096,
+      // Said, or QEMU reads the first sector to guess it: a clone would wait for its source before it
+      // answers, and its daemon for it.
+      cyls: 16383,
+      heads: 16,
+      secs: 63,
       rerror: 'report',
       werror: 'report',
     });
