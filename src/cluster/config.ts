@@ -16,8 +16,8 @@ import { SnowflockError } from '../common/errors.js';
 /** UDP port of the page server when the configuration names none. */
 export const DEFAULT_MCDIST_PORT = 7448;
 export const DEFAULT_LEASE_MS = 15_000;
-/** Nobody's account in Debian (Policy 9.2.2 leaves 60000 to 64999 to packages that ask). */
-const DEFAULT_VM_ID = 64_947;
+/** Above what systemd gives to containers (up to 1,879,048,191), below 2^31: nobody's accounts. */
+const DEFAULT_VM_ID = 1_900_000_000;
 
 /** Port of the control channel when the configuration names none. */
 export const DEFAULT_CONTROL_PORT = 7447;
@@ -121,8 +121,12 @@ export interface ClusterConfig extends HostAddress {
   readonly mcdistPort: number;
   /** A parent's host and a clone's host that do not hear of each other for so long part. */
   readonly leaseMs: number;
-  /** User and group that VM processes run as: numbers, so that no account is needed. */
+  /**
+   * VM processes run as users of their own, from this number up, so that one that breaks out cannot
+   * reach another. Numbers, so that no accounts are needed.
+   */
   readonly vmUid: number;
+  /** Their group: it may connect to memtap, and nothing else. */
   readonly vmGid: number;
   /** Unique in the cluster: its place in the list of hosts, from 1. New hosts go to the end. */
   readonly number: number;

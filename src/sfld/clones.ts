@@ -19,7 +19,7 @@ import type { Vm } from '../hypervisor/driver.js';
 import type { Host } from './host.js';
 import type { PendingReply, PrepareRequest, StartReport, VmRecord } from './records.js';
 import { shareOf } from './tickets.js';
-import { endVm, goLive, greet, makeParts, tapName } from './vms.js';
+import { endVm, freeUid, goLive, greet, makeParts, tapName } from './vms.js';
 
 const PREPARED_LIMIT_MS = 20_000;
 
@@ -174,6 +174,7 @@ export class Clones {
       reservation,
       disk_directory: join(host.config.stateDir, 'disk', clone.vm),
       tap: tapName(clone.vm),
+      uid: freeUid(host),
       hypervisor: null,
       shape: request.shape,
       next_vmid: 0,

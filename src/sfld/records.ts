@@ -40,6 +40,8 @@ export interface VmRecord {
   reservation: string;
   disk_directory: string;
   tap: string;
+  /** User that this VM's process runs as, and no other VM of this host. */
+  uid: number;
   /** The hypervisor driver's own record, by which it finds the VM again. */
   hypervisor: HypervisorRecord | null;
   /** Machine shape, as the driver gave it; clones must match it. */

@@ -74,6 +74,7 @@ export async function runVm(host: Host, request: RunRequest): Promise<VmRecord> 
       reservation,
       disk_directory: join(host.config.stateDir, 'disk', id),
       tap: tapName(id),
+      uid: freeUid(host),
       hypervisor: null,
       shape: null,
       next_vmid: 1,
@@ -117,6 +118,14 @@ export async function runVm(host: Host, request: RunRequest): Promise<VmRecord> 
   }
 }
 
+/** A user number that no VM of this host has. The caller saves its record before it awaits. */
+export function freeUid(host: Host): number {
+  const taken = new Set(host.vms.all().map((vm) => vm.uid));
+  let uid = host.config.vmUid;
+  while (taken.has(uid)) uid++;
+  return uid;
+}
+
 /** Tap names are limited to 15 bytes and unique per network namespace. */
 export function tapName(vm: string): string {
   return `sf-${vm}`;
@@ -147,7 +156,7 @@ export async function makeParts(
   const { config } = host;
   const paths = vmPaths(config, record.id);
   await mkdir(paths.run, { recursive: true, mode: 0o700 });
-  await chown(paths.run, config.vmUid, config.vmGid);
+  await chown(paths.run, record.uid, config.vmGid);
   undo.add('run folder', () => rm(paths.run, { recursive: true, force: true }));
   await expectVm(host.dataplane.call, host, record);
   undo.add('memtap', () => host.dataplane.call('vm.remove', { vm: record.id }));
@@ -176,7 +185,7 @@ export async function makeParts(
       token: record.token,
       agentPath: agentPath(config),
     },
-    user: { uid: config.vmUid, gid: config.vmGid },
+    user: { uid: record.uid, gid: config.vmGid },
     boot: { kernel: '', cmdline: '' },
   };
   return { spec, dhcp, tapFd };
@@ -230,7 +239,7 @@ export async function openDisk(call: Call, host: Host, record: VmRecord): Promis
     ...(base === null ? {} : { replica: base.disk.generation }),
     socket: vmPaths(host.config, record.id).nbd,
     export_name: record.id,
-    uid: host.config.vmUid,
+    uid: record.uid,
     gid: host.config.vmGid,
   });
 }

@@ -36,8 +36,8 @@ describe('host configuration', () => {
       imageDir: '/var/lib/snowflock/image',
       mcdistPort: 7448,
       leaseMs: 15_000,
-      vmUid: 64_947,
-      vmGid: 64_947,
+      vmUid: 1_900_000_000,
+      vmGid: 1_900_000_000,
       number: 1,
       resources: { cpus: 4, memoryBytes: 8 * 2 ** 30, overcommit: { cpus: 2, memory: 1 } },
       tls: {

@@ -1,8 +1,6 @@
-import { readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { RpcClient } from '../../src/dataplane/rpc.js';
-import type { VmRecord } from '../../src/sfld/records.js';
 import { startDaemonOn, type TestbedDaemon } from '../../src/testbed/daemons.js';
 import { Lab, sh, until } from './lab.js';
 
@@ -154,13 +152,8 @@ describe('failures during and after a fork', () => {
 
 /** Process ids of all VMs, from the daemons' own records. */
 function vmPids(lab: Lab): number[] {
-  return lab.daemons
-    .flatMap(({ host }) => {
-      const folder = join(host.dirs.state, 'vms');
-      return readdirSync(folder)
-        .filter((name) => name.endsWith('.json'))
-        .map((name) => JSON.parse(readFileSync(join(folder, name), 'utf8')) as VmRecord)
-        .map((record) => record.hypervisor?.pid ?? 0);
-    })
+  return lab
+    .records()
+    .map((record) => record.hypervisor?.pid ?? 0)
     .sort((a, b) => a - b);
 }

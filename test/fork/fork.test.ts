@@ -1,3 +1,4 @@
+import { readFileSync } from 'node:fs';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { Lab, sh, until } from './lab.js';
 
@@ -65,6 +66,17 @@ describe('a fork', () => {
     const last = said.map((text) => text.split('\n').at(-1));
     expect(new Set(last).size).toBe(4);
     expect(new Set(fork.clones.map((clone) => clone.wire_mac)).size).toBe(3);
+    // Each VM's process is a user of its own, without privileges, in QEMU's sandbox.
+    const users = lab.records().map((record) => {
+      const status = readFileSync(`/proc/${record.hypervisor?.pid}/status`, 'utf8');
+      expect(status).toMatch(/^Seccomp:\t2$/m);
+      expect(status).toMatch(/^CapEff:\t0+$/m);
+      return `${record.hypervisor?.run_dir.split('/')[2]} ${/^Uid:\t(\d+)/m.exec(status)?.[1]}`;
+    });
+    // Hosts of a testbed share the machine's numbers; VMs of one host never do.
+    const hosts = lab.records().map((record) => record.hypervisor?.run_dir.split('/')[3]);
+    const own = users.map((user, i) => `${hosts[i]} ${user}`);
+    expect(new Set(own).size).toBe(4);
     // Each reaches the parent at once.
     for (const clone of fork.clones) await sh(lab.client, clone.vm, 'ping -c 1 -W 5 10.86.0.2');
     await lab.client.killClones(vm, { fork: fork.id });

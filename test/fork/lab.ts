@@ -1,8 +1,10 @@
 /** A cluster of namespaces with daemons for one test file, and what tests do with its VMs. */
-import { readFileSync } from 'node:fs';
+import { readdirSync, readFileSync } from 'node:fs';
+import { join } from 'node:path';
 import type { ForkRecord, SnowflockClient } from '../../src/api/client.js';
 import { exec } from '../../src/api/exec.js';
 import { defaultImageDir } from '../../src/image/images.js';
+import type { VmRecord } from '../../src/sfld/records.js';
 import { configure, startDaemons, type TestbedDaemon } from '../../src/testbed/daemons.js';
 import { Testbed } from '../../src/testbed/testbed.js';
 
@@ -56,6 +58,16 @@ export class Lab {
     const failed = fork.clones.find((clone) => !clone.ok);
     if (failed !== undefined) throw new Error(`${failed.error?.message}\n${this.logs()}`);
     return fork;
+  }
+
+  /** The daemons' own records of all VMs. */
+  records(): VmRecord[] {
+    return this.testbed.hosts.flatMap((host) => {
+      const folder = join(host.dirs.state, 'vms');
+      return readdirSync(folder)
+        .filter((name) => name.endsWith('.json'))
+        .map((name) => JSON.parse(readFileSync(join(folder, name), 'utf8')) as VmRecord);
+    });
   }
 
   /** The ends of all daemons' logs, for messages. */

@@ -1,4 +1,3 @@
-import { readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { newGenerationId } from '../../src/common/ids.js';
@@ -28,10 +27,8 @@ describe('the watchdog', () => {
 
   it('resumes a paused parent when whoever forks it goes away, and gives the fork up', async () => {
     const { host } = lab.daemon(0);
-    const folder = join(host.dirs.state, 'vms');
-    const [file = ''] = readdirSync(folder);
-    const record = JSON.parse(readFileSync(join(folder, file), 'utf8')) as VmRecord;
-    if (record.hypervisor === null) throw new Error('the VM has a process');
+    const [record] = lab.records();
+    if (!record?.hypervisor) throw new Error('the VM has a process');
 
     const caller = await RpcClient.connect(join(host.dirs.run, 'dataplane.sock'));
     const generation = newGenerationId();
