@@ -63,6 +63,8 @@ function faultOf(args: string[], whole: boolean): string | undefined {
       places += args.length - i - 1;
       break;
     }
+    // What follows a program to run is the program's own.
+    if (places > 1 && command.positionals.most === Number.POSITIVE_INFINITY) break;
     if (word.startsWith('-')) {
       const takesValue = command.options.get(word.split('=')[0] ?? '');
       if (takesValue === undefined) return `${name} has no option ${word}`;
@@ -167,6 +169,7 @@ describe('docs/cli.md', () => {
     expect([...commands.keys()]).toContain('snowflock image build');
     expect(faultOf(['fork', 'vm', '--clones', '4'], true)).toBeUndefined();
     expect(faultOf(['--json', 'exec', 'vm', '--', 'ls', '-l'], true)).toBeUndefined();
+    expect(faultOf(['exec', 'vm', 'ls', '-l'], true)).toBeUndefined();
     expect(faultOf(['fork', 'vm', '--copies', '4'], true)).toMatch(/no option --copies/);
     expect(faultOf(['fork', 'vm', '--clones'], true)).toMatch(/lacks its value/);
     expect(faultOf(['image', 'remove'], true)).toMatch(/no command/);
