@@ -14,7 +14,7 @@ function help(path) {
       ...process.env,
       COLUMNS: '96',
       SNOWFLOCK_SOCKET: '',
-      SNOWFLOCK_IMAGES: '/var/lib/snowflock/images',
+      SNOWFLOCK_IMAGES: '.cache/images', // what it is in the project's folder
     },
   });
   if (status !== 0) throw new Error(`--help of ${path.join(' ')} ended with ${status}`);
@@ -53,7 +53,14 @@ const statuses = [...byStatus]
 const text = `# Command line
 
 Made from \`--help\` by \`scripts/cli-doc.mjs\`. Data goes to stdout, messages and progress to stderr.
-\`--json\` prints data, and errors, as JSON.
+\`--json\` prints data, and errors, as JSON. Folders that begin with \`.cache\` are in the project's folder.
+Sizes may have a unit: \`512\` is MiB, so is \`512M\`; \`4G\` is GiB (defaults are shown in bytes).
+
+| variable | what |
+| --- | --- |
+| \`SNOWFLOCK_SOCKET\` | the default of \`--socket\` |
+| \`SNOWFLOCK_IMAGES\` | the default of \`--dir\` of \`snowflock image\`, and where the demo and benches look |
+| \`SNOWFLOCK_LOG\` | how much the daemon logs: trace, debug, info (the default), warn, error |
 
 ## Exit status
 
