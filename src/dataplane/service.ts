@@ -41,6 +41,7 @@ interface Fork {
 export class Dataplane {
   readonly #options: DataplaneOptions;
   readonly #log: Logger;
+  readonly #emit: (event: DataplaneEvent) => void;
   readonly #memtap: MemtapServer;
   readonly #mcdist: McdistServer;
   readonly #replicas = new Map<string, OpenReplica>();
@@ -52,6 +53,7 @@ export class Dataplane {
   constructor(options: DataplaneOptions, log: Logger, emit: (event: DataplaneEvent) => void) {
     this.#options = options;
     this.#log = log;
+    this.#emit = emit;
     this.#memtap = new MemtapServer({ socketPath: options.memtapSocket, socketGid: options.vmGid });
     this.#mcdist = new McdistServer({
       bindAddress: options.address,
@@ -120,7 +122,13 @@ export class Dataplane {
         });
         this.#vms.add(p.vm);
         for (const { generation, directory } of p.generations) {
-          this.#memtap.adoptGeneration(p.vm, { generation, directory });
+          try {
+            this.#memtap.adoptGeneration(p.vm, { generation, directory });
+          } catch (error) {
+            // Its clones get an error instead of pages; the VM itself, and its disk, go on.
+            const { message } = asSnowflockError(error);
+            this.#emit({ event: 'generation.failed', vm: p.vm, generation, message });
+          }
         }
         return {};
       },
