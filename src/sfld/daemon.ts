@@ -21,6 +21,7 @@ import { flockSync } from './lock.js';
 import { listenPeers } from './peer-api.js';
 import { Peers, RemoteHost } from './peers.js';
 import type { ForkRecord, VmRecord } from './records.js';
+import { closeSessions } from './sessions.js';
 import { Store } from './store.js';
 import { sweep } from './sweep.js';
 import { ticketFile } from './tickets.js';
@@ -116,6 +117,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
     async close({ endVms }) {
       host.closing = true;
       leases.close();
+      closeSessions();
       await local.close();
       if (endVms) {
         for (const record of vms.all()) {
@@ -126,6 +128,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
           });
         }
       }
+      closeSessions(); // those of other hosts that came meanwhile
       await peerServer.close();
       for (const live of host.live.values()) {
         live.channel.close();
