@@ -350,7 +350,7 @@ export async function adoptVms(host: Host): Promise<void> {
   for (const record of host.vms.all()) {
     if (record.state === 'ended') continue;
     const vm = await findProcess(host, record);
-    const halfMade = record.state === 'starting';
+    const halfMade = record.state === 'starting' || givenUp(host, record);
     if (vm === null || halfMade || record.state === 'ending') {
       await vm?.destroy();
       await endVm(host, record.id, {
@@ -381,6 +381,14 @@ async function adoptVm(host: Host, record: VmRecord, vm: Vm): Promise<void> {
   greet(live).catch((error: unknown) => {
     host.log.warn({ vm: record.id, error: String(error) }, 'guest agent does not answer');
   });
+}
+
+/** A clone of this host's own whose fork was not finished: its generations are gone. */
+function givenUp(host: Host, record: VmRecord): boolean {
+  if (record.parent === null || record.parent.host !== host.config.name) return false;
+  const fork = host.forks.get(record.parent.fork);
+  const clone = fork?.clones.find((one) => one.vm === record.id);
+  return clone === undefined || clone.end !== null;
 }
 
 async function findProcess(host: Host, record: VmRecord): Promise<Vm | null> {
