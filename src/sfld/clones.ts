@@ -2,7 +2,7 @@
  * Clones on the host where they run.
  *
  * States of a clone's start: prepared (VM process waits for its device state) -> started (runs) or
- * ended. `prepare` does all that needs no descriptor while the parent is still being captured;
+ * ended. `prepare` does all that needs no descriptor while that is still being put together;
  * `start` takes the descriptor. If no descriptor comes within PREPARED_LIMIT_MS, what was prepared
  * is removed: the parent's host may be gone.
  */

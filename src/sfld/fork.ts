@@ -1,7 +1,7 @@
 /**
  * VM fork on the parent's host (paper sections 1 and 3.8): capture once, start clones on many hosts.
- * The hosts make their clones ready while the descriptor is being put together. A host that fails
- * costs its own clones only; each clone has its own result.
+ * The hosts make their clones ready once the parent runs again, while the descriptor is being put
+ * together. A host that fails costs its own clones only; each clone has its own result.
  */
 
 import { randomBytes } from 'node:crypto';
