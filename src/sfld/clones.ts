@@ -53,6 +53,11 @@ export class Clones {
     this.#host = host;
   }
 
+  /** The host that prepared a fork here, if it is prepared. */
+  preparedBy(fork: string): string | undefined {
+    return this.#prepared.get(fork)?.request.parent.host;
+  }
+
   /** Starts making the clones ready; returns at once. Each one's own failure shows in `start`. */
   prepare(request: PrepareRequest): void {
     if (this.#prepared.has(request.fork)) {

@@ -55,6 +55,10 @@ export class LocalHost implements HostPort {
     this.#clones().prepare(request);
   }
 
+  preparedBy(fork: string): string | undefined {
+    return this.#clones().preparedBy(fork);
+  }
+
   start(fork: string, descriptor: Buffer): Promise<StartReport[]> {
     const host = this.#host();
     return this.#clones().start(fork, descriptor, ({ parentHost, vmid, replyMs }) => {
