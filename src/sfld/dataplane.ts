@@ -19,6 +19,7 @@ export interface SupervisorOptions {
 }
 
 const CONNECT_LIMIT_MS = 10_000;
+const END_LIMIT_MS = 5_000;
 /** A caller may hold a VM paused meanwhile: it must not wait for a data plane that never comes. */
 const UP_LIMIT_MS = 20_000;
 const RESTART_PAUSE_MIN_MS = 20;
@@ -100,7 +101,10 @@ export class DataplaneSupervisor extends EventEmitter<{ event: [DataplaneEvent] 
       const { pid } = await client.call('ping', {});
       const closed = new Promise<void>((resolve) => client.once('closed', () => resolve()));
       process.kill(pid, 'SIGTERM');
-      await closed;
+      await within(closed, END_LIMIT_MS, 'ending the data plane').catch(async () => {
+        process.kill(pid, 'SIGKILL');
+        await closed;
+      });
     }
     client.close();
   }
