@@ -76,6 +76,7 @@ export async function exec(
   exited.catch(() => {});
   const stdin = new Writable({
     write: (chunk: Buffer, _encoding, done) => {
+      if (chunk.length === 0) done();
       // Pieces stay far below the line limit of the other end, base64 included.
       for (let at = 0; at < chunk.length; at += 65_536) {
         const last = at + 65_536 >= chunk.length;

@@ -2,7 +2,7 @@ import { createInterface } from 'node:readline/promises';
 import { type Command, InvalidArgumentError } from 'commander';
 import { type CloneResult, type ForkRecord, SnowflockClient } from '../api/client.js';
 import { exec } from '../api/exec.js';
-import { SnowflockError } from '../common/errors.js';
+import { asSnowflockError, SnowflockError } from '../common/errors.js';
 import { ms, note, parseSize, printJson, table } from './output.js';
 
 interface Globals {
@@ -154,8 +154,7 @@ export function addVmCommands(program: Command): void {
       child.stderr.pipe(process.stderr);
       process.on('SIGINT', () => child.signal('SIGINT'));
       process.on('SIGTERM', () => child.signal('SIGTERM'));
-      const { status, signal } = await child.exited;
-      process.stdin.destroy();
+      const { status, signal } = await child.exited.finally(() => process.stdin.destroy());
       process.exitCode = status ?? 128 + (signal ?? 0);
     });
 
@@ -169,16 +168,22 @@ export function addVmCommands(program: Command): void {
       const tty = process.stdin.isTTY;
       if (tty) process.stdin.setRawMode(true);
       note(`console of ${vm}: leave with Ctrl-]`);
-      const closed = new Promise<void>((resolve) => stream.once('close', () => resolve()));
+      const closed = new Promise<void>((resolve, reject) => {
+        stream.once('close', () => resolve());
+        stream.once('error', (error) => reject(asSnowflockError(error, 'E_DAEMON')));
+      });
       process.stdin.on('data', (data: Buffer) => {
         if (tty && data.includes(0x1d)) stream.destroy();
         else stream.write(data);
       });
       process.stdin.on('end', () => stream.destroy());
       stream.pipe(process.stdout);
-      await closed;
-      if (tty) process.stdin.setRawMode(false);
-      process.stdin.destroy();
+      try {
+        await closed;
+      } finally {
+        if (tty) process.stdin.setRawMode(false);
+        process.stdin.destroy();
+      }
     });
 }
 

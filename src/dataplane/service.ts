@@ -1,7 +1,7 @@
 import { mkdirSync, rmSync } from 'node:fs';
 import { mkdir, rm } from 'node:fs/promises';
 import { dirname } from 'node:path';
-import { SnowflockError } from '../common/errors.js';
+import { asSnowflockError, SnowflockError } from '../common/errors.js';
 import type { Logger } from '../common/log.js';
 import { Disk } from '../cow-disk/disk.js';
 import type { VmRecord } from '../hypervisor/driver.js';
@@ -35,12 +35,13 @@ interface Fork {
 /**
  * The objects of the data plane and the methods sfld calls on them. States of a fork here:
  * begun (pre-protected, watchdog armed) -> committed (generation open) -> ended (watchdog off).
- * If the caller's connection closes before `ended`, the watchdog aborts an uncommitted generation
- * and resumes the VM: a parent never stays paused because sfld is gone.
+ * If the caller's connection closes before `ended`, the watchdog gives the generation up, committed
+ * or not, and resumes the VM: a parent never stays paused because sfld is gone.
  */
 export class Dataplane {
   readonly #options: DataplaneOptions;
   readonly #log: Logger;
+  readonly #emit: (event: DataplaneEvent) => void;
   readonly #memtap: MemtapServer;
   readonly #mcdist: McdistServer;
   readonly #replicas = new Map<string, OpenReplica>();
@@ -52,6 +53,7 @@ export class Dataplane {
   constructor(options: DataplaneOptions, log: Logger, emit: (event: DataplaneEvent) => void) {
     this.#options = options;
     this.#log = log;
+    this.#emit = emit;
     this.#memtap = new MemtapServer({ socketPath: options.memtapSocket, socketGid: options.vmGid });
     this.#mcdist = new McdistServer({
       bindAddress: options.address,
@@ -120,7 +122,13 @@ export class Dataplane {
         });
         this.#vms.add(p.vm);
         for (const { generation, directory } of p.generations) {
-          this.#memtap.adoptGeneration(p.vm, { generation, directory });
+          try {
+            this.#memtap.adoptGeneration(p.vm, { generation, directory });
+          } catch (error) {
+            // Its clones get an error instead of pages; the VM itself, and its disk, go on.
+            const { message } = asSnowflockError(error);
+            this.#emit({ event: 'generation.failed', vm: p.vm, generation, message });
+          }
         }
         return {};
       },
@@ -158,11 +166,16 @@ export class Dataplane {
       },
       'vm.fork_abort': async (p) => {
         this.#forkEnded(p.vm);
-        if (this.#vms.has(p.vm)) await this.#memtap.forkAbort(p.vm, p.generation);
+        if (this.#vms.has(p.vm)) await this.#giveUp(p.vm, p.generation);
         return {};
       },
       'vm.drop_generation': async (p) => {
-        await this.#memtap.dropGeneration(p.vm, p.generation);
+        try {
+          await this.#memtap.dropGeneration(p.vm, p.generation);
+        } catch (error) {
+          // Closed while this data plane's predecessor died: it was not adopted, its files are here.
+          if (asSnowflockError(error).code !== 'E_NOT_FOUND') throw error;
+        }
         await rm(p.directory, { recursive: true, force: true });
         return {};
       },
@@ -286,11 +299,27 @@ export class Dataplane {
     const fork = this.#forks.get(vm);
     this.#forks.delete(vm);
     this.#log.warn({ vm }, 'sfld went away during a fork: resuming the parent');
+    const cannot = (what: string) => (error: unknown) =>
+      this.#log.error({ vm, error: String(error) }, what);
     void (async () => {
+      // Whatever becomes of the generation, the parent runs again.
       if (fork !== undefined && this.#vms.has(vm)) {
-        await this.#memtap.forkAbort(vm, fork.generation);
+        await this.#giveUp(vm, fork.generation).catch(cannot('cannot give up a generation'));
       }
-      await rescueVm(rescue);
-    })().catch((error: unknown) => this.#log.error({ vm, error }, 'cannot resume the parent'));
+      await rescueVm(rescue).catch(cannot('cannot resume the parent'));
+    })();
+  }
+
+  /** Ends a generation that nobody will use, however far its fork had come. */
+  async #giveUp(vm: string, generation: string): Promise<void> {
+    try {
+      await this.#memtap.forkAbort(vm, generation);
+    } catch (error) {
+      if (asSnowflockError(error).code !== 'E_STATE') throw error;
+      // It is committed already, or never began.
+      await this.#memtap.dropGeneration(vm, generation).catch((dropError: unknown) => {
+        if (asSnowflockError(dropError).code !== 'E_NOT_FOUND') throw dropError;
+      });
+    }
   }
 }

@@ -78,8 +78,8 @@ async function runJob(
     stderr = (stderr + chunk.toString()).slice(-4096);
   });
   createInterface({ input: job.stdout }).on('line', (text) => {
-    const line = JSON.parse(text) as Line;
-    if (line.event === 'answer') final = line;
+    const line = parse(text);
+    if (line?.event === 'answer') final = line;
     view.say(`parent: ${text}`);
   });
   let over = false;
@@ -110,6 +110,15 @@ async function runJob(
     expected: String(final.expected),
     ok: final.ok === true,
   });
+}
+
+/** A line of the program; others than its own (a warning of the guest's) are only shown. */
+function parse(text: string): Line | undefined {
+  try {
+    return JSON.parse(text) as Line;
+  } catch {
+    return undefined;
+  }
 }
 
 async function show(client: SnowflockClient, view: View): Promise<void> {

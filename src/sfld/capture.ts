@@ -13,8 +13,10 @@
  */
 import { rm, writeFile } from 'node:fs/promises';
 import { SnowflockError } from '../common/errors.js';
+import { Undo } from '../common/undo.js';
 import { encodeDescriptor } from '../descriptor/index.js';
 import { bitmapOfRuns } from '../descriptor/zero-map.js';
+import { rescueVm } from '../hypervisor/index.js';
 import { GUEST_MAC, NETWORK, PREFIX_BITS } from '../network/addresses.js';
 import type { Host, LiveVm } from './host.js';
 import type { ForkRecord, GenerationRef } from './records.js';
@@ -48,7 +50,7 @@ async function pauseAndCapture(host: Host, live: LiveVm, fork: ForkRecord): Prom
   }
   let sealed = false;
   try {
-    await Promise.all([
+    await allDone([
       call('vm.fork_begin', {
         vm: record.id,
         generation: fork.ram.generation,
@@ -62,7 +64,7 @@ async function pauseAndCapture(host: Host, live: LiveVm, fork: ForkRecord): Prom
     try {
       await vm.pause();
       const state = await vm.captureState();
-      const [commit] = await Promise.all([
+      const [commit] = await allDone([
         call('vm.fork_commit', { vm: record.id, generation: fork.ram.generation }),
         call('disk.fork', { disk: record.id, generation: fork.disk.generation }).then(() => {
           sealed = true;
@@ -71,7 +73,9 @@ async function pauseAndCapture(host: Host, live: LiveVm, fork: ForkRecord): Prom
       captured = { state, zeroRuns: commit.zero_runs };
       fork.dirty_pages = commit.dirty_pages;
     } finally {
-      await vm.resume();
+      // By its second monitor if the first is not to be had: a parent never stays paused.
+      const rescue = record.hypervisor;
+      await vm.resume().catch(() => rescueVm(rescue));
     }
     fork.parent_pause_ms = performance.now() - pausedAt;
     await call('vm.fork_end', { vm: record.id });
@@ -90,7 +94,7 @@ async function publish(
 ): Promise<Buffer> {
   const { record, vm } = live;
   try {
-    await Promise.all([
+    await allDone([
       serve(host, fork.ram, { vm: record.id }),
       serve(host, fork.disk, { disk: record.id }),
     ]);
@@ -109,22 +113,47 @@ async function publish(
       zero_map: bitmapOfRuns(zeroRuns, fork.ram.pages),
     });
     fork.descriptor_bytes = descriptor.length;
-    fork.state = 'open';
     if (fork.held) await writeFile(fork.descriptor_path, descriptor, { mode: 0o600 });
+    fork.state = 'open';
     await host.forks.save(fork);
     return descriptor;
   } catch (error) {
+    fork.state = 'closed';
     await giveUp(host, fork, true);
+    await host.forks.remove(fork.id);
     throw error;
   }
 }
 
+/** Each step is tried, whatever became of the others: the VM may have ended meanwhile. */
 async function giveUp(host: Host, fork: ForkRecord, sealed: boolean): Promise<void> {
-  try {
-    await dropGenerations(host, fork, sealed);
-  } catch (error) {
-    host.log.error({ fork: fork.id, error: String(error) }, 'cannot give up a generation');
+  const call = host.dataplane.call;
+  const { vm, ram, disk } = fork;
+  const undo = new Undo();
+  undo.add('descriptor', () => rm(fork.descriptor_path, { force: true }));
+  undo.add('saved pages', () => rm(fork.ram_directory, { recursive: true, force: true }));
+  if (sealed) {
+    undo.add('disk generation', () =>
+      call('disk.drop_generation', { disk: vm, generation: disk.generation }),
+    );
   }
+  undo.add('RAM generation', () => call('vm.fork_abort', { vm, generation: ram.generation }));
+  undo.add('disk server', () => call('generation.unserve', { generation: disk.generation }));
+  undo.add('RAM server', () => call('generation.unserve', { generation: ram.generation }));
+  await undo.run(host.log);
+}
+
+/**
+ * As Promise.all, but rejects only when all have ended: what is undone after a failure must not
+ * overtake what is still under way.
+ */
+async function allDone<T extends readonly unknown[]>(
+  work: {
+    [K in keyof T]: Promise<T[K]>;
+  },
+): Promise<T> {
+  await Promise.allSettled(work);
+  return (await Promise.all(work)) as unknown as T;
 }
 
 export function serve(
@@ -142,16 +171,6 @@ export function serve(
   });
 }
 
-async function dropGenerations(host: Host, fork: ForkRecord, sealed: boolean): Promise<void> {
-  const call = host.dataplane.call;
-  await call('generation.unserve', { generation: fork.ram.generation });
-  await call('generation.unserve', { generation: fork.disk.generation });
-  await call('vm.fork_abort', { vm: fork.vm, generation: fork.ram.generation });
-  if (sealed)
-    await call('disk.drop_generation', { disk: fork.vm, generation: fork.disk.generation });
-  await rm(fork.ram_directory, { recursive: true, force: true });
-}
-
 /** Ends the generations of a fork that nobody needs any more; its record stays, for joins. */
 export async function closeFork(host: Host, fork: ForkRecord): Promise<void> {
   if (fork.state !== 'open') return;
@@ -162,13 +181,20 @@ export async function closeFork(host: Host, fork: ForkRecord): Promise<void> {
     call('generation.stats', { generation }).catch(() => ({}));
   fork.wire = { ram: await stats(fork.ram.generation), disk: await stats(fork.disk.generation) };
   await host.forks.save(fork);
-  await call('generation.unserve', { generation: fork.ram.generation });
-  await call('generation.unserve', { generation: fork.disk.generation });
-  await call('vm.drop_generation', {
-    vm: fork.vm,
-    generation: fork.ram.generation,
-    directory: fork.ram_directory,
-  });
-  await call('disk.drop_generation', { disk: fork.vm, generation: fork.disk.generation });
-  await rm(fork.descriptor_path, { force: true });
+  const undo = new Undo();
+  undo.add('descriptor', () => rm(fork.descriptor_path, { force: true }));
+  undo.add('disk generation', () =>
+    call('disk.drop_generation', { disk: fork.vm, generation: fork.disk.generation }),
+  );
+  undo.add('RAM generation', () =>
+    call('vm.drop_generation', {
+      vm: fork.vm,
+      generation: fork.ram.generation,
+      directory: fork.ram_directory,
+    }),
+  );
+  for (const { generation } of [fork.disk, fork.ram]) {
+    undo.add('server', () => call('generation.unserve', { generation }));
+  }
+  await undo.run(host.log);
 }

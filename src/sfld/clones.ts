@@ -2,7 +2,7 @@
  * Clones on the host where they run.
  *
  * States of a clone's start: prepared (VM process waits for its device state) -> started (runs) or
- * ended. `prepare` does all that needs no descriptor while the parent is still being captured;
+ * ended. `prepare` does all that needs no descriptor while that is still being put together;
  * `start` takes the descriptor. If no descriptor comes within PREPARED_LIMIT_MS, what was prepared
  * is removed: the parent's host may be gone.
  */
@@ -19,7 +19,7 @@ import type { Vm } from '../hypervisor/driver.js';
 import type { Host } from './host.js';
 import type { PendingReply, PrepareRequest, StartReport, VmRecord } from './records.js';
 import { shareOf } from './tickets.js';
-import { endVm, freeUid, goLive, greet, makeParts, tapName } from './vms.js';
+import { endVm, freeUid, goLive, greet, makeParts, stillStarting, tapName } from './vms.js';
 
 const PREPARED_LIMIT_MS = 20_000;
 
@@ -51,6 +51,11 @@ export class Clones {
 
   constructor(host: Host) {
     this.#host = host;
+  }
+
+  /** The host that prepared a fork here, if it is prepared. */
+  preparedBy(fork: string): string | undefined {
+    return this.#prepared.get(fork)?.request.parent.host;
   }
 
   /** Starts making the clones ready; returns at once. Each one's own failure shows in `start`. */
@@ -93,6 +98,9 @@ export class Clones {
     } catch (error) {
       await this.abort(fork);
       throw error;
+    }
+    if (this.#prepared.get(fork) !== prepared) {
+      throw new SnowflockError('E_CLOSED', `fork ${fork} was given up, or is started already`);
     }
     clearTimeout(prepared.expiry);
     this.#prepared.delete(fork);
@@ -182,6 +190,10 @@ export class Clones {
       parent: { host: request.parent.host, vm: request.parent.vm, fork: request.fork },
       end: null,
     };
+    // Checked first: what fails below ends the VM of this id.
+    if (host.vms.get(clone.vm) !== undefined) {
+      throw new SnowflockError('E_EXISTS', `host ${host.config.name} has a VM ${clone.vm} already`);
+    }
     try {
       host.resources.commit(reservation);
       await host.vms.save(record);
@@ -190,16 +202,21 @@ export class Clones {
         size_bytes: record.disk_bytes,
         replica: request.disk.generation,
       });
+      stillStarting(record);
       const { spec, dhcp, tapFd } = await makeParts(host, record, undo);
-      const vm = await host.driver.prepareClone(spec, request.shape);
-      closeSync(tapFd);
+      const vm = await host.driver
+        .prepareClone(spec, request.shape)
+        .finally(() => closeSync(tapFd)); // the VM's process has its own; the tap goes with the last
       undo.add('VM', () => vm.destroy());
+      stillStarting(record);
       record.hypervisor = vm.record;
       await host.vms.save(record);
       return { record, undo, reply: clone.reply, seed: clone.seed, parts: { vm, dhcp } };
     } catch (error) {
       await undo.run(host.log);
       record.parent = null;
+      // Ended while it was being made: what came after that (replicas, its disk) goes with a second end.
+      if (host.vms.get(record.id) === undefined) await host.vms.save(record);
       await endVm(host, record.id, { status: null, reason: 'failed', message: String(error) });
       throw error;
     }
@@ -221,12 +238,15 @@ export class Clones {
       clone = await made;
       const { record, parts } = clone;
       await markZero();
+      stillStarting(record);
       const loaded = parts.vm.loadState(descriptor.state);
       const live = await goLive(host, record, parts.vm, parts.dhcp);
       await loaded;
       // The identity waits in the guest channel before the clone's first instruction.
+      stillStarting(record);
       const ready = greet(live, clone.seed, clone.reply ?? undefined);
       await parts.vm.run();
+      stillStarting(record);
       report.running_ms = elapsed();
       report.ok = true;
       record.state = 'running';

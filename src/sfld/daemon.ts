@@ -4,6 +4,7 @@ import { Resources } from '../allocator/resources.js';
 import { TicketBook } from '../allocator/tickets.js';
 import { Cluster } from '../cluster/cluster.js';
 import type { ClusterConfig } from '../cluster/config.js';
+import { asSnowflockError } from '../common/errors.js';
 import { readJson } from '../common/files.js';
 import type { Logger } from '../common/log.js';
 import { driverByName } from '../hypervisor/index.js';
@@ -20,6 +21,7 @@ import { flockSync } from './lock.js';
 import { listenPeers } from './peer-api.js';
 import { Peers, RemoteHost } from './peers.js';
 import type { ForkRecord, VmRecord } from './records.js';
+import { closeSessions } from './sessions.js';
 import { Store } from './store.js';
 import { sweep } from './sweep.js';
 import { ticketFile } from './tickets.js';
@@ -115,6 +117,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
     async close({ endVms }) {
       host.closing = true;
       leases.close();
+      closeSessions();
       await local.close();
       if (endVms) {
         for (const record of vms.all()) {
@@ -125,6 +128,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
           });
         }
       }
+      closeSessions(); // those of other hosts that came meanwhile
       await peerServer.close();
       for (const live of host.live.values()) {
         live.channel.close();
@@ -139,12 +143,27 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
   };
 }
 
-/** Tells a data plane, new or found again, all that should exist. */
+/**
+ * Tells a data plane, new or found again, all that should exist. What cannot be had again (a VM that
+ * was half made, memory lost with a reboot) costs that VM or fork only, never the other VMs of the
+ * host. Errors: E_DATAPLANE if it is gone again.
+ */
 async function restore(host: Host, call: Host['dataplane']['call']): Promise<void> {
+  const attempt = async (what: Record<string, string>, step: () => Promise<unknown>) => {
+    try {
+      await step();
+    } catch (error) {
+      const { code, message } = asSnowflockError(error);
+      if (code === 'E_DATAPLANE') throw error;
+      host.log.error({ ...what, code }, `not restored: ${message}`);
+    }
+  };
   for (const record of host.vms.all()) {
     if (record.state === 'ended' || record.state === 'ending') continue;
-    await expectVm(call, host, record);
-    await openDisk(call, host, record);
+    await attempt({ vm: record.id }, async () => {
+      await expectVm(call, host, record);
+      await openDisk(call, host, record);
+    });
   }
   for (const fork of host.forks.all()) {
     if (fork.state !== 'open') continue;
@@ -153,8 +172,8 @@ async function restore(host: Host, call: Host['dataplane']['call']): Promise<voi
       (error: unknown) =>
         host.log.warn({ vm: fork.vm, error: String(error) }, 'VM does not come back to memtap'),
     );
-    await serve(host, fork.ram, { vm: fork.vm }, call);
-    await serve(host, fork.disk, { disk: fork.vm }, call);
+    await attempt({ fork: fork.id }, () => serve(host, fork.ram, { vm: fork.vm }, call));
+    await attempt({ fork: fork.id }, () => serve(host, fork.disk, { disk: fork.vm }, call));
   }
 }
 

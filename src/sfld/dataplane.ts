@@ -5,6 +5,7 @@ import { join } from 'node:path';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
 import type { Logger } from '../common/log.js';
 import { projectRoot } from '../common/native.js';
+import { within } from '../common/timeout.js';
 import type { DataplaneEvent, Method, Params, Result } from '../dataplane/protocol.js';
 import { RpcClient } from '../dataplane/rpc.js';
 
@@ -18,6 +19,9 @@ export interface SupervisorOptions {
 }
 
 const CONNECT_LIMIT_MS = 10_000;
+const END_LIMIT_MS = 5_000;
+/** A caller may hold a VM paused meanwhile: it must not wait for a data plane that never comes. */
+const UP_LIMIT_MS = 20_000;
 const RESTART_PAUSE_MIN_MS = 20;
 const RESTART_PAUSE_MAX_MS = 2_000;
 
@@ -62,13 +66,16 @@ export class DataplaneSupervisor extends EventEmitter<{ event: [DataplaneEvent] 
     return this.#up;
   }
 
-  /** Calls the data plane, after waiting for it if it is being restarted. */
+  /**
+   * Calls the data plane, after waiting for it if it is being restarted. Errors: E_DATAPLANE if it
+   * does not come back in time; what the method answers.
+   */
   readonly call = async <M extends Method>(
     method: M,
     params: Params<M>,
     timeoutMs?: number,
   ): Promise<Result<M>> => {
-    await this.#up;
+    await within(this.#up, UP_LIMIT_MS, 'restarting the data plane', 'E_DATAPLANE');
     return this.#direct(method, params, timeoutMs);
   };
 
@@ -94,7 +101,10 @@ export class DataplaneSupervisor extends EventEmitter<{ event: [DataplaneEvent] 
       const { pid } = await client.call('ping', {});
       const closed = new Promise<void>((resolve) => client.once('closed', () => resolve()));
       process.kill(pid, 'SIGTERM');
-      await closed;
+      await within(closed, END_LIMIT_MS, 'ending the data plane').catch(async () => {
+        process.kill(pid, 'SIGKILL');
+        await closed;
+      });
     }
     client.close();
   }

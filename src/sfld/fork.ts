@@ -1,7 +1,7 @@
 /**
  * VM fork on the parent's host (paper sections 1 and 3.8): capture once, start clones on many hosts.
- * The hosts make their clones ready while the descriptor is being put together. A host that fails
- * costs its own clones only; each clone has its own result.
+ * The hosts make their clones ready once the parent runs again, while the descriptor is being put
+ * together. A host that fails costs its own clones only; each clone has its own result.
  */
 
 import { randomBytes } from 'node:crypto';
@@ -40,7 +40,16 @@ const CLOSED_FORKS_KEPT = 64;
 const REPORT_EVERY_MS = 2_000;
 
 /** Forks a running VM with a ticket. Resolves when every clone runs or has failed. */
-export async function forkVm(
+export function forkVm(
+  host: Host,
+  live: LiveVm,
+  ticketId: string,
+  pendingId: string | null,
+): Promise<ForkRecord> {
+  return underWay(live, forkNow(host, live, ticketId, pendingId));
+}
+
+async function forkNow(
   host: Host,
   live: LiveVm,
   ticketId: string,
@@ -49,25 +58,39 @@ export async function forkVm(
   const requestedAt = performance.now();
   const { record } = live;
   begin(live);
+  let unspent: Ticket | undefined;
   try {
     const ticket = await useTicket(host, record.id, ticketId);
+    unspent = ticket;
     const fork = newFork(host, live, ticketId, false, pendingId);
     // The clones' VM processes are started only when the parent runs again: on a shared machine
     // they would take the processors from the capture, and the parent would pause longer.
     const { resumed, descriptor } = captureVm(host, live, fork);
     descriptor.catch(() => {});
     await resumed; // a failed capture fails the fork as a whole
+    unspent = undefined; // from here each clone's host gives its room back
     await spawnClones(host, record, fork, ticket, descriptor, requestedAt);
     await descriptor;
     await forgetOldForks(host, record.id);
     return fork;
+  } catch (error) {
+    if (unspent !== undefined) giveBack(host, unspent);
+    throw error;
   } finally {
     end(live);
   }
 }
 
 /** `sf_checkpoint_parent`: captures, and holds the generations until they are released. */
-export async function checkpointVm(
+export function checkpointVm(
+  host: Host,
+  live: LiveVm,
+  pendingId: string | null,
+): Promise<ForkRecord> {
+  return underWay(live, checkpointNow(host, live, pendingId));
+}
+
+async function checkpointNow(
   host: Host,
   live: LiveVm,
   pendingId: string | null,
@@ -83,22 +106,46 @@ export async function checkpointVm(
 }
 
 /** `sf_create_clones`: clones of an earlier checkpoint. */
-export async function createClones(
+export function createClones(
+  host: Host,
+  live: LiveVm,
+  checkpoint: string,
+  ticketId: string,
+): Promise<ForkRecord> {
+  return underWay(live, createNow(host, live, checkpoint, ticketId));
+}
+
+async function createNow(
   host: Host,
   live: LiveVm,
   checkpoint: string,
   ticketId: string,
 ): Promise<ForkRecord> {
   const requestedAt = performance.now();
-  const fork = host.forks.get(checkpoint);
-  if (fork === undefined || fork.vm !== live.record.id || !fork.held || fork.state !== 'open') {
-    throw new SnowflockError(
-      'E_NOT_FOUND',
-      `VM ${live.record.name} has no checkpoint ${checkpoint}`,
-    );
+  if (live.record.state !== 'running') {
+    throw new SnowflockError('E_STATE', `VM ${live.record.name} is ${live.record.state}`);
   }
+  const known = (): ForkRecord => {
+    const fork = host.forks.get(checkpoint);
+    if (fork === undefined || fork.vm !== live.record.id || !fork.held || fork.state !== 'open') {
+      throw new SnowflockError(
+        'E_NOT_FOUND',
+        `VM ${live.record.name} has no checkpoint ${checkpoint}`,
+      );
+    }
+    return fork;
+  };
+  known();
   const ticket = await useTicket(host, live.record.id, ticketId);
+  let fork: ForkRecord;
+  try {
+    fork = known(); // it may have been released meanwhile
+  } catch (error) {
+    giveBack(host, ticket);
+    throw error;
+  }
   const descriptor = readFile(fork.descriptor_path);
+  descriptor.catch(() => {}); // each host that needs it fails with it
   await spawnClones(host, live.record, fork, ticket, descriptor, requestedAt);
   fork.ticket = ticketId;
   await host.forks.save(fork);
@@ -109,6 +156,30 @@ export async function createClones(
 export async function releaseCheckpoint(host: Host, fork: ForkRecord): Promise<void> {
   fork.held = false;
   await settle(host, fork);
+}
+
+function underWay<T>(live: LiveVm, work: Promise<T>): Promise<T> {
+  live.forks.add(work);
+  const done = (): void => {
+    live.forks.delete(work);
+  };
+  work.then(done, done);
+  return work;
+}
+
+/** A ticket that was used up and came to nothing: its room is free at once, not when it lapses. */
+function giveBack(host: Host, ticket: Ticket): void {
+  for (const placement of ticket.placements) {
+    const failed = (error: unknown): void => {
+      // It lapses by itself.
+      host.log.warn({ host: placement.host, error: String(error) }, 'cannot give room back');
+    };
+    try {
+      host.peers.get(placement.host).release(ticket.id).catch(failed);
+    } catch (error) {
+      failed(error);
+    }
+  }
 }
 
 function begin(live: LiveVm): void {

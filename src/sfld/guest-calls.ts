@@ -10,7 +10,27 @@ import { endSoon } from './vms.js';
 /** A join may wait as long as a job takes; the guest's own limit, if it has one, comes first. */
 const JOIN_LIMIT_MS = 24 * 3600 * 1000;
 
-export async function handleGuestCall(
+/** Calls being worked on, by VM and id. */
+const underWay = new Map<string, Promise<Record<string, string>>>();
+
+/**
+ * Answers a call. A guest whose channel was renewed sends its unanswered calls again: it gets the
+ * answer of the one that is under way, not a second fork, and not the first one half done.
+ */
+export function handleGuestCall(
+  host: Host,
+  live: LiveVm,
+  call: GuestCall,
+): Promise<Record<string, string>> {
+  const key = `${live.record.id}/${call.id}`;
+  const known = underWay.get(key);
+  if (known !== undefined) return known;
+  const answer = answerCall(host, live, call).finally(() => underWay.delete(key));
+  underWay.set(key, answer);
+  return answer;
+}
+
+async function answerCall(
   host: Host,
   live: LiveVm,
   call: GuestCall,

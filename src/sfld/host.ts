@@ -27,6 +27,8 @@ export interface LiveVm {
   dhcp: DhcpService;
   /** Set while a fork of this VM is under way: one at a time. */
   forking: boolean;
+  /** Forks and clones-of-checkpoints under way; the VM's end waits for them. */
+  forks: Set<Promise<unknown>>;
 }
 
 /** All that the parts of the daemon share; made once in daemon.ts. */

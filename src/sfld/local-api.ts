@@ -11,13 +11,13 @@ import {
   killClones,
   releaseCheckpoint,
 } from './fork.js';
-import { type Host, liveVm } from './host.js';
+import type { Host } from './host.js';
 import { summary } from './local-host.js';
 import { listAll, locate } from './locate.js';
 import type { ForkRecord } from './records.js';
 import { acceptSession } from './sessions.js';
 import { requestTicket } from './tickets.js';
-import { endVm, findVm, runVm } from './vms.js';
+import { findVm, runVm } from './vms.js';
 
 const RunBody = Type.Object(
   {
@@ -146,12 +146,8 @@ function routes(host: Host, app: FastifyInstance): void {
   app.delete<{ Params: Ref }>('/v1/vms/:ref', async (request) => {
     const where = await locate(host, request.params.ref);
     const end = { status: null, reason: 'killed', message: 'killed by the operator' } as const;
-    if (where.host === host.config.name) {
-      liveVm(host, where.vm);
-      await endVm(host, where.vm, end);
-    } else {
-      await host.peers.get(where.host).endClone(where.vm, end);
-    }
+    // Also one that is being made, or that this daemon could not take over.
+    await host.peers.get(where.host).endClone(where.vm, end);
     return {};
   });
 }

@@ -6,7 +6,7 @@ import type { Host } from './host.js';
 import type { Leases } from './leases.js';
 import type { Capacity, HostPort, VmCounters, VmSummary } from './peers.js';
 import type { EndReport, PrepareRequest, StartReport, VmRecord } from './records.js';
-import { shareOf, TICKET_LIFE_MS, takeVmids } from './tickets.js';
+import { RESERVATION_LIFE_MS, shareOf, takeVmids } from './tickets.js';
 import { endVm } from './vms.js';
 
 /** This host's own port: what others reach through the peer API, and this daemon directly. */
@@ -37,7 +37,7 @@ export class LocalHost implements HostPort {
     const each = { memoryBytes: need.memory_bytes, vcpus: need.vcpus };
     for (let share = 0; share < n; share++) {
       try {
-        host.resources.reserve(shareOf(id, share), each, TICKET_LIFE_MS);
+        host.resources.reserve(shareOf(id, share), each, RESERVATION_LIFE_MS);
       } catch (error) {
         if (error instanceof SnowflockError && error.code === 'E_CAPACITY') return share;
         throw error;
@@ -53,6 +53,10 @@ export class LocalHost implements HostPort {
 
   async prepare(request: PrepareRequest): Promise<void> {
     this.#clones().prepare(request);
+  }
+
+  preparedBy(fork: string): string | undefined {
+    return this.#clones().preparedBy(fork);
   }
 
   start(fork: string, descriptor: Buffer): Promise<StartReport[]> {

@@ -1,6 +1,8 @@
 /**
  * What other hosts' daemons may ask of this one, over mutual TLS. A host can speak only for itself:
- * a fork is prepared, renewed and reported by the host that the certificate names.
+ * a fork is prepared, started, given up and renewed by its parent's host, a clone's end and answer
+ * are told by the host it runs on, as the certificate names them. Any host may end a VM: that is
+ * what `snowflock kill` does.
  */
 import type { TLSSocket } from 'node:tls';
 import Type, { type Static } from 'typebox';
@@ -99,6 +101,11 @@ function routes(host: Host, server: PeerServer, self: LocalHost): void {
       throw new SnowflockError('E_PEER_AUTH', `host ${peer} may not speak for ${claimed}`);
     }
   };
+  const ownFork = (peer: string, fork: string): void => own(peer, self.preparedBy(fork) ?? peer);
+  const ownClone = (peer: string, fork: string, vmid: number): void => {
+    const clone = host.forks.get(fork)?.clones.find((one) => one.vmid === vmid);
+    own(peer, clone?.host ?? peer);
+  };
   server.get('/v1/capacity', () => self.capacity());
   server.post<{ Body: Static<typeof Reserve> }>(
     '/v1/reservations',
@@ -118,13 +125,18 @@ function routes(host: Host, server: PeerServer, self: LocalHost): void {
       return {};
     },
   );
-  server.post<{ Params: ForkId; Body: Buffer }>('/v1/forks/:fork/descriptor', async (r) => ({
-    reports: await self.start(r.params.fork, r.body),
-  }));
+  server.post<{ Params: ForkId; Body: Buffer }>('/v1/forks/:fork/descriptor', async (r) => {
+    ownFork(r.peerHost, r.params.fork);
+    if (!Buffer.isBuffer(r.body)) {
+      throw new SnowflockError('E_DESCRIPTOR', 'a descriptor is sent as bytes');
+    }
+    return { reports: await self.start(r.params.fork, r.body) };
+  });
   server.post<{ Params: ForkId; Body: Static<typeof Vms> }>(
     '/v1/forks/:fork/abort',
     { schema: { body: Vms } },
     async (r) => {
+      ownFork(r.peerHost, r.params.fork);
       await self.abort(r.params.fork, childrenOf(host, r.peerHost, r.body.vms));
       return {};
     },
@@ -141,6 +153,7 @@ function routes(host: Host, server: PeerServer, self: LocalHost): void {
     '/v1/forks/:fork/ended',
     { schema: { body: Ended } },
     async (r) => {
+      ownClone(r.peerHost, r.params.fork, r.body.vmid);
       await self.reportEnd(r.params.fork, r.body.vmid, r.body.end);
       return {};
     },
@@ -149,6 +162,7 @@ function routes(host: Host, server: PeerServer, self: LocalHost): void {
     '/v1/forks/:fork/reply',
     { schema: { body: Reply } },
     async (r) => {
+      ownClone(r.peerHost, r.params.fork, r.body.vmid);
       await self.reportReply(r.params.fork, r.body.vmid, r.body.reply_ms);
       return {};
     },

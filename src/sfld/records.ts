@@ -97,7 +97,7 @@ export interface ForkRecord {
   clones: CloneResult[];
 }
 
-/** What another host is asked to make ready while the parent is being captured. */
+/** What a host is asked to make ready while the descriptor is being put together. */
 export interface PrepareRequest {
   fork: string;
   parent: { host: string; vm: string };

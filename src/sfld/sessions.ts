@@ -11,7 +11,7 @@ import { constants } from 'node:os';
 import type { Duplex } from 'node:stream';
 import { pipeline } from 'node:stream';
 import { loadTlsIdentity } from '../cluster/index.js';
-import { asSnowflockError, SnowflockError } from '../common/errors.js';
+import { asSnowflockError, isErrorCode, SnowflockError } from '../common/errors.js';
 import { readLines } from '../common/lines.js';
 import { within } from '../common/timeout.js';
 import type { Host, LiveVm } from './host.js';
@@ -29,6 +29,14 @@ export interface ExecRequest {
   env?: Record<string, string>;
 }
 
+/** Sessions of this daemon. */
+const open = new Set<Duplex>();
+
+/** Ends all sessions: a server does not close while one of its connections is open. */
+export function closeSessions(): void {
+  for (const socket of open) socket.destroy();
+}
+
 /** Answers an upgrade request for `/v1/vms/REF/exec` or `/console`. `direct`: only VMs of this host. */
 export async function acceptSession(
   host: Host,
@@ -37,6 +45,8 @@ export async function acceptSession(
   direct: boolean,
 ): Promise<void> {
   socket.on('error', () => socket.destroy());
+  open.add(socket);
+  socket.once('close', () => open.delete(socket));
   try {
     const url = new URL(request.url ?? '/', 'http://host');
     const match = /^\/v1\/vms\/([^/]+)\/(exec|console)$/.exec(url.pathname);
@@ -125,10 +135,15 @@ function execSession(live: LiveVm, request: ExecRequest, socket: Duplex): void {
       socket.end();
     },
   );
+  session.stdin.on('drain', () => socket.resume());
+  session.stdin.once('close', () => socket.resume());
   readLines(socket, LINE_LIMIT_BYTES, (line) => {
     try {
       const message = JSON.parse(line) as { stdin?: string; eof?: boolean; signal?: string };
-      if (message.stdin !== undefined) session.stdin.write(Buffer.from(message.stdin, 'base64'));
+      if (message.stdin !== undefined) {
+        // What the program does not read stays with the caller.
+        if (!session.stdin.write(Buffer.from(message.stdin, 'base64'))) socket.pause();
+      }
       if (message.eof === true) session.stdin.end();
       if (message.signal !== undefined) kill(message.signal);
     } catch (error) {
@@ -137,6 +152,22 @@ function execSession(live: LiveVm, request: ExecRequest, socket: Duplex): void {
   });
   // The caller went away: so does its program.
   socket.once('close', () => kill('SIGHUP'));
+}
+
+/** Why the other daemon refused, in its own words and with its code. */
+async function refusal(response: IncomingMessage): Promise<SnowflockError> {
+  let text = '';
+  for await (const chunk of response) {
+    text += String(chunk);
+    if (text.length > LINE_LIMIT_BYTES) break;
+  }
+  try {
+    const { code, message } = (JSON.parse(text) as { error: { code: string; message: string } })
+      .error;
+    return new SnowflockError(isErrorCode(code) ? code : 'E_PEER', message);
+  } catch {
+    return new SnowflockError('E_PEER', `a session was refused with ${response.statusCode}`);
+  }
 }
 
 async function passOn(
@@ -152,20 +183,31 @@ async function passOn(
     servername: address.name,
     host: address.address,
     port: address.port,
+    agent: false, // a connection of its own
     path: `/v1/vms/${encodeURIComponent(where.vm)}/${tail}`,
     headers: { connection: 'upgrade', upgrade: 'snowflock' },
-    timeout: CONNECT_LIMIT_MS,
+    // The other daemon waits for the guest before it answers.
+    timeout: READY_LIMIT_MS + CONNECT_LIMIT_MS,
   });
+  const limit = setTimeout(
+    () => outgoing.destroy(new Error('no connection in time')),
+    CONNECT_LIMIT_MS,
+  );
+  outgoing.on('socket', (raw) => raw.once('secureConnect', () => clearTimeout(limit)));
+  outgoing.once('close', () => clearTimeout(limit));
   const far = await new Promise<Duplex>((resolve, reject) => {
-    outgoing.on('upgrade', (_response, upgraded) => {
+    outgoing.on('upgrade', (_response, upgraded, head) => {
       upgraded.setTimeout(0);
+      // The first output may have come in one piece with the answer.
+      if (head.length > 0) upgraded.unshift(head);
       resolve(upgraded);
     });
     outgoing.on('response', (response) => {
-      response.resume();
-      reject(new SnowflockError('E_PEER', `${where.host} refused the session`));
+      refusal(response).then((error) => reject(error), reject);
     });
     outgoing.on('timeout', () => outgoing.destroy(new Error('no answer')));
+    // The caller went away while it waited.
+    socket.once('close', () => outgoing.destroy(new Error('the caller is gone')));
     outgoing.on('error', (error) =>
       reject(new SnowflockError('E_PEER', `cannot reach ${where.host}: ${error.message}`)),
     );

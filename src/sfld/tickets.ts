@@ -7,7 +7,9 @@ import type { Host, LiveVm } from './host.js';
 import type { VmRecord } from './records.js';
 
 /** Unused tickets give their resources back after this. */
-export const TICKET_LIFE_MS = 60_000;
+const TICKET_LIFE_MS = 60_000;
+/** Longer than its ticket's, by the time a fork takes until its hosts commit it. */
+export const RESERVATION_LIFE_MS = TICKET_LIFE_MS + 30_000;
 const CLONES_MAX = 4096;
 
 /**

@@ -84,23 +84,25 @@ export async function runVm(host: Host, request: RunRequest): Promise<VmRecord> 
     };
     await host.vms.save(record);
     undo.add('record', () => host.vms.remove(id));
+    undo.add('disk', () => rm(record.disk_directory, { recursive: true, force: true }));
     await host.dataplane.call('disk.create', {
       directory: record.disk_directory,
       size_bytes: image.manifest.disk_bytes,
       image: image.diskPath,
     });
-    undo.add('disk', () => rm(record.disk_directory, { recursive: true, force: true }));
     const bootFiles = await placeBootFiles(host.config, image);
     // An emulated guest cannot measure its counter's rate on a busy host; it is the host's.
     const { accel } = await host.driver.probe();
     const clockKhz = accel === 'kvm' ? undefined : await tscKhz();
     const { spec, dhcp, tapFd } = await makeParts(host, record, undo);
-    const vm = await host.driver.boot({
-      ...spec,
-      boot: { ...bootFiles, cmdline: kernelCommandLine(image.manifest, clockKhz) },
-    });
-    closeSync(tapFd);
+    const vm = await host.driver
+      .boot({
+        ...spec,
+        boot: { ...bootFiles, cmdline: kernelCommandLine(image.manifest, clockKhz) },
+      })
+      .finally(() => closeSync(tapFd)); // the VM's process has its own; the tap goes with the last
     undo.add('VM', () => vm.destroy());
+    stillStarting(record);
     record.hypervisor = vm.record;
     record.shape = vm.shape;
     await host.vms.save(record);
@@ -108,10 +110,15 @@ export async function runVm(host: Host, request: RunRequest): Promise<VmRecord> 
     const live = await goLive(host, record, vm, dhcp);
     undo.add('channel', () => live.channel.close());
     await greet(live);
+    stillStarting(record);
     record.state = 'running';
     await host.vms.save(record);
     return record;
   } catch (error) {
+    const record = host.vms.get(id);
+    const ended = ending.get(id);
+    if (ended !== undefined) await ended;
+    else if (record !== undefined) record.state = 'ending'; // the end of its process is no news
     host.live.delete(id);
     await undo.run(host.log);
     throw error;
@@ -124,6 +131,12 @@ export function freeUid(host: Host): number {
   let uid = host.config.vmUid;
   while (taken.has(uid)) uid++;
   return uid;
+}
+
+/** For who makes a VM, after each wait: it may have been ended meanwhile. Errors: E_CLOSED. */
+export function stillStarting(record: VmRecord): void {
+  if (record.state === 'starting') return;
+  throw new SnowflockError('E_CLOSED', `VM ${record.name} was ended while it was being made`);
 }
 
 /** Tap names are limited to 15 bytes and unique per network namespace. */
@@ -163,14 +176,15 @@ export async function makeParts(
   await openDisk(host.dataplane.call, host, record);
   undo.add('disk server', () => host.dataplane.call('disk.close', { disk: record.id }));
   const tapFd = openTap(record.tap);
+  let dhcp: DhcpService;
   try {
     host.filter.addVm(record);
+    undo.add('filter', () => removeFromFilter(host, record));
+    dhcp = dhcpOf(record);
   } catch (error) {
     closeSync(tapFd);
     throw error;
   }
-  undo.add('filter', () => removeFromFilter(host, record));
-  const dhcp = dhcpOf(record);
   undo.add('DHCP', () => dhcp.stop());
   const spec: VmSpec = {
     id: record.id,
@@ -253,7 +267,7 @@ export async function goLive(
 ): Promise<LiveVm> {
   const channel = newChannel(host, vm);
   const ready = Promise.resolve();
-  const live: LiveVm = { record, vm, dhcp, channel, ready, forking: false };
+  const live: LiveVm = { record, vm, dhcp, channel, ready, forking: false, forks: new Set() };
   useChannel(host, live);
   host.live.set(record.id, live);
   vm.on('exited', ({ status, signal, logTail }) => {
@@ -336,19 +350,14 @@ export async function adoptVms(host: Host): Promise<void> {
   for (const record of host.vms.all()) {
     if (record.state === 'ended') continue;
     const vm = await findProcess(host, record);
-    const halfMade = record.state === 'starting';
+    const halfMade = record.state === 'starting' || givenUp(host, record);
     if (vm === null || halfMade || record.state === 'ending') {
       await vm?.destroy();
-      await endVm(
-        host,
-        record.id,
-        {
-          status: null,
-          reason: halfMade ? 'failed' : 'crashed',
-          message: halfMade ? 'the daemon ended while the VM was being made' : 'VM process is gone',
-        },
-        true,
-      );
+      await endVm(host, record.id, {
+        status: null,
+        reason: halfMade ? 'failed' : 'crashed',
+        message: halfMade ? 'the daemon ended while the VM was being made' : 'VM process is gone',
+      });
       continue;
     }
     try {
@@ -374,6 +383,14 @@ async function adoptVm(host: Host, record: VmRecord, vm: Vm): Promise<void> {
   });
 }
 
+/** A clone of this host's own whose fork was not finished: its generations are gone. */
+function givenUp(host: Host, record: VmRecord): boolean {
+  if (record.parent === null || record.parent.host !== host.config.name) return false;
+  const fork = host.forks.get(record.parent.fork);
+  const clone = fork?.clones.find((one) => one.vm === record.id);
+  return clone === undefined || clone.end !== null;
+}
+
 async function findProcess(host: Host, record: VmRecord): Promise<Vm | null> {
   if (record.hypervisor === null) return null;
   try {
@@ -385,19 +402,26 @@ async function findProcess(host: Host, record: VmRecord): Promise<Vm | null> {
   }
 }
 
+/** Ends under way in this process. */
+const ending = new Map<string, Promise<void>>();
+
 /**
- * Ends a VM and removes all that belongs to it, its own clones first. Does nothing if that is under
- * way already; `again` takes up an end that an earlier daemon did not finish.
+ * Ends a VM and removes all that belongs to it, its own clones first. If that is under way already,
+ * waits for it: the first report counts. Takes up an end that an earlier daemon did not finish.
  */
-export async function endVm(
-  host: Host,
-  id: string,
-  report: EndReport,
-  again = false,
-): Promise<void> {
+export function endVm(host: Host, id: string, report: EndReport): Promise<void> {
+  const underWay = ending.get(id);
+  if (underWay !== undefined) return underWay;
   const record = host.vms.get(id);
-  if (record === undefined || (record.state === 'ending' && !again)) return;
+  if (record === undefined) return Promise.resolve();
   record.state = 'ending';
+  const end = finishVm(host, record, report).finally(() => ending.delete(id));
+  ending.set(id, end);
+  return end;
+}
+
+async function finishVm(host: Host, record: VmRecord, report: EndReport): Promise<void> {
+  const { id } = record;
   const counted = await host.dataplane.call('vm.stats', { vm: id }).catch(() => undefined);
   const fetched = counted?.pagesFetched;
   record.end = fetched === undefined ? report : { ...report, pages_fetched: fetched };
@@ -415,8 +439,16 @@ export async function endVm(
     undo.add('DHCP', () => live.dhcp.stop());
     undo.add('channel', () => live.channel.close());
     undo.add('VM', () => live.vm.destroy());
+  } else if (record.hypervisor !== null) {
+    // Not taken over, or not started yet: its process is there all the same.
+    const { hypervisor } = record;
+    undo.add('VM', () => host.driver.end(hypervisor));
   }
-  undo.add('clones', () => endForksOf(host, id, 'the parent ended'));
+  undo.add('clones', async () => {
+    // A fork under way ends first (its waits are bounded): then all its clones are known.
+    await Promise.allSettled([...(live?.forks ?? [])]);
+    await endForksOf(host, id, 'the parent ended');
+  });
   await undo.run(host.log);
   host.live.delete(id);
   record.state = 'ended';
@@ -435,12 +467,16 @@ async function closeReplicas(host: Host, record: VmRecord): Promise<void> {
     .all()
     .some((vm) => vm.id !== record.id && vm.base?.ram.generation === base.ram.generation);
   if (shared) return;
-  for (const kind of ['ram', 'disk'] as const) {
-    await host.dataplane.call('replica.close', {
-      generation: base[kind].generation,
-      path: replicaPath(host.config, kind, base[kind].generation),
-    });
-  }
+  // Both are asked at once: a new clone of the generation that comes now finds both gone, and opens
+  // both anew. Between two waits it would find one that is about to be closed under it.
+  await Promise.all(
+    (['ram', 'disk'] as const).map((kind) =>
+      host.dataplane.call('replica.close', {
+        generation: base[kind].generation,
+        path: replicaPath(host.config, kind, base[kind].generation),
+      }),
+    ),
+  );
 }
 
 /** Ends a VM that nobody waits for. */

@@ -111,7 +111,7 @@ describe('a fork', () => {
         '-mindepth',
         '1',
       ]);
-      expect(left.stdout).toBe('');
+      expect(left).toMatchObject({ status: 0, stdout: '' });
     }
   });
 

@@ -127,6 +127,15 @@ export class QemuDriver implements HypervisorDriver {
     return QemuVm.attach({ process, qmp, record, startMs: 0, maxStateBytes: this.#maxStateBytes });
   }
 
+  async end(record: VmRecord): Promise<void> {
+    const { pid, start_ticks: startTicks, boot_id: bootId } = record;
+    try {
+      await VmProcess.adopt({ pid, startTicks, bootId }).end(0);
+    } catch (error) {
+      if (!(error instanceof SnowflockError) || error.code !== 'E_NOT_FOUND') throw error;
+    }
+  }
+
   get #maxStateBytes(): number {
     return this.options.maxStateBytes ?? DEFAULT_STATE_BYTES;
   }
