@@ -5,6 +5,8 @@ import { exec } from '../api/exec.js';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
 import { ms, note, parseSize, printJson, table } from './output.js';
 
+export const DEFAULT_RAM_BYTES = 512 * 2 ** 20;
+
 interface Globals {
   socket: string;
   json?: boolean;
@@ -45,14 +47,14 @@ export function addVmCommands(program: Command): void {
     .description('boot a VM and wait until its guest answers')
     .argument('<name>', 'name of the new VM')
     .option('--image <name>', 'image to boot', 'minimal')
-    .option('--memory <size>', 'RAM, MiB unless a unit is given', size, 512 * 2 ** 20)
+    .option('--memory <size>', 'RAM, in MiB unless a unit is given (default: 512)', size)
     .option('--vcpus <n>', 'virtual CPUs', count, 1)
-    .action(async (name: string, o: { image: string; memory: number; vcpus: number }) => {
+    .action(async (name: string, o: { image: string; memory?: number; vcpus: number }) => {
       const { client, json } = context();
       const vm = await client.run({
         name,
         image: o.image,
-        ram_bytes: o.memory,
+        ram_bytes: o.memory ?? DEFAULT_RAM_BYTES,
         vcpus: o.vcpus,
       });
       if (json) printJson(vm);
@@ -146,8 +148,11 @@ export function addVmCommands(program: Command): void {
     .argument('<vm>', 'id or name of a VM on any host')
     .argument('<command...>', 'program and arguments')
     .passThroughOptions()
-    .action(async (vm: string, argv: string[]) => {
+    .action(async (vm: string, words: string[]) => {
       const { client } = context();
+      // `exec VM -- ls -l` and `exec VM ls -l` are the same.
+      const argv = words[0] === '--' ? words.slice(1) : words;
+      if (argv.length === 0) throw new SnowflockError('E_ARGUMENT', 'exec needs a command');
       const child = await exec(client, vm, argv);
       process.stdin.pipe(child.stdin);
       child.stdout.pipe(process.stdout);

@@ -81,7 +81,7 @@ export const HostConfigFile = Type.Object(
       },
       { additionalProperties: false },
     ),
-    hosts: Type.Array(HostEntry, { minItems: 1, maxItems: 1024 }),
+    hosts: Type.Array(HostEntry, { minItems: 1, maxItems: 1023 }),
   },
   { additionalProperties: false },
 );

@@ -267,13 +267,15 @@ export class Dataplane {
   }
 
   async close(): Promise<void> {
+    // What guests wait at goes first: they then wait for the next data plane. If their sources went
+    // first they would get errors.
+    for (const disk of this.#disks.values()) await disk.close();
+    this.#memtap.close();
+    await this.#mcdist.close();
     for (const { client, replica } of this.#replicas.values()) {
       await client.close();
       replica.close();
     }
-    await this.#mcdist.close();
-    for (const disk of this.#disks.values()) await disk.close();
-    this.#memtap.close();
   }
 
   #replica(generation: string): OpenReplica {

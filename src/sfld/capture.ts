@@ -48,6 +48,8 @@ async function pauseAndCapture(host: Host, live: LiveVm, fork: ForkRecord): Prom
   if (record.hypervisor === null) {
     throw new SnowflockError('E_STATE', `VM ${record.name} is not running`);
   }
+  // Known before anything is made: a daemon that dies in here finds at its next start what to drop.
+  await host.forks.save(fork);
   let sealed = false;
   try {
     await allDone([
@@ -81,7 +83,9 @@ async function pauseAndCapture(host: Host, live: LiveVm, fork: ForkRecord): Prom
     await call('vm.fork_end', { vm: record.id });
     return captured;
   } catch (error) {
+    fork.state = 'closed';
     await giveUp(host, fork, sealed);
+    await host.forks.remove(fork.id);
     throw error;
   }
 }
@@ -126,7 +130,7 @@ async function publish(
 }
 
 /** Each step is tried, whatever became of the others: the VM may have ended meanwhile. */
-async function giveUp(host: Host, fork: ForkRecord, sealed: boolean): Promise<void> {
+export async function giveUp(host: Host, fork: ForkRecord, sealed: boolean): Promise<void> {
   const call = host.dataplane.call;
   const { vm, ram, disk } = fork;
   const undo = new Undo();

@@ -1,6 +1,6 @@
 /** The SnowFlock local daemon (paper section 3.8): makes the parts, finds what ran, serves. */
 import { join } from 'node:path';
-import { Resources } from '../allocator/resources.js';
+import { Resources, type ResourcesSnapshot } from '../allocator/resources.js';
 import { TicketBook } from '../allocator/tickets.js';
 import { Cluster } from '../cluster/cluster.js';
 import type { ClusterConfig } from '../cluster/config.js';
@@ -9,7 +9,7 @@ import { readJson } from '../common/files.js';
 import type { Logger } from '../common/log.js';
 import { driverByName } from '../hypervisor/index.js';
 import { NetbackFilter } from '../netback-filter/filter.js';
-import { serve } from './capture.js';
+import { giveUp, serve } from './capture.js';
 import { Clones } from './clones.js';
 import { DataplaneSupervisor } from './dataplane.js';
 import { noteEnd } from './fork.js';
@@ -24,7 +24,7 @@ import type { ForkRecord, VmRecord } from './records.js';
 import { closeSessions } from './sessions.js';
 import { Store } from './store.js';
 import { sweep } from './sweep.js';
-import { ticketFile } from './tickets.js';
+import { resourcesFile, ticketFile } from './tickets.js';
 import { adoptVms, endSoon, endVm, expectVm, memtapSocket, openDisk } from './vms.js';
 
 const ATTACH_LIMIT_MS = 5_000;
@@ -93,14 +93,16 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
       log.error({ vm: event.vm, generation: event.generation }, event.message);
     }
   });
-  host.resources.restore({
-    version: 1,
-    entries: vms.all().map((record) => ({
-      id: record.reservation,
-      memory_bytes: record.ram_bytes,
-      vcpus: record.vcpus,
-    })),
-  });
+  const used = vms.all().map((record) => ({
+    id: record.reservation,
+    memory_bytes: record.ram_bytes,
+    vcpus: record.vcpus,
+  }));
+  const before = (await readJson(resourcesFile(config))) as ResourcesSnapshot | undefined;
+  const promised = (before?.entries ?? []).filter(
+    ({ id, expires_ms }) => expires_ms !== undefined && !used.some((entry) => entry.id === id),
+  );
+  host.resources.restore({ version: 1, entries: [...used, ...promised] });
   const tickets = await readJson(ticketFile(config));
   if (tickets !== undefined) host.tickets.restore(tickets);
   await dataplane.start();
@@ -180,6 +182,11 @@ async function restore(host: Host, call: Host['dataplane']['call']): Promise<voi
 /** Forks that an earlier daemon did not finish: their clones never ran, or nobody knows of them. */
 async function abandonHalfForks(host: Host): Promise<void> {
   for (const fork of host.forks.all()) {
+    if (fork.state === 'capturing') {
+      await giveUp(host, fork, true);
+      await host.forks.remove(fork.id);
+      continue;
+    }
     for (const clone of fork.clones) {
       if (clone.ok || clone.end !== null) continue;
       await noteEnd(host, fork.id, clone.vmid, {

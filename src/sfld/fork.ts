@@ -260,6 +260,7 @@ async function spawnClones(
       fork.clones.push({
         vm,
         vmid,
+        ticket: ticket.id,
         host: placement.host,
         ip: addressOfVmid(vmid),
         wire_mac: wireMac({ family: record.family, vmid }),
@@ -445,17 +446,20 @@ export async function joinFork(
 ): Promise<CloneResult[]> {
   const fork = host.forks
     .all()
-    .find((one) => one.vm === live.record.id && (one.ticket === ref || one.id === ref));
+    .find((one) => one.vm === live.record.id && (one.id === ref || ticketsOf(one).includes(ref)));
   if (fork === undefined) {
     throw new SnowflockError('E_TICKET_UNKNOWN', `VM ${live.record.name} has no fork ${ref}`);
   }
+  // Of a checkpoint several tickets may have made clones; each joins its own.
+  const wanted = (): CloneResult[] =>
+    fork.clones.filter((clone) => ref === fork.id || clone.ticket === ref);
   await new Promise<void>((resolve, reject) => {
     const timer = setTimeout(() => {
       changes.off('changed', check);
       reject(new SnowflockError('E_TIMEOUT', `clones of ${ref} still run after ${timeoutMs} ms`));
     }, timeoutMs);
     const check = (): void => {
-      if (fork.clones.some((clone) => clone.end === null)) return;
+      if (wanted().some((clone) => clone.end === null)) return;
       clearTimeout(timer);
       changes.off('changed', check);
       resolve();
@@ -463,7 +467,11 @@ export async function joinFork(
     changes.on('changed', check);
     check();
   });
-  return fork.clones;
+  return wanted();
+}
+
+function ticketsOf(fork: ForkRecord): string[] {
+  return [fork.ticket ?? '', ...fork.clones.map((clone) => clone.ticket)];
 }
 
 /** Kills clones of a VM: all of a fork, or one by its vmid. Returns how many were asked to end. */
@@ -479,7 +487,7 @@ export async function killClones(
     .filter(({ fork, clone }) =>
       'vmid' in which
         ? clone.vmid === which.vmid
-        : fork.id === which.fork || fork.ticket === which.fork,
+        : fork.id === which.fork || clone.ticket === which.fork,
     );
   if (targets.length === 0) {
     throw new SnowflockError('E_NOT_FOUND', `VM ${live.record.name} has no such clone`);

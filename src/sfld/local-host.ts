@@ -1,4 +1,5 @@
 import { SnowflockError } from '../common/errors.js';
+import { writeJson } from '../common/files.js';
 import { addressOfVmid, wireMac } from '../network/addresses.js';
 import type { Clones } from './clones.js';
 import { cloneReplied, noteEnd } from './fork.js';
@@ -6,7 +7,7 @@ import type { Host } from './host.js';
 import type { Leases } from './leases.js';
 import type { Capacity, HostPort, VmCounters, VmSummary } from './peers.js';
 import type { EndReport, PrepareRequest, StartReport, VmRecord } from './records.js';
-import { RESERVATION_LIFE_MS, shareOf, takeVmids } from './tickets.js';
+import { RESERVATION_LIFE_MS, resourcesFile, shareOf, takeVmids } from './tickets.js';
 import { endVm } from './vms.js';
 
 /** This host's own port: what others reach through the peer API, and this daemon directly. */
@@ -39,10 +40,11 @@ export class LocalHost implements HostPort {
       try {
         host.resources.reserve(shareOf(id, share), each, RESERVATION_LIFE_MS);
       } catch (error) {
-        if (error instanceof SnowflockError && error.code === 'E_CAPACITY') return share;
-        throw error;
+        if (!(error instanceof SnowflockError) || error.code !== 'E_CAPACITY') throw error;
+        n = share;
       }
     }
+    await writeJson(resourcesFile(host.config), host.resources.snapshot());
     return n;
   }
 

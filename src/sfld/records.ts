@@ -57,6 +57,8 @@ export interface VmRecord {
 export interface CloneResult {
   vm: string;
   vmid: number;
+  /** The ticket it was made with. */
+  ticket: string;
   host: string;
   ip: string;
   wire_mac: string;

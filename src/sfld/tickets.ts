@@ -73,6 +73,32 @@ export async function useTicket(host: Host, vm: string, id: string): Promise<Tic
   return ticket;
 }
 
+/** A VM has ended: the room behind its unused tickets is given back. */
+export async function revokeTickets(host: Host, vm: string): Promise<void> {
+  const revoked = host.tickets.revoke(vm);
+  if (revoked.length === 0) return;
+  await saveTickets(host);
+  const places = revoked.flatMap((ticket) =>
+    ticket.placements.map((placement) => ({ ticket: ticket.id, host: placement.host })),
+  );
+  await Promise.all(
+    places.map((place) =>
+      host.peers
+        .get(place.host)
+        .release(place.ticket)
+        .catch((error: unknown) => {
+          // It lapses there by itself.
+          host.log.warn({ host: place.host, error: String(error) }, 'cannot give room back');
+        }),
+    ),
+  );
+}
+
+/** Where this host's reservations are kept between two lives of the daemon. */
+export function resourcesFile(config: { stateDir: string }): string {
+  return join(config.stateDir, 'resources.json');
+}
+
 /** Where tickets are kept between two lives of the daemon. */
 export function ticketFile(config: { stateDir: string }): string {
   return join(config.stateDir, 'tickets.json');

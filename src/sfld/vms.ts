@@ -29,11 +29,14 @@ import {
   vmPaths,
 } from './host.js';
 import type { EndReport, PendingReply, VmRecord } from './records.js';
+import { revokeTickets } from './tickets.js';
 
 const READY_LIMIT_MS = 120_000;
 const ATTACH_LIMIT_MS = 10_000;
 const START_LIMIT_MS = 60_000;
 const CHANNEL_RETRY_MS = 500;
+/** Each waits for the VM process's answer for some seconds. */
+const ADOPT_TRIES = 4;
 
 export interface RunRequest {
   image: string;
@@ -306,9 +309,10 @@ function useChannel(host: Host, live: LiveVm): void {
       live.channel
         .connect()
         .then(() => greet(live))
-        .catch((failure: unknown) =>
-          host.log.warn({ vm: record.id, error: String(failure) }, 'guest agent does not answer'),
-        );
+        .catch((failure: unknown) => {
+          host.log.warn({ vm: record.id, error: String(failure) }, 'guest agent does not answer');
+          live.channel.close(); // and a new one is tried
+        });
     }, CHANNEL_RETRY_MS);
   });
 }
@@ -347,8 +351,11 @@ function removeFromFilter(host: Host, record: VmRecord): void {
 
 /** Finds the VMs of an earlier daemon again; those whose process is gone are cleaned up. */
 export async function adoptVms(host: Host): Promise<void> {
-  for (const record of host.vms.all()) {
-    if (record.state === 'ended') continue;
+  await Promise.all(host.vms.all().map((record) => adoptOrEnd(host, record)));
+}
+
+async function adoptOrEnd(host: Host, record: VmRecord): Promise<void> {
+  try {
     const vm = await findProcess(host, record);
     const halfMade = record.state === 'starting' || givenUp(host, record);
     if (vm === null || halfMade || record.state === 'ending') {
@@ -358,15 +365,14 @@ export async function adoptVms(host: Host): Promise<void> {
         reason: halfMade ? 'failed' : 'crashed',
         message: halfMade ? 'the daemon ended while the VM was being made' : 'VM process is gone',
       });
-      continue;
+      return;
     }
-    try {
-      await adoptVm(host, record, vm);
-      host.log.info({ vm: record.id, name: record.name }, 'VM found again');
-    } catch (error) {
-      const { code, message } = asSnowflockError(error);
-      host.log.error({ vm: record.id, code }, message);
-    }
+    await adoptVm(host, record, vm);
+    host.log.info({ vm: record.id, name: record.name }, 'VM found again');
+  } catch (error) {
+    // It lives, and runs on without a daemon until the next start of one: better than ending it.
+    const { code, message } = asSnowflockError(error);
+    host.log.error({ vm: record.id, code }, `cannot take the VM over: ${message}`);
   }
 }
 
@@ -380,6 +386,7 @@ async function adoptVm(host: Host, record: VmRecord, vm: Vm): Promise<void> {
   // Same epoch: the guest only resumes its pending calls. It may be slow; nothing waits for it.
   greet(live).catch((error: unknown) => {
     host.log.warn({ vm: record.id, error: String(error) }, 'guest agent does not answer');
+    live.channel.close(); // and a new one is tried, see useChannel
   });
 }
 
@@ -393,12 +400,16 @@ function givenUp(host: Host, record: VmRecord): boolean {
 
 async function findProcess(host: Host, record: VmRecord): Promise<Vm | null> {
   if (record.hypervisor === null) return null;
-  try {
-    return await host.driver.adopt(record.hypervisor);
-  } catch (error) {
-    const { code, message } = asSnowflockError(error);
-    if (code !== 'E_NOT_FOUND') host.log.warn({ vm: record.id, code }, message);
-    return null;
+  for (let tries = 1; ; tries++) {
+    try {
+      return await host.driver.adopt(record.hypervisor);
+    } catch (error) {
+      const { code, message } = asSnowflockError(error);
+      if (code === 'E_NOT_FOUND') return null;
+      // The process lives but does not answer, as on a host that has just come under load.
+      if (tries === ADOPT_TRIES) throw error;
+      host.log.warn({ vm: record.id, code }, message);
+    }
   }
 }
 
@@ -444,6 +455,7 @@ async function finishVm(host: Host, record: VmRecord, report: EndReport): Promis
     const { hypervisor } = record;
     undo.add('VM', () => host.driver.end(hypervisor));
   }
+  undo.add('tickets', () => revokeTickets(host, id));
   undo.add('clones', async () => {
     // A fork under way ends first (its waits are bounded): then all its clones are known.
     await Promise.allSettled([...(live?.forks ?? [])]);
