@@ -41,8 +41,16 @@ describe('failures during and after a fork', () => {
     const daemon = lab.daemon(index);
     const pid = await dataplanePid(daemon);
     const hashes = fork.clones.map((clone) => sh(lab.client, clone.vm, HASH));
-    // Pages are on their way: the clones read 72 MiB that they do not have.
+    // Pages are on their way: the clones read 72 MiB of RAM and disk, and hold a part of it.
+    const watched = fork.clones.find((clone) => clone.host === daemon.host.name);
+    const dataPages = (48 * 2 ** 20) / 4096;
+    await until('the clones have begun to read', 30_000, async () => {
+      const { replica_present: present } = await lab.client.counters(watched?.vm ?? '');
+      return present > 2_000;
+    });
+    const { replica_present: present } = await lab.client.counters(watched?.vm ?? '');
     process.kill(pid, 'SIGKILL');
+    expect(present).toBeLessThan(dataPages);
     for (const hash of await Promise.all(hashes)) expect(hash).toBe(before);
     expect(await dataplanePid(daemon)).not.toBe(pid);
     await sh(lab.client, vm, HASH).then((hash) => expect(hash).toBe(before));
@@ -97,6 +105,7 @@ describe('failures during and after a fork', () => {
       const { vms } = await lab.daemon(1).client.list();
       return vms.every((one) => one.host !== 'h2');
     });
+    for (const daemon of lab.daemons) expect(await lab.remnants(daemon)).toEqual([]);
   });
 
   it('a clone whose parent host vanished ends when its lease runs out; the parent learns of it', async () => {
@@ -123,31 +132,44 @@ describe('failures during and after a fork', () => {
     await lab.client.killClones(vm, { fork: fork.id });
   });
 
-  it('sfld killed in the middle of forks never leaves the parent paused', async () => {
-    const daemon = lab.daemon(0);
-    const ticket = await lab.client.requestTicket(vm, 1);
-    const fork = lab.client.clone(vm, ticket.ticket).catch(() => undefined);
-    await new Promise((resolve) => setImmediate(resolve));
-    daemon.process.kill('SIGKILL');
-    await fork;
-    await new Promise((resolve) =>
-      daemon.process.exitCode !== null || daemon.process.signalCode !== null
-        ? resolve(undefined)
-        : daemon.process.once('exit', resolve),
-    );
-    lab.daemons[0] = await startDaemonOn(lab.testbed, daemon.host);
-    await until('the parent works', 30_000, () =>
-      sh(lab.client, vm, 'true').then(
-        () => true,
-        () => false,
-      ),
-    );
-    expect(await sh(lab.client, vm, HASH)).toBe(before);
-    // And it can be forked again.
-    const again = await lab.fork(vm, 2);
-    for (const clone of again.clones) expect(await sh(lab.client, clone.vm, HASH)).toBe(before);
-    await lab.client.killClones(vm, { fork: again.id });
-  });
+  // From before the capture to after the clones' start, which takes some 100 ms here.
+  it.each([0, 10, 20, 40, 80, 160])(
+    'sfld killed %i ms into a fork leaves the parent running and nothing half made',
+    async (delayMs) => {
+      const daemon = lab.daemon(0);
+      const ticket = await lab.client.requestTicket(vm, 2);
+      const fork = lab.client.clone(vm, ticket.ticket).catch(() => undefined);
+      await new Promise((resolve) => setTimeout(resolve, delayMs));
+      daemon.process.kill('SIGKILL');
+      await fork;
+      await new Promise((resolve) =>
+        daemon.process.exitCode !== null || daemon.process.signalCode !== null
+          ? resolve(undefined)
+          : daemon.process.once('exit', resolve),
+      );
+      lab.daemons[0] = await startDaemonOn(lab.testbed, daemon.host);
+      await until('the parent works', 30_000, () =>
+        sh(lab.client, vm, 'true').then(
+          () => true,
+          () => false,
+        ),
+      );
+      for (const one of (await lab.client.forks()).forks) {
+        const alive = one.clones.some((clone) => clone.end === null);
+        if (alive) await lab.client.killClones(vm, { fork: one.id });
+      }
+      await until('nothing is left', 60_000, async () => {
+        const left = await Promise.all(lab.daemons.map((one) => lab.remnants(one)));
+        const { vms } = await lab.client.list();
+        return left.flat().length === 0 && vms.length === 1;
+      });
+      // The parent is whole, and can be forked again.
+      expect(await sh(lab.client, vm, HASH)).toBe(before);
+      const again = await lab.fork(vm, 2);
+      for (const clone of again.clones) expect(await sh(lab.client, clone.vm, HASH)).toBe(before);
+      await lab.client.killClones(vm, { fork: again.id });
+    },
+  );
 });
 
 /** Process ids of all VMs, from the daemons' own records. */

@@ -70,6 +70,47 @@ export class Lab {
     });
   }
 
+  /**
+   * What is on a host that belongs to no VM the daemon knows: VM processes, taps, replicas, saved
+   * pages, disks, sockets.
+   */
+  async remnants({ host, client }: TestbedDaemon): Promise<string[]> {
+    const { vms } = await client.list();
+    const known = vms.filter((vm) => vm.host === host.name).map((vm) => vm.id);
+    const bases = this.records()
+      .filter((record) => known.includes(record.id))
+      .flatMap((record) => [record.base?.ram.generation, record.base?.disk.generation]);
+    const { forks } = await client.forks();
+    const open = forks.filter((fork) => fork.state === 'open').map((fork) => fork.ram.generation);
+    const wanted = [...known, ...bases, ...open];
+    const files = ['replica', 'generation'].map((name) => join(host.dirs.ram, name));
+    files.push(join(host.dirs.state, 'replica'), join(host.dirs.state, 'disk'));
+    files.push(join(host.dirs.run, 'vm'));
+    const left = files.flatMap((folder) =>
+      readdirSync(folder)
+        .filter((name) => !wanted.includes(name.replace(/\.map$/, '')))
+        .map((name) => join(folder, name)),
+    );
+    const links = await this.testbed.execIn(host, ['ip', '-o', 'link', 'show']);
+    for (const [, tap = '', vm = ''] of links.stdout.matchAll(/ (sf-(vm[0-9a-f]{8})):/g)) {
+      if (!known.includes(vm)) left.push(`tap ${tap}`);
+    }
+    const socket = `SF_MEMTAP_SOCKET=${host.dirs.run}/memtap.sock`;
+    for (const pid of readdirSync('/proc').filter((name) => /^\d+$/.test(name))) {
+      let environment: string[];
+      try {
+        environment = readFileSync(join('/proc', pid, 'environ'), 'latin1').split('\0');
+      } catch {
+        continue; // it has ended
+      }
+      const vm = environment.find((entry) => entry.startsWith('SF_MEMTAP_VM='))?.slice(13);
+      if (environment.includes(socket) && vm !== undefined && !known.includes(vm)) {
+        left.push(`process ${pid} of ${vm}`);
+      }
+    }
+    return left;
+  }
+
   /** The ends of all daemons' logs, for messages. */
   logs(): string {
     return this.daemons
