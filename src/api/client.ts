@@ -2,7 +2,7 @@ import { type ClientRequest, request as httpRequest } from 'node:http';
 import type { Duplex } from 'node:stream';
 import { asSnowflockError, isErrorCode, SnowflockError } from '../common/errors.js';
 import type { VmCounters, VmSummary } from '../sfld/peers.js';
-import type { CloneResult, ForkRecord } from '../sfld/records.js';
+import type { CloneResult, ShownFork as ForkRecord } from '../sfld/records.js';
 
 export type { CloneResult, ForkRecord, VmCounters, VmSummary };
 

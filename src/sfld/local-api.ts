@@ -14,7 +14,7 @@ import {
 import type { Host } from './host.js';
 import { summary } from './local-host.js';
 import { listAll, locate } from './locate.js';
-import type { ForkRecord } from './records.js';
+import { type ForkRecord, showFork } from './records.js';
 import { acceptSession } from './sessions.js';
 import { requestTicket } from './tickets.js';
 import { findVm, runVm } from './vms.js';
@@ -104,25 +104,33 @@ function routes(host: Host, app: FastifyInstance): void {
   app.post<{ Params: Ref; Body: Static<typeof TicketBody> }>(
     '/v1/vms/:ref/fork',
     { schema: { body: TicketBody } },
-    (request) => forkVm(host, findVm(host, request.params.ref), request.body.ticket, null),
+    async (request) =>
+      showFork(await forkVm(host, findVm(host, request.params.ref), request.body.ticket, null)),
   );
-  app.post<{ Params: Ref }>('/v1/vms/:ref/checkpoints', (request) =>
-    checkpointVm(host, findVm(host, request.params.ref), null),
+  app.post<{ Params: Ref }>('/v1/vms/:ref/checkpoints', async (request) =>
+    showFork(await checkpointVm(host, findVm(host, request.params.ref), null)),
   );
   app.post<{ Params: Ref & { id: string }; Body: Static<typeof TicketBody> }>(
     '/v1/vms/:ref/checkpoints/:id/clones',
     { schema: { body: TicketBody } },
-    (request) =>
-      createClones(host, findVm(host, request.params.ref), request.params.id, request.body.ticket),
+    async (request) =>
+      showFork(
+        await createClones(
+          host,
+          findVm(host, request.params.ref),
+          request.params.id,
+          request.body.ticket,
+        ),
+      ),
   );
   app.delete<{ Params: { id: string } }>('/v1/checkpoints/:id', async (request) => {
     await releaseCheckpoint(host, knownFork(host, request.params.id));
     return {};
   });
-  app.get('/v1/forks', async () => ({ forks: host.forks.all() }));
+  app.get('/v1/forks', async () => ({ forks: host.forks.all().map(showFork) }));
   app.get<{ Params: { id: string } }>('/v1/forks/:id', async (request) => {
     const fork = knownFork(host, request.params.id);
-    return { fork, wire: await wireStats(host, fork) };
+    return { fork: showFork(fork), wire: await wireStats(host, fork) };
   });
   app.post<{ Params: Ref; Body: Static<typeof JoinBody> }>(
     '/v1/vms/:ref/join',

@@ -8,7 +8,7 @@ import type { VmRecord as HypervisorRecord, MachineShape } from '../hypervisor/d
 
 export type { GenerationRef };
 
-export type VmState = 'starting' | 'running' | 'forking' | 'ending' | 'ended';
+export type VmState = 'starting' | 'running' | 'ending' | 'ended';
 
 /** How a VM ended: what a join reports. `status` is the clone's own (0 to 255), null if it had none. */
 export interface EndReport {
@@ -129,4 +129,23 @@ export interface StartReport {
   running_ms: number | null;
   reply_ms: number | null;
   error: { code: string; message: string } | null;
+}
+
+type ShownGeneration = Omit<GenerationRef, 'source'> & {
+  source: Omit<GenerationRef['source'], 'key'>;
+};
+
+/** A fork as users see it: without the keys of its generations, which nobody should paste anywhere. */
+export type ShownFork = Omit<ForkRecord, 'ram' | 'disk'> & {
+  ram: ShownGeneration;
+  disk: ShownGeneration;
+};
+
+export function showFork(fork: ForkRecord): ShownFork {
+  return { ...fork, ram: showGeneration(fork.ram), disk: showGeneration(fork.disk) };
+}
+
+function showGeneration({ source, ...rest }: GenerationRef): ShownGeneration {
+  const { key: _secret, ...shown } = source;
+  return { ...rest, source: shown };
 }
