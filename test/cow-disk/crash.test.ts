@@ -276,7 +276,10 @@ test('a bit reaches the map only after its page is synced, and before the reply'
     if (kind === 'map' && name === 'pwrite64') throw new Error('pwritev expected');
     if (kind === 'map' && name === 'pwritev') {
       maps++;
-      expect(unsynced.get(slice) ?? false, line).toBe(false);
+      // At offset 0 is the header, which holds no bits: after a fork that of the new slice becomes
+      // durable while the first pages are written.
+      const header = /\], \d+, 0(?:\)| <)/.test(line);
+      if (!header) expect(unsynced.get(slice) ?? false, line).toBe(false);
     }
     if (kind === 'map') mapDirty.set(slice, name === 'pwritev');
   }
