@@ -282,7 +282,12 @@ static void collect(int listener, uint64_t fork_start) {
   uint64_t deadline = fork_start + options.timeout_s * 1000000000ull;
   bool ended = false;
   for (unsigned left = ticket.allocation; left && now_ns() < deadline;) {
-    int ready = poll(fds, CONNECTIONS + 2, ended ? 500 : 1000);
+    // Only as far as there are connections: poll(2) refuses more entries than RLIMIT_NOFILE.
+    nfds_t used = 2;
+    for (nfds_t i = 2; i < CONNECTIONS + 2; i++) {
+      if (fds[i].fd >= 0) used = i + 1;
+    }
+    int ready = poll(fds, used, ended ? 500 : 1000);
     if (ready < 0 && errno != EINTR) return;
     if (ready == 0 && ended) return;  // every clone has ended and nothing more is on the way
     if (ready <= 0) continue;
@@ -290,7 +295,7 @@ static void collect(int listener, uint64_t fork_start) {
       ended = true;
       fds[1].fd = -1;
     }
-    for (int i = 2; i < CONNECTIONS + 2; i++) {
+    for (nfds_t i = 2; i < used; i++) {
       struct connection *c = &connections[i - 2];
       if (fds[i].fd < 0 || !fds[i].revents) continue;
       ssize_t got = read(fds[i].fd, c->text + c->len, sizeof c->text - 1 - c->len);
