@@ -276,6 +276,13 @@ void Store::release_top(const NodePtr& node) {
   disks_--;
 }
 
+bool Store::in_use(const std::string& id) {
+  NodePtr used;
+  std::lock_guard lock(mutex);
+  used = find(id);
+  return used != nullptr || vanishing_.contains(id);
+}
+
 Status Store::remove_slice(const std::string& id) {
   NodePtr used;
   {

@@ -94,6 +94,8 @@ class Store : public std::enable_shared_from_this<Store> {
   void put_on(const NodePtr& spare, const NodePtr& below, ImagePtr image);
   void release_top(const NodePtr& node);
 
+  // True while a disk or view uses the slice, or one on it.
+  bool in_use(const std::string& id);
   // Removes the files of a slice that is in no use. E_IN_USE.
   Status remove_slice(const std::string& id);
   // What a slice's map says now. `map` counts only if the slice is not in use here.

@@ -107,6 +107,7 @@ class StoreJs : public Napi::ObjectWrap<StoreJs> {
                                          InstanceMethod("punchBegin", &StoreJs::PunchBegin),
                                          InstanceMethod("removeSlice", &StoreJs::RemoveSlice),
                                          InstanceMethod("sliceInfo", &StoreJs::SliceInfo),
+                                         InstanceMethod("inUse", &StoreJs::InUse),
                                          InstanceMethod("openFiles", &StoreJs::OpenFiles),
                                          InstanceMethod("close", &StoreJs::Close),
                                      }));
@@ -171,6 +172,10 @@ class StoreJs : public Napi::ObjectWrap<StoreJs> {
   Napi::Value RemoveSlice(const Napi::CallbackInfo& info) {
     const std::string id = info[0].ToString();
     return Task::Run(info.Env(), [store = store_, id] { return store->remove_slice(id); });
+  }
+
+  Napi::Value InUse(const Napi::CallbackInfo& info) {
+    return Napi::Boolean::New(info.Env(), store_->in_use(info[0].ToString()));
   }
 
   // sliceInfo(id, map, sizeBytes)
