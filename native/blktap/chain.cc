@@ -7,7 +7,7 @@ namespace sf {
 
 SliceIndex::Entry SliceTable::add(std::shared_ptr<Slice> slice) {
   const size_t number = owned_.size() + 1;
-  if (number > SliceIndex::kMaxSlice) return 0;
+  if (number > kCapacity) return 0;
   auto& block = blocks_[number / kBlock];
   if (block == nullptr) block = std::make_unique<std::array<const Slice*, kBlock>>();
   (*block)[number % kBlock] = slice.get();
@@ -65,16 +65,13 @@ uint64_t chain_extent(const Chain& chain, const SliceIndex& index, uint64_t off,
   uint64_t at = off;
   while (at < end) {
     const PageIndex page = at / kPageBytes;
-    uint64_t run_end = std::min(end, (page + 1) * kPageBytes);
     bool zero = false;
-    const uint64_t base_pages = index.base_run(page);
-    const SliceIndex::Entry entry = base_pages > 0 ? SliceIndex::kBase : index.get(page);
+    uint64_t pages = 0;
+    const SliceIndex::Entry entry = index.run(page, &pages);
+    uint64_t run_end = end;
+    if (pages <= (end - page * kPageBytes) / kPageBytes)
+      run_end = std::min(end, (page + pages) * kPageBytes);
     if (entry == SliceIndex::kBase) {
-      if (base_pages > (end - at) / kPageBytes) {
-        run_end = end;
-      } else if (base_pages > 0) {
-        run_end = std::min(end, (page + base_pages) * kPageBytes);
-      }
       run_end = at + chain.base->extent(at, run_end - at, &zero);
     } else {
       zero = entry == SliceIndex::kZero;

@@ -17,6 +17,7 @@ namespace sf {
 // none: whoever knows a number learned it after the slice was put here.
 class SliceTable {
  public:
+  static constexpr size_t kCapacity = 65535;
   SliceIndex::Entry add(std::shared_ptr<Slice> slice);  // 0 if full
   const Slice& at(SliceIndex::Entry number) const {
     return *(*blocks_[number / kBlock])[number % kBlock];

@@ -131,7 +131,7 @@ Status Disk::fork(const std::string& generation, bool wait, bool* busy, ForkResu
   if (views_.contains(generation)) {
     return Status::Error("E_EXISTS", "disk " + directory_ + " has generation " + generation);
   }
-  if (chain_.slices->size() >= SliceIndex::kMaxSlice) {
+  if (chain_.slices->size() >= SliceTable::kCapacity) {
     return Status::Error("E_CAPACITY", "disk " + directory_ + ": chain too long");
   }
   Status status = spare_->activate(top_->id(), generation);
