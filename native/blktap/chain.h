@@ -74,6 +74,28 @@ int read_chain(const Chain& chain, const Lookup& lookup, uint64_t off, size_t le
   return 0;
 }
 
+// Device::plan_read() of what lies in `stretch`.
+int plan_stretch(const Chain& chain, const Stretch& stretch, uint64_t off, size_t len, uint8_t* out,
+                 ReadPlan* plan);
+
+template <typename Lookup>
+int plan_chain(const Chain& chain, const Lookup& lookup, uint64_t off, size_t len, uint8_t* out,
+               ReadPlan* plan) {
+  plan->keep = {chain.base, chain.slices};
+  Stretch stretch;
+  while (len > 0) {
+    stretch.cover(off, len);
+    lookup(&stretch);
+    const size_t n = std::min<uint64_t>(len, stretch.end() - off);
+    const int error = plan_stretch(chain, stretch, off, n, out, plan);
+    if (error != 0) return error;
+    off += n;
+    out += n;
+    len -= n;
+  }
+  return 0;
+}
+
 // Device::missing() and Device::extent() over an index. Not to be changed meanwhile.
 void chain_missing(const Chain& chain, const SliceIndex& index, uint64_t off, uint64_t len,
                    Device::Access access, std::vector<PageIndex>* out);
@@ -92,6 +114,7 @@ class View final : public PageProvider, public Device {
   uint64_t size() const override { return chain_.size; }
   bool writable() const override { return false; }
   int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode, bool* zero) override;
+  int plan_read(uint64_t off, size_t len, uint8_t* out, ReadPlan* plan) override;
   int write(uint64_t, size_t, const uint8_t*, ReadMode) override { return EPERM; }
   int zero(uint64_t, uint64_t, bool) override { return EPERM; }
   int flush() override { return 0; }
