@@ -21,7 +21,6 @@ export const DEPTHS = [0, 1, 10, 100, 1000] as const;
 export const PEERS = ['nbdkit file', 'nbdkit cow 4k', 'qemu-nbd raw', 'qemu-nbd qcow2'] as const;
 
 export const ours = (depth: number): string => `ours, depth ${depth}`;
-export const SERVERS: readonly string[] = [...DEPTHS.map(ours), ...PEERS];
 
 export interface Place {
   readonly name: string;

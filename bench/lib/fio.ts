@@ -11,6 +11,8 @@ export interface Load {
   readonly area_bytes: number;
   /** Absent: the area once. Else over and over, for that long. */
   readonly runtime_ms?: number;
+  /** Runs the client on this CPU only. */
+  readonly cpu?: number;
   /** With `runtime_ms`: no block twice; ends early when the area was seen once. */
   readonly once?: boolean;
 }
@@ -42,6 +44,7 @@ export async function runFio(uri: string, load: Load, signal: AbortSignal): Prom
   ];
   if (load.runtime_ms !== undefined) argv.push(`--runtime=${load.runtime_ms}ms`);
   if (load.runtime_ms !== undefined && load.once !== true) argv.push('--time_based');
+  if (load.cpu !== undefined) argv.push(`--cpus_allowed=${load.cpu}`);
   const { stdout } = await promisify(execFile)('fio', argv, { signal, maxBuffer: 2 ** 24 });
   const report = JSON.parse(stdout.slice(stdout.indexOf('{'))) as {
     jobs: { error: number; read: Side; write: Side }[];

@@ -1,9 +1,10 @@
-import { type ChildProcess, spawn } from 'node:child_process';
+import { type ChildProcess, execFile, spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { readFileSync } from 'node:fs';
 import { connect } from 'node:net';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
+import { promisify } from 'node:util';
 import { SnowflockError } from '../../src/common/errors.js';
 
 const TICKS = 100; // a second; USER_HZ, the same on every Linux Node.js runs on
@@ -46,6 +47,11 @@ export class NbdProcess {
     const stat = readFileSync(`/proc/${this.child.pid}/stat`, 'utf8');
     const fields = stat.slice(stat.lastIndexOf(')') + 2).split(' ');
     return (Number(fields[11]) + Number(fields[12])) / TICKS;
+  }
+
+  /** Lets its threads run on these CPUs only, e.g. `0` or `0-3`. */
+  async runOn(cpus: string): Promise<void> {
+    await promisify(execFile)('taskset', ['--all-tasks', '-cp', cpus, String(this.child.pid)]);
   }
 
   async stop(): Promise<void> {

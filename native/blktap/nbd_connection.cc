@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
@@ -64,7 +65,7 @@ void Connection::transmit() {
     const bool sent = send_out();
     if (dead_ || (closing_ && jobs_.empty() && out_.empty())) return;
     if (stalled_ && sent) continue;  // there may be room now
-    if (ring_ != nullptr && may_receive()) {
+    if (ring_ != nullptr) {
       wait_ring();
     } else if (!receive()) {
       wait();
@@ -407,18 +408,10 @@ bool Connection::send_out() {
 }
 
 void Connection::wait() {
-  if (ring_ != nullptr) {
-    const size_t before = out_.size();
-    Ring::Turn turn;
-    if (ring_->look(&turn) != 0) dead_ = true;
-    take_turn(turn);
-    if (dead_ || turn.polled[Ring::kEvent] || out_.size() > before) return;
-  }
-  pollfd fds[3] = {{socket_.get(), 0, 0}, {event_.get(), POLLIN, 0}, {-1, POLLIN, 0}};
+  pollfd fds[2] = {{socket_.get(), 0, 0}, {event_.get(), POLLIN, 0}};
   if (!closing_ && !stalled_) fds[0].events |= POLLIN;
   if (!out_.empty()) fds[0].events |= POLLOUT;
-  if (ring_ != nullptr) fds[2].fd = ring_->fd();
-  if (::poll(fds, 3, -1) < 0) {
+  if (::poll(fds, 2, -1) < 0) {
     if (errno != EINTR) dead_ = true;
     return;
   }
@@ -430,7 +423,9 @@ void Connection::wait() {
 }
 
 void Connection::wait_ring() {
-  if (!ring_->receiving()) {
+  if (!may_receive()) {
+    watch_hang_up();
+  } else if (!ring_->receiving()) {
     const auto [into, bytes] = receive_space();
     ring_->receive(socket_.get(), into, bytes);
   }
@@ -439,12 +434,10 @@ void Connection::wait_ring() {
     ring_->poll(Ring::kWritable, socket_.get(), POLLOUT);
   }
   Ring::Turn turn;
-  if (ring_->wait(&turn) != 0) dead_ = true;
-  take_turn(turn);
-}
-
-void Connection::take_turn(const Ring::Turn& turn) {
+  if (dead_ || ring_->wait(&turn) != 0) dead_ = true;
   if (turn.polled[Ring::kEvent]) clear_event();
+  // While something may be received, that tells of the end, after what was sent before it.
+  if (turn.polled[Ring::kHangUp] && !may_receive()) dead_ = true;
   if (!turn.received.has_value()) return;
   const int result = *turn.received;
   if (result >= 0) {
@@ -452,6 +445,22 @@ void Connection::take_turn(const Ring::Turn& turn) {
   } else if (result != -EINTR && result != -EAGAIN) {
     dead_ = true;
   }
+}
+
+// The ring's own poll of the socket would also end when the peer merely sends no more; an epoll
+// that waits for nothing else reports a peer that has gone, and our own shutdown.
+void Connection::watch_hang_up() {
+  if (ring_->polling(Ring::kHangUp)) return;
+  if (!hang_up_.valid()) {
+    hang_up_ = Fd(::epoll_create1(EPOLL_CLOEXEC));
+    epoll_event none = {};
+    if (!hang_up_.valid() ||
+        ::epoll_ctl(hang_up_.get(), EPOLL_CTL_ADD, socket_.get(), &none) != 0) {
+      dead_ = true;  // out of descriptors: better to end it than never to notice its end
+      return;
+    }
+  }
+  ring_->poll(Ring::kHangUp, hang_up_.get(), POLLIN);
 }
 
 }  // namespace sf::nbd

@@ -9,8 +9,7 @@
 // Two engines, one behaviour. With a ring one system call receives and waits for everything; where
 // the kernel refuses one (ring.h) the socket is polled, and workers wait for the device. A ring
 // receives only while parse() can do nothing more with what is there, so that the buffer never
-// moves under it; while nothing may be received (closing, stalled) the socket is polled in both, as
-// only poll() tells a peer that has gone from one that has stopped sending.
+// moves under it.
 //
 // Memory of a connection is bounded: input buffer (256 KiB), small replies (1 MiB), and jobs of at
 // most 64 MiB or 128 in number. When a bound is reached no more is read from the socket.
@@ -72,7 +71,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   bool send_out();               // true if something went
   void wait();
   void wait_ring();
-  void take_turn(const Ring::Turn& turn);
+  void watch_hang_up();
   void clear_event();
   void wake();
   void end_ring();
@@ -80,6 +79,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   std::shared_ptr<Export> export_;
   Fd socket_;
   Fd event_;
+  Fd hang_up_;                  // made when first needed
   std::unique_ptr<Ring> ring_;  // null: the other engine
   Negotiated negotiated_;
 

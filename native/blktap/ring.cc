@@ -128,11 +128,8 @@ bool Ring::idle() const {
          std::none_of(polling_.begin(), polling_.end(), [](bool is) { return is; });
 }
 
-int Ring::wait(Turn* turn) { return reap(turn, io_uring_submit_and_wait(&ring_, 1)); }
-
-int Ring::look(Turn* turn) { return reap(turn, io_uring_submit_and_get_events(&ring_)); }
-
-int Ring::reap(Turn* turn, int submitted) {
+int Ring::wait(Turn* turn) {
+  const int submitted = io_uring_submit_and_wait(&ring_, 1);
   *turn = {};
   // Interrupted, or short of memory just now: what was not submitted is so the next time.
   if (submitted < 0 && submitted != -EINTR && submitted != -EAGAIN && submitted != -EBUSY) {

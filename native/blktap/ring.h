@@ -30,7 +30,7 @@ namespace sf {
 
 class Ring {
  public:
-  enum Poll : uint8_t { kEvent, kWritable, kPolls };
+  enum Poll : uint8_t { kEvent, kWritable, kHangUp, kPolls };
   using Done = std::function<void(int error)>;
 
   // What wait() found.
@@ -52,10 +52,8 @@ class Ring {
   void abandon();     // reads not yet submitted end with ESHUTDOWN
   bool idle() const;  // the kernel has nothing of ours in hand
 
-  // Submits, waits for at least one completion; look() does not wait. 0 or an errno.
+  // Submits, waits for at least one completion. 0 or an errno.
   int wait(Turn* turn);
-  int look(Turn* turn);
-  int fd() const { return ring_.ring_fd; }  // readable when look() will find something
 
  private:
   static constexpr unsigned kSlots = 128;
@@ -76,7 +74,6 @@ class Ring {
   void submit_slot(unsigned slot);
   void fill_slots();
   void slot_done(unsigned slot, int result);
-  int reap(Turn* turn, int submitted);
 
   io_uring ring_ = {};
   bool made_ = false;
