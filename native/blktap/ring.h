@@ -10,8 +10,9 @@
 //  - The kernel writes into what receive() and read() were given until they are reported: the owner
 //    keeps that alive, and before it goes it makes all of it end (abandon(), then wait() until
 //    idle()).
-// Left out, as measured here it does not pay: sending through the ring (a reply leaves at once by
-// sendmsg), registered files and buffers, reads of files that live in memory (done at once).
+// Files that live in memory are read at once: no device, nothing to wait for.
+// Left out: sending through the ring (sendmsg is done when it returns, most often), registered
+// files and buffers (slices come and go; a reply's buffer lives as long as the reply).
 #pragma once
 
 #include <liburing.h>
