@@ -22,6 +22,10 @@ class ZeroBase final : public Base {
     std::memset(out, 0, len);
     return 0;
   }
+  int plan_read(uint64_t, size_t len, uint8_t* out, ReadPlan*) const override {
+    std::memset(out, 0, len);
+    return 0;
+  }
   ReadResult read_page(PageIndex, uint8_t*) const override { return ReadResult::kZero; }
   uint64_t extent(uint64_t, uint64_t limit, bool* zero) const override {
     *zero = true;
@@ -41,6 +45,13 @@ class ImageBase final : public Base {
       const int error = file_.read(off, in_file, out, mode);
       if (error != 0) return error;
     }
+    std::memset(out + in_file, 0, len - in_file);
+    return 0;
+  }
+
+  int plan_read(uint64_t off, size_t len, uint8_t* out, ReadPlan* plan) const override {
+    const size_t in_file = off >= bytes_ ? 0 : std::min<uint64_t>(len, bytes_ - off);
+    if (in_file > 0) plan->segments.push_back({&file_, off, in_file, out});
     std::memset(out + in_file, 0, len - in_file);
     return 0;
   }
@@ -86,26 +97,17 @@ class ReplicaBase final : public Base {
       : replica_(std::move(replica)), file_(std::move(fd)) {}
 
   int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode, bool* zero) const override {
-    while (len > 0) {
-      const PageIndex page = off / kPageBytes;
-      const PageState state = replica_->state(page);
-      if (state == PageState::kAbsent) return ENODATA;
-      // A run of pages in one state is read at once.
-      PageIndex last = page;
-      while ((last + 1) * kPageBytes < off + len && replica_->state(last + 1) == state) last++;
-      const size_t n = std::min<uint64_t>(len, (last + 1) * kPageBytes - off);
-      if (state == PageState::kZero) {
-        std::memset(out, 0, n);
-      } else {
-        *zero = false;
-        const int error = file_.read(off, n, out, mode);
-        if (error != 0) return error;
-      }
-      off += n;
-      out += n;
-      len -= n;
-    }
-    return 0;
+    return each_run(off, len, out, [&](uint64_t at, size_t bytes, uint8_t* into) {
+      *zero = false;
+      return file_.read(at, bytes, into, mode);
+    });
+  }
+
+  int plan_read(uint64_t off, size_t len, uint8_t* out, ReadPlan* plan) const override {
+    return each_run(off, len, out, [&](uint64_t at, size_t bytes, uint8_t* into) {
+      plan->segments.push_back({&file_, at, bytes, into});
+      return 0;
+    });
   }
 
   ReadResult read_page(PageIndex page, uint8_t* out) const override {
@@ -129,6 +131,29 @@ class ReplicaBase final : public Base {
   }
 
  private:
+  // Zeros are put into `out`; `data(offset, bytes, into)` is called for each run of other pages.
+  template <typename Data>
+  int each_run(uint64_t off, size_t len, uint8_t* out, const Data& data) const {
+    while (len > 0) {
+      const PageIndex page = off / kPageBytes;
+      const PageState state = replica_->state(page);
+      if (state == PageState::kAbsent) return ENODATA;
+      PageIndex last = page;
+      while ((last + 1) * kPageBytes < off + len && replica_->state(last + 1) == state) last++;
+      const size_t n = std::min<uint64_t>(len, (last + 1) * kPageBytes - off);
+      if (state == PageState::kZero) {
+        std::memset(out, 0, n);
+      } else {
+        const int error = data(off, n, out);
+        if (error != 0) return error;
+      }
+      off += n;
+      out += n;
+      len -= n;
+    }
+    return 0;
+  }
+
   std::shared_ptr<Replica> replica_;
   DataFile file_;
 };

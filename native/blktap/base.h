@@ -7,6 +7,7 @@
 #include <string>
 
 #include "blktap/data_file.h"
+#include "blktap/read_plan.h"
 #include "common/page.h"
 #include "common/status.h"
 #include "pagestore/replica.h"
@@ -20,6 +21,8 @@ class Base {
   // 0, EAGAIN (only kNowait), ENODATA (a page is absent: want() it), or an errno. `*zero` becomes
   // false unless all bytes are known to be zeros; `out` is filled in either case.
   virtual int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode, bool* zero) const = 0;
+  // As Device::plan_read().
+  virtual int plan_read(uint64_t off, size_t len, uint8_t* out, ReadPlan* plan) const = 0;
   virtual ReadResult read_page(PageIndex page, uint8_t* out) const = 0;
 
   // The number of bytes from `off`, at most `limit`, that share one allocation state.

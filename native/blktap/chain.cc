@@ -30,6 +30,29 @@ int read_stretch(const Chain& chain, const Stretch& stretch, uint64_t off, size_
   return 0;
 }
 
+int plan_stretch(const Chain& chain, const Stretch& stretch, uint64_t off, size_t len, uint8_t* out,
+                 ReadPlan* plan) {
+  const uint64_t end = off + len;
+  while (off < end) {
+    const PageIndex first = off / kPageBytes;
+    const SliceIndex::Entry entry = stretch.entry(first);
+    PageIndex next = first + 1;
+    while (next * kPageBytes < end && stretch.entry(next) == entry) next++;
+    const size_t n = std::min(end, next * kPageBytes) - off;
+    if (entry == SliceIndex::kZero) {
+      std::memset(out, 0, n);
+    } else if (entry == SliceIndex::kBase) {
+      const int error = chain.base->plan_read(off, n, out, plan);
+      if (error != 0) return error;
+    } else {
+      plan->segments.push_back({&chain.slices->at(entry).data(), off, n, out});
+    }
+    off += n;
+    out += n;
+  }
+  return 0;
+}
+
 void chain_missing(const Chain& chain, const SliceIndex& index, uint64_t off, uint64_t len,
                    Device::Access access, std::vector<PageIndex>* out) {
   if (!chain.base->fills() || len == 0) return;

@@ -60,6 +60,29 @@ int read_chain(const Chain& chain, const Lookup& lookup, uint64_t off, size_t le
   return 0;
 }
 
+// Device::plan_read() of what lies in `stretch`.
+int plan_stretch(const Chain& chain, const Stretch& stretch, uint64_t off, size_t len, uint8_t* out,
+                 ReadPlan* plan);
+
+template <typename Lookup>
+int plan_chain(const Chain& chain, const Lookup& lookup, uint64_t off, size_t len, uint8_t* out,
+               ReadPlan* plan) {
+  plan->keep = {chain.base, chain.slices};
+  plan->section = std::make_shared<ReadGate::Section>(chain.slices->readers());
+  Stretch stretch;
+  while (len > 0) {
+    stretch.cover(off, len);
+    lookup(&stretch);
+    const size_t n = std::min<uint64_t>(len, stretch.end() - off);
+    const int error = plan_stretch(chain, stretch, off, n, out, plan);
+    if (error != 0) return error;
+    off += n;
+    out += n;
+    len -= n;
+  }
+  return 0;
+}
+
 // Device::missing() and Device::extent() over an index. Not to be changed meanwhile.
 void chain_missing(const Chain& chain, const SliceIndex& index, uint64_t off, uint64_t len,
                    Device::Access access, std::vector<PageIndex>* out);
@@ -70,5 +93,6 @@ uint64_t chain_extent(const Chain& chain, const SliceIndex& index, uint64_t off,
 // for that slice itself, more below; the base is one below the oldest slice. Entries that are zeros
 // count as the top's. The caller holds chain.slices->shape() shared.
 uint32_t chain_depth(const Chain& chain, uint32_t top, SliceIndex::Entry entry);
+
 
 }  // namespace sf

@@ -23,6 +23,7 @@ class DataFile {
 
   int fd() const { return fd_.get(); }
   bool valid() const { return fd_.valid(); }
+  bool in_memory() const { return nowait_ == Nowait::kMemory; }  // a read never waits for a device
   // 0 or an errno. A file that ends before `len` bytes is EIO, never zeros.
   int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode) const;
   int write(uint64_t off, const void* data, size_t len) const;

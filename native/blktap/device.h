@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "blktap/data_file.h"
+#include "blktap/read_plan.h"
 #include "common/page.h"
 #include "common/status.h"
 
@@ -25,6 +26,10 @@ class Device {
   // EAGAIN with kNowait if it would wait for a device, ENODATA if a page is not on this host yet.
   // `*zero` tells that all bytes are known to be zeros; `out` is filled in either case.
   virtual int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode, bool* zero) = 0;
+  // What read() would do, for the caller to carry out later: pieces that are zeros are in `out`
+  // already. ENODATA as read(). Then the caller tells how it went, and gets the request's error.
+  virtual int plan_read(uint64_t off, size_t len, uint8_t* out, ReadPlan* plan) = 0;
+  virtual int carried_out(int error) = 0;
   // With kNowait: EAGAIN if bytes from below the top would have to be read first.
   virtual int write(uint64_t off, size_t len, const uint8_t* data, ReadMode mode) = 0;
   // Reads as zeros afterwards. `edges`: pages covered in part too (WRITE_ZEROES; TRIM leaves them).

@@ -82,6 +82,8 @@ class Disk final : public Device {
   uint64_t size() const override { return chain_.size; }
   bool writable() const override { return true; }
   int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode, bool* zero) override;
+  int plan_read(uint64_t off, size_t len, uint8_t* out, ReadPlan* plan) override;
+  int carried_out(int error) override { return count_error(error); }
   int write(uint64_t off, size_t len, const uint8_t* data, ReadMode mode) override;
   int zero(uint64_t off, uint64_t len, bool edges) override;
   int flush() override;

@@ -2,11 +2,13 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <new>
 
 namespace sf::nbd {
@@ -15,6 +17,7 @@ namespace {
 constexpr size_t kInBytes = 256 * 1024;
 constexpr size_t kSmallRead = 32 * 1024;
 constexpr size_t kSmallWrite = 64 * 1024;
+constexpr size_t kRingRead = 1 << 20;  // above: a worker's, so that others are not held up
 constexpr size_t kChunkBytes = 128 * 1024;
 constexpr size_t kMaxSmallBytes = 1 << 20;
 constexpr size_t kMaxJobBytes = 64u << 20;
@@ -47,7 +50,11 @@ void Connection::stop() { ::shutdown(socket_.get(), SHUT_RDWR); }
 
 void Connection::run() {
   Handshake handshake(socket_.get(), export_->info());
-  if (event_.valid() && handshake.run(&negotiated_)) transmit();
+  if (event_.valid() && handshake.run(&negotiated_)) {
+    ring_ = Ring::Make();
+    transmit();
+    end_ring();
+  }
   ::shutdown(socket_.get(), SHUT_RDWR);
 }
 
@@ -58,17 +65,42 @@ void Connection::transmit() {
     const bool sent = send_out();
     if (dead_ || (closing_ && jobs_.empty() && out_.empty())) return;
     if (stalled_ && sent) continue;  // there may be room now
-    if (!receive()) wait();
+    if (ring_ != nullptr) {
+      wait_ring();
+    } else if (!receive()) {
+      wait();
+    }
   }
+}
+
+// Whatever the kernel still has in hand ends, and with it its use of our buffers.
+void Connection::end_ring() {
+  if (ring_ == nullptr) return;
+  ::shutdown(socket_.get(), SHUT_RDWR);
+  ring_->abandon();
+  Ring::Turn turn;
+  while (!ring_->idle()) {
+    wake();
+    if (ring_->wait(&turn) != 0) std::abort();  // going on would let it write into freed memory
+  }
+  ring_.reset();
 }
 
 void Connection::complete(JobPtr job) {
   std::lock_guard lock(done_mutex_);
   done_.push_back(std::move(job));
-  if (done_.size() > 1) return;  // woken already
+  if (done_.size() == 1) wake();  // else it was woken already
+}
+
+void Connection::wake() {
   const uint64_t one = 1;
   // It can fail only when the counter is full, and then the thread is woken anyway.
   if (::write(event_.get(), &one, sizeof one) < 0) return;
+}
+
+void Connection::clear_event() {
+  uint64_t count = 0;
+  if (::read(event_.get(), &count, sizeof count) < 0 && errno != EAGAIN) dead_ = true;
 }
 
 void Connection::take_completions() {
@@ -77,14 +109,16 @@ void Connection::take_completions() {
     std::lock_guard lock(done_mutex_);
     done.swap(done_);
   }
-  for (auto& job : done) {
-    jobs_.erase(job);
-    Out out;
-    out.data = std::move(job->reply);
-    out.size = job->reply_bytes;
-    out.budget = job->budget;
-    out_.push_back(std::move(out));
-  }
+  for (auto& job : done) answer(job);
+}
+
+void Connection::answer(const JobPtr& job) {
+  Out out;
+  out.data = std::move(job->reply);
+  out.size = job->reply_bytes;
+  out.budget = job->budget;
+  out_.push_back(std::move(out));
+  jobs_.erase(job);
 }
 
 bool Connection::room_for(size_t bytes) const {
@@ -166,6 +200,7 @@ void Connection::handle(const Request& request, const uint8_t* payload) {
   const int error = check(request);
   if (error == 0) {
     if (request.type == kRead && request.length <= kSmallRead && small_read(request)) return;
+    if (request.type == kRead && request.length <= kRingRead && ring_read(request)) return;
     if (request.type == kWrite && small_write(request, payload)) return;
   }
   std::unique_ptr<uint8_t[]> copy;
@@ -184,6 +219,31 @@ bool Connection::small_read(const Request& request) {
                                            ReadMode::kNowait, &zero);
   if (error != 0) return false;  // the slow path finds out what it is
   small_commit(put_read_reply(space, request, negotiated_.structured, zero));
+  return true;
+}
+
+// False if a worker must do it: the kernel gives no ring, or pages have to be fetched first.
+bool Connection::ring_read(const Request& request) {
+  if (ring_ == nullptr) return false;
+  const size_t head = negotiated_.structured ? kMaxReplyHead : kSimpleReplyBytes;
+  std::unique_ptr<uint8_t[]> reply(new (std::nothrow) uint8_t[head + request.length]);
+  if (reply == nullptr) return false;
+  ReadPlan plan;
+  if (export_->device().plan_read(request.offset, request.length, reply.get() + head, &plan) != 0) {
+    return false;
+  }
+  JobPtr job = make_job(request, 0);
+  job->reply = std::move(reply);
+  const bool zero = plan.segments.empty();
+  ring_->read(std::move(plan), [this, job, zero](int result) {
+    const int error = export_->device().carried_out(result);
+    if (error == 0) {
+      job->reply_bytes = put_read_reply(job->reply.get(), job->request, job->structured, zero);
+    } else {
+      reply_error(job.get(), error);
+    }
+    answer(job);
+  });
   return true;
 }
 
@@ -267,38 +327,44 @@ void Connection::simple_reply(const Request& request, int error) {
   small_commit(kSimpleReplyBytes);
 }
 
-bool Connection::receive() {
-  if (dead_ || closing_ || stalled_) return false;
-  ssize_t n = 0;
+std::pair<uint8_t*, size_t> Connection::receive_space() {
   if (large_ != nullptr) {
-    const size_t left = large_->request.length - large_got_;
-    n = ::recv(socket_.get(), large_->payload.get() + large_got_, left, MSG_DONTWAIT);
-  } else {
-    if (in_from_ == in_to_) {
-      in_from_ = in_to_ = 0;
-    } else if (kInBytes - in_to_ < kSmallWrite + kRequestBytes) {
-      std::memmove(in_.get(), in_.get() + in_from_, in_to_ - in_from_);
-      in_to_ -= in_from_;
-      in_from_ = 0;
-    }
-    n = ::recv(socket_.get(), in_.get() + in_to_, kInBytes - in_to_, MSG_DONTWAIT);
+    return {large_->payload.get() + large_got_, large_->request.length - large_got_};
   }
+  if (in_from_ == in_to_) {
+    in_from_ = in_to_ = 0;
+  } else if (kInBytes - in_to_ < kSmallWrite + kRequestBytes) {
+    std::memmove(in_.get(), in_.get() + in_from_, in_to_ - in_from_);
+    in_to_ -= in_from_;
+    in_from_ = 0;
+  }
+  return {in_.get() + in_to_, kInBytes - in_to_};
+}
+
+bool Connection::receive() {
+  if (!may_receive()) return false;
+  const auto [into, bytes] = receive_space();
+  const ssize_t n = ::recv(socket_.get(), into, bytes, MSG_DONTWAIT);
   if (n < 0) {
     if (errno != EAGAIN && errno != EINTR) dead_ = true;
     return dead_;
   }
-  if (n == 0) {  // like a disconnect, unless it broke off inside a request
+  received(n);
+  return true;
+}
+
+void Connection::received(ssize_t bytes) {
+  if (bytes == 0) {  // like a disconnect, unless it broke off inside a request
     closing_ = true;
     dead_ = large_ != nullptr || in_from_ != in_to_;
-    return true;
+    return;
   }
   if (large_ == nullptr) {
-    in_to_ += static_cast<size_t>(n);
-    return true;
+    in_to_ += static_cast<size_t>(bytes);
+    return;
   }
-  large_got_ += static_cast<size_t>(n);
+  large_got_ += static_cast<size_t>(bytes);
   end_large_write();
-  return true;
 }
 
 bool Connection::send_out() {
@@ -349,14 +415,52 @@ void Connection::wait() {
     if (errno != EINTR) dead_ = true;
     return;
   }
-  if ((fds[1].revents & POLLIN) != 0) {
-    uint64_t count = 0;
-    if (::read(event_.get(), &count, sizeof count) < 0 && errno != EAGAIN) dead_ = true;
-  }
+  if ((fds[1].revents & POLLIN) != 0) clear_event();
   // Gone altogether: nobody is left to read an answer.
   if ((fds[0].revents & (POLLERR | POLLHUP | POLLNVAL)) != 0 && (fds[0].revents & POLLIN) == 0) {
     dead_ = true;
   }
+}
+
+void Connection::wait_ring() {
+  if (!may_receive()) {
+    watch_hang_up();
+  } else if (!ring_->receiving()) {
+    const auto [into, bytes] = receive_space();
+    ring_->receive(socket_.get(), into, bytes);
+  }
+  if (!ring_->polling(Ring::kEvent)) ring_->poll(Ring::kEvent, event_.get(), POLLIN);
+  if (!out_.empty() && !ring_->polling(Ring::kWritable)) {
+    ring_->poll(Ring::kWritable, socket_.get(), POLLOUT);
+  }
+  Ring::Turn turn;
+  if (dead_ || ring_->wait(&turn) != 0) dead_ = true;
+  if (turn.polled[Ring::kEvent]) clear_event();
+  // While something may be received, that tells of the end, after what was sent before it.
+  if (turn.polled[Ring::kHangUp] && !may_receive()) dead_ = true;
+  if (!turn.received.has_value()) return;
+  const int result = *turn.received;
+  if (result >= 0) {
+    received(result);
+  } else if (result != -EINTR && result != -EAGAIN) {
+    dead_ = true;
+  }
+}
+
+// The ring's own poll of the socket would also end when the peer merely sends no more; an epoll
+// that waits for nothing else reports a peer that has gone, and our own shutdown.
+void Connection::watch_hang_up() {
+  if (ring_->polling(Ring::kHangUp)) return;
+  if (!hang_up_.valid()) {
+    hang_up_ = Fd(::epoll_create1(EPOLL_CLOEXEC));
+    epoll_event none = {};
+    if (!hang_up_.valid() ||
+        ::epoll_ctl(hang_up_.get(), EPOLL_CTL_ADD, socket_.get(), &none) != 0) {
+      dead_ = true;  // out of descriptors: better to end it than never to notice its end
+      return;
+    }
+  }
+  ring_->poll(Ring::kHangUp, hang_up_.get(), POLLIN);
 }
 
 }  // namespace sf::nbd

@@ -1,9 +1,15 @@
 // The transmission phase of one NBD connection.
 //
-// One thread does all socket I/O and never blocks on a peer that does not read or write: the socket
-// is polled, replies queue up. Small reads that lie in the page cache and small writes that need
-// nothing from below are done on this thread, many per system call; all else is a Job for the
-// export's workers, which never touch the socket. Replies leave in the order they are ready.
+// One thread does all socket I/O and never blocks on a peer that does not read or write: replies
+// queue up. Small reads that lie in the page cache and small writes that need nothing from below
+// are done on this thread, many per system call. Reads that must wait for a device go through the
+// thread's io_uring, straight into the replies that are sent. All else is a Job for the export's
+// workers, which never touch the socket. Replies leave in the order they are ready.
+//
+// Two engines, one behaviour. With a ring one system call receives and waits for everything; where
+// the kernel refuses one (ring.h) the socket is polled, and workers wait for the device. A ring
+// receives only while parse() can do nothing more with what is there, so that the buffer never
+// moves under it.
 //
 // Memory of a connection is bounded: input buffer (256 KiB), small replies (1 MiB), and jobs of at
 // most 64 MiB or 128 in number. When a bound is reached no more is read from the socket.
@@ -16,6 +22,7 @@
 #include <vector>
 
 #include "blktap/nbd_export.h"
+#include "blktap/ring.h"
 #include "common/fd.h"
 
 namespace sf::nbd {
@@ -46,6 +53,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
   int check(const Request& request) const;
   bool small_read(const Request& request);
   bool small_write(const Request& request, const uint8_t* data);
+  bool ring_read(const Request& request);
+  void answer(const JobPtr& job);  // its reply is ready
   void dispatch(const Request& request, int error, std::unique_ptr<uint8_t[]> payload);
   JobPtr make_job(const Request& request, int error);
   void begin_large_write(const Request& request, int error);
@@ -55,13 +64,23 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void small_commit(size_t bytes);
   void simple_reply(const Request& request, int error);
   void take_completions();
-  bool receive();   // true if something came
-  bool send_out();  // true if something went
+  bool may_receive() const { return !dead_ && !closing_ && !stalled_; }
+  std::pair<uint8_t*, size_t> receive_space();
+  void received(ssize_t bytes);  // 0 at the end of the stream
+  bool receive();                // true if something came
+  bool send_out();               // true if something went
   void wait();
+  void wait_ring();
+  void watch_hang_up();
+  void clear_event();
+  void wake();
+  void end_ring();
 
   std::shared_ptr<Export> export_;
   Fd socket_;
   Fd event_;
+  Fd hang_up_;                  // made when first needed
+  std::unique_ptr<Ring> ring_;  // null: the other engine
   Negotiated negotiated_;
 
   std::unique_ptr<uint8_t[]> in_;

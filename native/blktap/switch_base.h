@@ -32,6 +32,9 @@ class SwitchBase final : public Base {
   int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode, bool* zero) const override {
     return now()->read(off, len, out, mode, zero);
   }
+  int plan_read(uint64_t off, size_t len, uint8_t* out, ReadPlan* plan) const override {
+    return now()->plan_read(off, len, out, plan);
+  }
   ReadResult read_page(PageIndex page, uint8_t* out) const override {
     return now()->read_page(page, out);
   }

@@ -39,6 +39,12 @@ int View::read(uint64_t off, size_t len, uint8_t* out, ReadMode mode, bool* zero
   return error == 0 && !current() ? ESHUTDOWN : error;
 }
 
+int View::plan_read(uint64_t off, size_t len, uint8_t* out, ReadPlan* plan) {
+  return plan_chain(
+      chain_, [&](Stretch* s) { index_->get(s->first, s->count, s->entries.data()); }, off, len,
+      out, plan);
+}
+
 uint32_t View::depth(PageIndex page) const {
   std::shared_lock shape(chain_.slices->shape());
   return chain_depth(chain_, node_->height, index_->get(page));

@@ -2,6 +2,8 @@
 // and after its store is closed. read() of a page that a replica base has not got yet is kAbsent.
 #pragma once
 
+#include <errno.h>
+
 #include "blktap/chain.h"
 #include "blktap/store.h"
 
@@ -18,6 +20,8 @@ class View final : public PageProvider, public Device {
   uint64_t size() const override { return chain_.size; }
   bool writable() const override { return false; }
   int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode, bool* zero) override;
+  int plan_read(uint64_t off, size_t len, uint8_t* out, ReadPlan* plan) override;
+  int carried_out(int error) override { return error == 0 && !current() ? ESHUTDOWN : error; }
   int write(uint64_t, size_t, const uint8_t*, ReadMode) override { return EPERM; }
   int zero(uint64_t, uint64_t, bool) override { return EPERM; }
   int flush() override { return 0; }

@@ -1,0 +1,3 @@
+// The tests of hostile.test.ts on the other engine, as where the kernel refuses io_uring.
+process.env.SNOWFLOCK_IO_URING = '0';
+await import('./hostile.test.js');
