@@ -66,6 +66,7 @@ void Claim::release() {
       store_->claimed_.erase(slice.id);
       store_->vanishing_.erase(slice.id);
     }
+    store_->released_.notify_all();
   }
   store_.reset();
 }

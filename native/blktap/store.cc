@@ -13,6 +13,8 @@
 namespace sf {
 namespace {
 
+constexpr auto kStopLimit = std::chrono::seconds(10);
+
 // Ends chains of any length without recursion: a node's end gives its parent to whoever is ending
 // nodes on this thread.
 void let_go(NodePtr node) {
@@ -60,11 +62,15 @@ Status Store::Open(const std::string& directory, std::shared_ptr<Store>* out) {
 
 Status Store::close() {
   std::vector<NodePtr> nodes;  // let go after the lock
-  std::lock_guard lock(mutex);
+  std::unique_lock lock(mutex);
   if (closed_) return Status::Ok();
+  // Clean-ups that were told to stop need a moment.
+  if (disks_ == 0) {
+    released_.wait_for(lock, kStopLimit, [&] { return claimed_.empty(); });
+  }
   if (disks_ > 0 || !claimed_.empty()) {
     return Status::Error(
-        "E_IN_USE", "store " + directory_ + ": close its disks and end its " + "merges before it");
+        "E_IN_USE", "store " + directory_ + ": close its disks and end its clean-ups before it");
   }
   closed_ = true;
   nodes.swap(buried_nodes_);

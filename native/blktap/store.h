@@ -20,6 +20,7 @@
 // long) > a disk's gate > mutex (the nodes; held for moments, also at a fork).
 #pragma once
 
+#include <condition_variable>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -74,7 +75,8 @@ class Store : public std::enable_shared_from_this<Store> {
   using OpenBase = std::function<Status(std::shared_ptr<Base>*)>;
 
   static Status Open(const std::string& directory, std::shared_ptr<Store>* out);
-  Status close();  // E_IN_USE while a disk is open or a merge under way. Views stay readable.
+  // E_IN_USE while a disk is open, or if a clean-up goes on for 10 s more. Views stay readable.
+  Status close();
 
   const std::string& directory() const { return directory_; }
   const std::shared_ptr<SliceTable>& table() const { return table_; }
@@ -138,6 +140,7 @@ class Store : public std::enable_shared_from_this<Store> {
     std::weak_ptr<Node> node;
   };
   std::unordered_map<std::string, Known> nodes_;  // mutex
+  std::condition_variable released_;              // of a claim
   std::unordered_set<std::string> claimed_;       // mutex: one clean-up has them
   std::unordered_set<std::string> vanishing_;     // mutex: of these, those nobody may read
   std::vector<std::shared_ptr<Slice>> buried_;    // mutex: reads of them did not end in time

@@ -122,15 +122,15 @@ class StoreJs : public Napi::ObjectWrap<StoreJs> {
         info.Env(), [=] { return Store::Open(directory, store.get()); },
         [=](Napi::Env) {
           const Napi::Object made = constructor().New({});
-          StoreJs::Unwrap(made)->store_ = std::move(*store);
+          *StoreJs::Unwrap(made)->held_ = std::move(*store);
           return made;
         });
   }
 
  private:
   const std::shared_ptr<Store>& open(Napi::Env env) {
-    if (store_ == nullptr) throw js_error(env, Status::Error("E_CLOSED", "the store is closed"));
-    return store_;
+    if (*held_ == nullptr) throw js_error(env, Status::Error("E_CLOSED", "the store is closed"));
+    return *held_;
   }
 
   Napi::Value OpenDisk(const Napi::CallbackInfo& info) {
@@ -215,13 +215,16 @@ class StoreJs : public Napi::ObjectWrap<StoreJs> {
   }
 
   Napi::Value Close(const Napi::CallbackInfo& info) {
-    if (store_ == nullptr) return Task::Run(info.Env(), [] { return Status::Ok(); });
-    throw_if(info.Env(), store_->close());
-    store_.reset();
-    return Task::Run(info.Env(), [] { return Status::Ok(); });
+    if (*held_ == nullptr) return Task::Run(info.Env(), [] { return Status::Ok(); });
+    return Task::Run(
+        info.Env(), [store = *held_] { return store->close(); },
+        [held = held_](Napi::Env env) {
+          held->reset();
+          return env.Undefined();
+        });
   }
 
-  std::shared_ptr<Store> store_;
+  const std::shared_ptr<std::shared_ptr<Store>> held_ = std::make_shared<std::shared_ptr<Store>>();
 };
 
 // createSlice(directory, id, sizeBytes, spare)
