@@ -74,17 +74,20 @@ int read_chain(const Chain& chain, const Lookup& lookup, uint64_t off, size_t le
   return 0;
 }
 
-// Device::missing() and Device::extent() over an index. Not to be changed meanwhile.
+// Device::missing(), extent() and cache() over an index. Not to be changed meanwhile.
 void chain_missing(const Chain& chain, const SliceIndex& index, uint64_t off, uint64_t len,
                    Device::Access access, std::vector<PageIndex>* out);
-uint64_t chain_extent(const Chain& chain, const SliceIndex& index, uint64_t off, uint64_t limit,
-                      bool* hole);
+// `newest`: the slice at depth 1. See extent.cc for what the depths are.
+Device::Extent chain_extent(const Chain& chain, const SliceIndex& index, SliceIndex::Entry newest,
+                            uint64_t off, uint64_t limit);
+void chain_cache(const Chain& chain, const SliceIndex& index, uint64_t off, uint64_t len);
 
 // The image of one instant. It stays readable, unchanged, while the disk goes on, and after the
 // disk is closed. read() of a page that a replica base has not got yet is kAbsent.
 class View final : public PageProvider, public Device {
  public:
-  View(Chain chain, SliceIndex index) : chain_(std::move(chain)), index_(std::move(index)) {}
+  View(Chain chain, SliceIndex index, SliceIndex::Entry newest)
+      : chain_(std::move(chain)), index_(std::move(index)), newest_(newest) {}
 
   uint64_t pages() const override { return chain_.size / kPageBytes; }
   ReadResult read(PageIndex page, uint8_t* out) override;
@@ -93,7 +96,7 @@ class View final : public PageProvider, public Device {
   bool writable() const override { return false; }
   int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode, bool* zero) override;
   int write(uint64_t, size_t, const uint8_t*, ReadMode) override { return EPERM; }
-  int zero(uint64_t, uint64_t, bool) override { return EPERM; }
+  int zero(uint64_t, uint64_t, Zero, bool) override { return EPERM; }
   int flush() override { return 0; }
   void missing(uint64_t off, uint64_t len, Access access,
                std::vector<PageIndex>* out) const override {
@@ -102,13 +105,15 @@ class View final : public PageProvider, public Device {
   void want(PageIndex page, std::function<void(const Status&)> done) override {
     chain_.base->want(page, std::move(done));
   }
-  uint64_t extent(uint64_t off, uint64_t limit, bool* hole) const override {
-    return chain_extent(chain_, index_, off, limit, hole);
+  Extent extent(uint64_t off, uint64_t limit) const override {
+    return chain_extent(chain_, index_, newest_, off, limit);
   }
+  void cache(uint64_t off, uint64_t len) override { chain_cache(chain_, index_, off, len); }
 
  private:
   const Chain chain_;
   const SliceIndex index_;
+  const SliceIndex::Entry newest_;  // the slice that was sealed as this generation
 };
 
 }  // namespace sf

@@ -70,7 +70,7 @@ Status Disk::load(const Spec& spec) {
     status = load_slice(slice);
     if (!status.ok()) return status;
     if (!top && spec.slices[i].keep) {
-      views_[spec.slices[i].generation] = std::make_shared<View>(chain_, index_);
+      views_[spec.slices[i].generation] = std::make_shared<View>(chain_, index_, top_number_);
     }
   }
   if (!spec.spare.empty()) {
@@ -104,7 +104,7 @@ Status Disk::recover_spare() {
   }
   // Not sealed: it died before that. Its map is whole, in .live or, after a power cut, in .map.
   if (!top_->settled()) unsettled_.push_back(top_);
-  views_[generation] = std::make_shared<View>(chain_, index_);
+  views_[generation] = std::make_shared<View>(chain_, index_, top_number_);
   recovered_ = generation;
   return load_slice(slice);
 }
@@ -136,7 +136,7 @@ Status Disk::fork(const std::string& generation, bool wait, bool* busy, ForkResu
   }
   Status status = spare_->activate(top_->id(), generation);
   if (!status.ok()) return status;
-  views_[generation] = std::make_shared<View>(chain_, index_);
+  views_[generation] = std::make_shared<View>(chain_, index_, top_number_);
   unsettled_.push_back(top_);
   result->slice = top_->id();
   top_ = std::move(spare_);
@@ -250,9 +250,15 @@ void Disk::missing(uint64_t off, uint64_t len, Access access, std::vector<PageIn
   chain_missing(chain_, index_, off, len, access, out);
 }
 
-uint64_t Disk::extent(uint64_t off, uint64_t limit, bool* hole) const {
+Device::Extent Disk::extent(uint64_t off, uint64_t limit) const {
+  std::shared_lock gate(gate_);  // guards top_number_
   std::shared_lock lock(index_lock_);
-  return chain_extent(chain_, index_, off, limit, hole);
+  return chain_extent(chain_, index_, top_number_, off, limit);
+}
+
+void Disk::cache(uint64_t off, uint64_t len) {
+  std::shared_lock lock(index_lock_);
+  chain_cache(chain_, index_, off, len);
 }
 
 int Disk::count_error(int error) {

@@ -88,12 +88,13 @@ class Disk final : public Device {
   bool writable() const override { return true; }
   int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode, bool* zero) override;
   int write(uint64_t off, size_t len, const uint8_t* data, ReadMode mode) override;
-  int zero(uint64_t off, uint64_t len, bool edges) override;
+  int zero(uint64_t off, uint64_t len, Zero mode, bool fast) override;
   int flush() override;
   void missing(uint64_t off, uint64_t len, Access access,
                std::vector<PageIndex>* out) const override;
   void want(PageIndex page, std::function<void(const Status&)> done) override;
-  uint64_t extent(uint64_t off, uint64_t limit, bool* hole) const override;
+  Extent extent(uint64_t off, uint64_t limit) const override;
+  void cache(uint64_t off, uint64_t len) override;
 
  private:
   explicit Disk(uint64_t pages) : index_(pages) {}
@@ -105,7 +106,12 @@ class Disk final : public Device {
   int write_stretch(const Stretch& stretch, uint64_t off, size_t len, const uint8_t* data,
                     ReadMode mode);
   void give_back(const Stretch& stretch);
-  int zero_stretch(const Stretch& stretch, uint64_t off, uint64_t len, bool edges);
+  int zero_stretch(const Stretch& stretch, uint64_t off, uint64_t len, Zero mode);
+  int zero_edges(const Stretch& stretch, uint64_t off, uint64_t len, bool allocate);
+  int zero_pages(const Stretch& stretch, PageIndex first, PageIndex end);
+  int allocate_pages(const Stretch& stretch, PageIndex first, PageIndex end);
+  bool known_zero(PageIndex page, SliceIndex::Entry entry) const;
+  bool zero_is_fast(uint64_t off, uint64_t len, Zero mode) const;
   int mark(PageIndex first, uint64_t count, PageState state);
   int count_error(int error);
 

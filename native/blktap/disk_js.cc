@@ -1,131 +1,11 @@
-// JavaScript's view of disks and their servers: open, fork, settle, serve. Requests never pass
-// here.
-#include <functional>
-#include <set>
-
+// JavaScript's view of disks: open, fork, settle, serve. Requests never pass here.
 #include "blktap/disk.h"
-#include "blktap/nbd_server.h"
+#include "blktap/js_task.h"
+#include "blktap/server_js.h"
 #include "common/js.h"
 
 namespace sf {
 namespace {
-
-// Runs `work` on a thread of the pool and settles a promise with `result` or the error.
-class Task : public Napi::AsyncWorker {
- public:
-  using Work = std::function<Status()>;
-  using Result = std::function<Napi::Value(Napi::Env)>;
-  static Napi::Value Run(Napi::Env env, Work work, Result result = nullptr) {
-    auto* task = new Task(env, std::move(work), std::move(result));
-    task->Queue();
-    return task->deferred_.Promise();
-  }
-
- protected:
-  void Execute() override { status_ = work_(); }
-  void OnOK() override {
-    Napi::HandleScope scope(Env());
-    if (!status_.ok()) {
-      deferred_.Reject(js_error(Env(), status_).Value());
-      return;
-    }
-    deferred_.Resolve(result_ ? result_(Env()) : Env().Undefined());
-  }
-
- private:
-  Task(Napi::Env env, Work work, Result result)
-      : Napi::AsyncWorker(env),
-        deferred_(env),
-        work_(std::move(work)),
-        result_(std::move(result)) {}
-  Napi::Promise::Deferred deferred_;
-  Work work_;
-  Result result_;
-  Status status_;
-};
-
-std::string text(const Napi::Object& object, const char* name) {
-  const Napi::Value value = object.Get(name);
-  return value.IsString() ? value.As<Napi::String>().Utf8Value() : std::string();
-}
-
-uint64_t number(const Napi::Object& object, const char* name) {
-  const Napi::Value value = object.Get(name);
-  const double n = value.IsNumber() ? value.As<Napi::Number>().DoubleValue() : 0;
-  return n > 0 && n <= 9007199254740991.0 ? static_cast<uint64_t>(n) : 0;
-}
-
-// Servers that run: stopped before the environment goes, as their threads use the addon's code.
-std::set<nbd::Server*>& running() {
-  static std::set<nbd::Server*> servers;
-  return servers;
-}
-
-void stop_all(void*) {
-  for (auto* server : running()) server->stop();
-  running().clear();
-}
-
-class ServerJs : public Napi::ObjectWrap<ServerJs> {
- public:
-  static Napi::FunctionReference& constructor() {
-    static auto* reference = new Napi::FunctionReference();
-    return *reference;
-  }
-  static void Init(Napi::Env env) {
-    constructor() = Napi::Persistent(DefineClass(env, "NbdServer",
-                                                 {
-                                                     InstanceMethod("close", &ServerJs::Close),
-                                                     InstanceMethod("stats", &ServerJs::Stats),
-                                                 }));
-    env.AddCleanupHook(&stop_all, static_cast<void*>(nullptr));
-  }
-  explicit ServerJs(const Napi::CallbackInfo& info) : Napi::ObjectWrap<ServerJs>(info) {}
-  ~ServerJs() override {
-    if (server_ != nullptr) running().erase(server_.get());
-  }
-
-  static Napi::Value Start(Napi::Env env, const Napi::Value& options,
-                           std::shared_ptr<Device> device) {
-    if (!options.IsObject()) {
-      throw js_error(env, Status::Error("E_ARGUMENT", "serve: options expected"));
-    }
-    const auto object = options.As<Napi::Object>();
-    nbd::Server::Config config;
-    config.socket_path = text(object, "socketPath");
-    config.info.name = text(object, "exportName");
-    config.info.description = text(object, "description");
-    if (object.Get("uid").IsNumber()) config.uid = object.Get("uid").ToNumber().Uint32Value();
-    if (object.Get("gid").IsNumber()) config.gid = object.Get("gid").ToNumber().Uint32Value();
-    if (object.Get("mode").IsNumber()) config.mode = object.Get("mode").ToNumber().Uint32Value();
-    std::unique_ptr<nbd::Server> server;
-    throw_if(env, nbd::Server::Start(std::move(config), std::move(device), &server));
-    const Napi::Object made = constructor().New({});
-    ServerJs* self = ServerJs::Unwrap(made);
-    self->server_ = std::move(server);
-    running().insert(self->server_.get());
-    return made;
-  }
-
- private:
-  Napi::Value Close(const Napi::CallbackInfo& info) {
-    if (server_ == nullptr) return Task::Run(info.Env(), [] { return Status::Ok(); });
-    running().erase(server_.get());
-    std::shared_ptr<nbd::Server> server = std::move(server_);
-    return Task::Run(info.Env(), [server] {
-      server->stop();
-      return Status::Ok();
-    });
-  }
-  Napi::Value Stats(const Napi::CallbackInfo& info) {
-    auto stats = Napi::Object::New(info.Env());
-    stats.Set("connections", server_ ? static_cast<double>(server_->connections()) : 0);
-    stats.Set("accepted", server_ ? static_cast<double>(server_->accepted()) : 0);
-    return stats;
-  }
-
-  std::unique_ptr<nbd::Server> server_;
-};
 
 class DiskJs : public Napi::ObjectWrap<DiskJs> {
  public:
@@ -145,8 +25,8 @@ class DiskJs : public Napi::ObjectWrap<DiskJs> {
                                          InstanceMethod("dropView", &DiskJs::DropView),
                                          InstanceMethod("info", &DiskJs::Info),
                                          InstanceMethod("stats", &DiskJs::Stats),
-                                         InstanceMethod("serve", &DiskJs::Serve),
-                                         InstanceMethod("serveView", &DiskJs::ServeView),
+                                         InstanceMethod("device", &DiskJs::Device),
+                                         InstanceMethod("viewDevice", &DiskJs::ViewDevice),
                                          InstanceMethod("close", &DiskJs::Close),
                                      }));
   }
@@ -320,11 +200,11 @@ class DiskJs : public Napi::ObjectWrap<DiskJs> {
     return out;
   }
 
-  Napi::Value Serve(const Napi::CallbackInfo& info) {
-    return ServerJs::Start(info.Env(), info[0], open(info.Env()));
+  Napi::Value Device(const Napi::CallbackInfo& info) {
+    return wrap_device(info.Env(), open(info.Env()));
   }
-  Napi::Value ServeView(const Napi::CallbackInfo& info) {
-    return ServerJs::Start(info.Env(), info[1], view(info.Env(), info[0]));
+  Napi::Value ViewDevice(const Napi::CallbackInfo& info) {
+    return wrap_device(info.Env(), view(info.Env(), info[0]));
   }
 
   Napi::Value Close(const Napi::CallbackInfo& info) {
@@ -358,7 +238,6 @@ Napi::Value ReadPage(const Napi::CallbackInfo& info) {
 }
 
 void Init(Napi::Env env, Napi::Object exports) {
-  ServerJs::Init(env);
   DiskJs::Init(env);
   exports.Set("openDisk", Napi::Function::New(env, &DiskJs::Open));
   exports.Set("createSlice", Napi::Function::New(env, &DiskJs::CreateSlice));

@@ -9,13 +9,14 @@
 // most 64 MiB or 128 in number. When a bound is reached no more is read from the socket.
 #pragma once
 
+#include <atomic>
 #include <deque>
 #include <memory>
 #include <mutex>
 #include <unordered_set>
 #include <vector>
 
-#include "blktap/nbd_export.h"
+#include "blktap/nbd_handshake.h"
 #include "common/fd.h"
 
 namespace sf::nbd {
@@ -26,10 +27,11 @@ size_t put_read_reply(uint8_t* p, const Request& request, bool structured, bool 
 
 class Connection : public std::enable_shared_from_this<Connection> {
  public:
-  Connection(std::shared_ptr<Export> exported, Fd socket);
+  Connection(Exports& exports, Fd socket);
   void run();                 // until the client leaves or stop()
   void stop();                // any thread
   void complete(JobPtr job);  // any thread: `reply` is ready
+  uint64_t requests() const { return requests_.load(std::memory_order_relaxed); }
 
  private:
   struct Out {
@@ -46,7 +48,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   int check(const Request& request) const;
   bool small_read(const Request& request);
   bool small_write(const Request& request, const uint8_t* data);
-  void dispatch(const Request& request, int error, std::unique_ptr<uint8_t[]> payload);
+  void dispatch(const Request& request, std::unique_ptr<uint8_t[]> payload);
   JobPtr make_job(const Request& request, int error);
   void begin_large_write(const Request& request, int error);
   void end_large_write();
@@ -54,12 +56,15 @@ class Connection : public std::enable_shared_from_this<Connection> {
   uint8_t* small_space(size_t bytes);  // uncommitted until small_commit()
   void small_commit(size_t bytes);
   void simple_reply(const Request& request, int error);
+  void refuse(const Request& request, int error);
   void take_completions();
   bool receive();   // true if something came
   bool send_out();  // true if something went
   void wait();
 
-  std::shared_ptr<Export> export_;
+  Exports& exports_;
+  std::shared_ptr<Export> export_;  // once the client has chosen
+  std::atomic<uint64_t> requests_{0};
   Fd socket_;
   Fd event_;
   Negotiated negotiated_;

@@ -4,17 +4,15 @@ import { join } from 'node:path';
 import { isDeepStrictEqual } from 'node:util';
 import { SnowflockError } from '../common/errors.js';
 import { type DiskFile, readDiskFile, type SliceEntry, writeDiskFile } from './disk-file.js';
+import { addon, type NativeDisk, type NativeStats, native, nativeSync } from './native.js';
 import {
-  addon,
-  type NativeDisk,
-  type NativeServer,
-  type NativeStats,
-  native,
-  nativeSync,
+  type ServedExport,
   type ServeOptions,
-} from './native.js';
+  type SharedServer,
+  serveDevice,
+} from './nbd-server.js';
 
-export type { ServeOptions } from './native.js';
+export type { ServedExport, ServeOptions, SharedServer } from './nbd-server.js';
 
 /** What lies below a disk's first slice. `path` is kept as given: make it absolute. */
 export type DiskBase =
@@ -85,7 +83,7 @@ export class Disk {
   /** Settled when a spare is attached and disk.json is up to date; rejected if that failed. */
   #ready: Promise<void> = Promise.resolve();
   #turn: Promise<unknown> = Promise.resolve();
-  #servers = new Set<NativeServer>();
+  #served = new Set<ServedExport>();
   #closing: Promise<void> | undefined;
 
   private constructor(directory: string, file: DiskFile, opened: NativeDisk) {
@@ -178,26 +176,29 @@ export class Disk {
     throw new SnowflockError('E_IN_USE', `disk ${directory} changes while it is being opened`);
   }
 
-  /** Serves the writable disk. The socket appears with its owner and mode, ready to connect to. */
-  async serve(options: ServeOptions): Promise<void> {
-    this.#check();
-    this.#servers.add(await native(() => this.#native.serve(options)));
+  /** Serves the writable disk: on a socket of its own, or as an export of a server. */
+  serve(options: ServeOptions | SharedServer): Promise<ServedExport> {
+    return this.#serve(() => this.#native.device(), options);
   }
 
-  /** Serves a generation read-only; closing the result ends it. */
-  async serveGeneration(
-    generation: string,
-    options: ServeOptions,
-  ): Promise<{ close(): Promise<void> }> {
+  /** Serves a generation read-only; closing the result ends it. E_NOT_FOUND. */
+  serveGeneration(generation: string, options: ServeOptions | SharedServer): Promise<ServedExport> {
+    return this.#serve(() => this.#native.viewDevice(generation), options);
+  }
+
+  async #serve(device: () => unknown, options: ServeOptions | SharedServer): Promise<ServedExport> {
     this.#check();
-    const server = await native(() => this.#native.serveView(generation, options));
-    this.#servers.add(server);
-    return {
-      close: async () => {
-        this.#servers.delete(server);
-        await native(() => server.close());
-      },
+    const served = await serveDevice(nativeSync(device), options);
+    if (this.#closing !== undefined) {
+      await served.close(); // the disk was closed meanwhile, and did not know of it
+      this.#check();
+    }
+    this.#served.add(served);
+    const close = async () => {
+      await served.close();
+      this.#served.delete(served);
     };
+    return { ...served, close };
   }
 
   /** Waits until a fork can be done without making or syncing anything. Repeats what failed. */
@@ -289,7 +290,7 @@ export class Disk {
     this.#check();
     const stats = this.#native.stats();
     let connections = 0;
-    for (const server of this.#servers) connections += server.stats().connections;
+    for (const served of this.#served) connections += served.connections();
     return { ...stats, errors: stats.ioErrors + stats.noSpaceErrors, connections };
   }
 
@@ -303,9 +304,8 @@ export class Disk {
   }
 
   async #close(): Promise<void> {
-    const servers = [...this.#servers];
-    this.#servers.clear();
-    await Promise.all(servers.map((server) => native(() => server.close())));
+    await Promise.all([...this.#served].map((served) => served.close()));
+    this.#served.clear();
     await this.#turn.catch(() => undefined);
     const renewed = await this.#ready.then(
       () => undefined,

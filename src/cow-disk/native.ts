@@ -1,5 +1,6 @@
 import { asSnowflockError } from '../common/errors.js';
 import { loadAddon } from '../common/native.js';
+import type { ListenOptions, NbdServerStats } from './nbd-server.js';
 
 /** What disk.ts uses of the data plane's addon (native/blktap/disk_js.cc). */
 export interface BlktapAddon {
@@ -7,6 +8,7 @@ export interface BlktapAddon {
   createSlice(directory: string, id: string, sizeBytes: number, spare: boolean): Promise<void>;
   removeSpare(directory: string, id: string, sizeBytes: number): Promise<void>;
   readPage(provider: unknown, page: number): Buffer | null;
+  startNbdServer(options: ListenOptions): NativeNbdServer;
 }
 
 export interface NativeSpec {
@@ -27,8 +29,9 @@ export interface NativeDisk {
   dropView(generation: string): void;
   info(): { slices: NativeSlice[]; indexBytes: number; spare: boolean };
   stats(): NativeStats;
-  serve(options: ServeOptions): NativeServer;
-  serveView(generation: string, options: ServeOptions): NativeServer;
+  /** What an NBD server serves: the writable disk, or the image of a generation. */
+  device(): unknown;
+  viewDevice(generation: string): unknown;
   close(): Promise<void>;
 }
 
@@ -59,19 +62,19 @@ export interface NativeStats {
   lastError: string | null;
 }
 
-export interface NativeServer {
+export interface NativeNbdServer {
+  addExport(
+    device: unknown,
+    options: {
+      exportName: string | undefined;
+      description: string | undefined;
+      isDefault: boolean | undefined;
+      maxConnections: number | undefined;
+    },
+  ): void;
+  removeExport(name: string): Promise<void>;
   close(): Promise<void>;
-  stats(): { connections: number; accepted: number };
-}
-
-/** A Unix socket to serve on. `uid`, `gid`, `mode`: of the socket file (default: own, 0o600). */
-export interface ServeOptions {
-  socketPath: string;
-  exportName?: string;
-  description?: string;
-  uid?: number;
-  gid?: number;
-  mode?: number;
+  stats(): NbdServerStats;
 }
 
 let loaded: BlktapAddon | undefined;
