@@ -86,6 +86,8 @@ class ImageBase final : public Base {
     return std::min(limit, end - off);
   }
 
+  void cache(uint64_t off, uint64_t len) const override { file_.read_ahead(off, len); }
+
  private:
   DataFile file_;
   uint64_t bytes_;
@@ -123,6 +125,8 @@ class ReplicaBase final : public Base {
              (replica_->state(page) == PageState::kZero) == *zero);
     return std::min(limit, page * kPageBytes - off);
   }
+
+  void cache(uint64_t off, uint64_t len) const override { file_.read_ahead(off, len); }
 
   bool fills() const override { return true; }
   bool absent(PageIndex page) const override { return replica_->state(page) == PageState::kAbsent; }

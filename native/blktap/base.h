@@ -28,6 +28,9 @@ class Base {
   // The number of bytes from `off`, at most `limit`, that share one allocation state.
   virtual uint64_t extent(uint64_t off, uint64_t limit, bool* zero) const = 0;
 
+  // Asks the kernel to read ahead; does not wait.
+  virtual void cache(uint64_t, uint64_t) const {}
+
   virtual bool all_zero() const { return false; }
   virtual bool fills() const { return false; }  // may have absent pages
   virtual bool absent(PageIndex) const { return false; }

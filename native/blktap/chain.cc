@@ -72,36 +72,6 @@ void chain_missing(const Chain& chain, const SliceIndex& index, uint64_t off, ui
   if (tail && first != last) check(last);
 }
 
-uint64_t chain_extent(const Chain& chain, const SliceIndex& index, uint64_t off, uint64_t limit,
-                      bool* hole) {
-  const uint64_t end = off + limit;
-  uint64_t at = off;
-  while (at < end) {
-    const PageIndex page = at / kPageBytes;
-    uint64_t run_end = std::min(end, (page + 1) * kPageBytes);
-    bool zero = false;
-    const uint64_t base_pages = index.base_run(page);
-    const SliceIndex::Entry entry = base_pages > 0 ? SliceIndex::kBase : index.get(page);
-    if (entry == SliceIndex::kBase) {
-      if (base_pages > (end - at) / kPageBytes) {
-        run_end = end;
-      } else if (base_pages > 0) {
-        run_end = std::min(end, (page + base_pages) * kPageBytes);
-      }
-      run_end = at + chain.base->extent(at, run_end - at, &zero);
-    } else {
-      zero = entry == SliceIndex::kZero;
-    }
-    if (at == off) {
-      *hole = zero;
-    } else if (zero != *hole) {
-      break;
-    }
-    at = run_end;
-  }
-  return at - off;
-}
-
 uint32_t chain_depth(const Chain& chain, uint32_t top, SliceIndex::Entry entry) {
   if (entry == SliceIndex::kBase) return top + 1;
   if (entry == SliceIndex::kZero) return 1;

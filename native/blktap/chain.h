@@ -83,11 +83,14 @@ int plan_chain(const Chain& chain, const Lookup& lookup, uint64_t off, size_t le
   return 0;
 }
 
-// Device::missing() and Device::extent() over an index. Not to be changed meanwhile.
+// Device::missing(), extent() and cache() over an index. Not to be changed meanwhile.
 void chain_missing(const Chain& chain, const SliceIndex& index, uint64_t off, uint64_t len,
                    Device::Access access, std::vector<PageIndex>* out);
-uint64_t chain_extent(const Chain& chain, const SliceIndex& index, uint64_t off, uint64_t limit,
-                      bool* hole);
+// extent() and cache() in a section of chain.slices->readers(), extent() with shape() shared too.
+// `top`: the height of the slice at depth 1. See extent.cc for what the depths are.
+Device::Extent chain_extent(const Chain& chain, const SliceIndex& index, uint32_t top, uint64_t off,
+                            uint64_t limit);
+void chain_cache(const Chain& chain, const SliceIndex& index, uint64_t off, uint64_t len);
 
 // Depth of an entry as QEMU's qemu:allocation-depth counts it, seen from a slice of height `top`: 1
 // for that slice itself, more below; the base is one below the oldest slice. Entries that are zeros

@@ -1,6 +1,7 @@
 #include "blktap/data_file.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/magic.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -41,6 +42,10 @@ int DataFile::read(uint64_t off, size_t len, uint8_t* out, ReadMode mode) const 
     done += static_cast<size_t>(n);
   }
   return 0;
+}
+
+void DataFile::read_ahead(uint64_t off, uint64_t len) const {
+  ::posix_fadvise(fd_.get(), static_cast<off_t>(off), static_cast<off_t>(len), POSIX_FADV_WILLNEED);
 }
 
 int DataFile::write(uint64_t off, const void* data, size_t len) const {

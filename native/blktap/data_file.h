@@ -26,6 +26,7 @@ class DataFile {
   bool in_memory() const { return nowait_ == Nowait::kMemory; }  // a read never waits for a device
   // 0 or an errno. A file that ends before `len` bytes is EIO, never zeros.
   int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode) const;
+  void read_ahead(uint64_t off, uint64_t len) const;  // a hint; does not wait
   int write(uint64_t off, const void* data, size_t len) const;
   int writev(uint64_t off, iovec* parts, int count) const;  // alters `parts`
 

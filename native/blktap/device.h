@@ -18,6 +18,16 @@ namespace sf {
 class Device {
  public:
   enum class Access : uint8_t { kRead, kWrite };
+  enum class Zero : uint8_t {
+    kTrim,      // may become holes; pages covered in part stay as they are
+    kZeroes,    // may become holes
+    kAllocate,  // keeps or takes the space, so that a later write of it needs none (until a fork)
+  };
+  struct Extent {
+    uint64_t bytes = 0;
+    bool hole = false;   // reads as zeros, takes no space. A page not fetched yet is none.
+    uint32_t depth = 0;  // qemu:allocation-depth: see chain_extent()
+  };
 
   virtual ~Device() = default;
   virtual uint64_t size() const = 0;
@@ -32,8 +42,9 @@ class Device {
   virtual int carried_out(int error) = 0;
   // With kNowait: EAGAIN if bytes from below the top would have to be read first.
   virtual int write(uint64_t off, size_t len, const uint8_t* data, ReadMode mode) = 0;
-  // Reads as zeros afterwards. `edges`: pages covered in part too (WRITE_ZEROES; TRIM leaves them).
-  virtual int zero(uint64_t off, uint64_t len, bool edges) = 0;
+  // Reads as zeros afterwards. With `fast`: EOPNOTSUPP, and nothing has changed, if bytes would
+  // have to be written or fetched for it: kAllocate, or a page covered in part that is not zeros.
+  virtual int zero(uint64_t off, uint64_t len, Zero mode, bool fast) = 0;
   // Everything acknowledged before the call is durable after it.
   virtual int flush() = 0;
 
@@ -43,8 +54,12 @@ class Device {
   // Calls `done` once on any thread, possibly this one, when the page is here or never will be.
   virtual void want(PageIndex page, std::function<void(const Status&)> done) = 0;
 
-  // Bytes from `off`, at most `limit`, in one allocation state. `*hole`: reads as zeros, no space.
-  virtual uint64_t extent(uint64_t off, uint64_t limit, bool* hole) const = 0;
+  // Bytes from `off`, at most `limit`, in one state; at least one. Looks at a bounded number of
+  // pages, so the next extent may have the same state.
+  virtual Extent extent(uint64_t off, uint64_t limit) const = 0;
+
+  // Asks the kernel to read these bytes ahead; does not wait. The caller bounds `len`.
+  virtual void cache(uint64_t off, uint64_t len) = 0;
 };
 
 }  // namespace sf

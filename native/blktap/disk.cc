@@ -240,21 +240,18 @@ void Disk::missing(uint64_t off, uint64_t len, Access access, std::vector<PageIn
   chain_missing(chain_, index_, off, len, access, out);
 }
 
-uint64_t Disk::extent(uint64_t off, uint64_t limit, bool* hole) const {
+Device::Extent Disk::extent(uint64_t off, uint64_t limit) const {
+  std::shared_lock gate(gate_);  // guards top_number_
   ReadGate::Section section(chain_.slices->readers());
   std::shared_lock lock(index_lock_);
-  return chain_extent(chain_, index_, off, limit, hole);
+  std::shared_lock shape(chain_.slices->shape());
+  return chain_extent(chain_, index_, chain_.slices->height(top_number_), off, limit);
 }
 
-uint32_t Disk::depth(PageIndex page) const {
-  SliceIndex::Entry entry = 0;
-  std::shared_lock gate(gate_);
-  {
-    std::shared_lock lock(index_lock_);
-    entry = index_.get(page);
-  }
-  std::shared_lock shape(chain_.slices->shape());
-  return chain_depth(chain_, chain_.slices->height(top_number_), entry);
+void Disk::cache(uint64_t off, uint64_t len) {
+  ReadGate::Section section(chain_.slices->readers());
+  std::shared_lock lock(index_lock_);
+  chain_cache(chain_, index_, off, len);
 }
 
 int Disk::count_error(int error) {

@@ -85,14 +85,13 @@ class Disk final : public Device {
   int plan_read(uint64_t off, size_t len, uint8_t* out, ReadPlan* plan) override;
   int carried_out(int error) override { return count_error(error); }
   int write(uint64_t off, size_t len, const uint8_t* data, ReadMode mode) override;
-  int zero(uint64_t off, uint64_t len, bool edges) override;
+  int zero(uint64_t off, uint64_t len, Zero mode, bool fast) override;
   int flush() override;
   void missing(uint64_t off, uint64_t len, Access access,
                std::vector<PageIndex>* out) const override;
   void want(PageIndex page, std::function<void(const Status&)> done) override;
-  uint64_t extent(uint64_t off, uint64_t limit, bool* hole) const override;
-  // 1 for the top; see chain_depth().
-  uint32_t depth(PageIndex page) const;
+  Extent extent(uint64_t off, uint64_t limit) const override;
+  void cache(uint64_t off, uint64_t len) override;
 
  private:
   friend class Pull;
@@ -107,7 +106,13 @@ class Disk final : public Device {
                     ReadMode mode);
   int fill_tail(const Stretch& stretch, uint64_t off, size_t len, uint8_t* out);
   void give_back(const Stretch& stretch);
-  int zero_stretch(const Stretch& stretch, uint64_t off, uint64_t len, bool edges);
+  int zero_stretch(const Stretch& stretch, uint64_t off, uint64_t len, Zero mode);
+  int zero_edges(const Stretch& stretch, uint64_t off, uint64_t len, bool allocate);
+  int zero_pages(const Stretch& stretch, PageIndex first, PageIndex end);
+  int allocate_pages(const Stretch& stretch, PageIndex first, PageIndex end);
+  PageIndex end_of_whole(uint64_t end) const;
+  bool known_zero(PageIndex page, SliceIndex::Entry entry) const;
+  bool zero_is_fast(uint64_t off, uint64_t len, Zero mode) const;
   int mark(PageIndex first, uint64_t count, PageState state);
   std::mutex& page_lock(PageIndex first) {
     return page_locks_[first / SliceIndex::kLeafPages % page_locks_.size()];

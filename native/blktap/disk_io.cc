@@ -8,11 +8,6 @@
 #include "blktap/disk.h"
 
 namespace sf {
-namespace {
-
-constexpr uint8_t kZeroes[kPageBytes] = {};
-
-}  // namespace
 
 void Disk::lookup(Stretch* stretch) const {
   std::shared_lock lock(index_lock_);
@@ -124,79 +119,6 @@ uint64_t Disk::untouched_run(PageIndex page) const {
   if (!chain_.base->all_zero()) return 0;
   std::shared_lock lock(index_lock_);
   return index_.base_run(page);
-}
-
-int Disk::zero(uint64_t off, uint64_t len, bool edges) {
-  const uint64_t total = len;
-  Stretch stretch;
-  while (len > 0) {
-    // An area that nobody wrote, over nothing, is zeros already; a discard of a whole disk stays
-    // cheap in time and memory. A write that comes in between is concurrent with this request.
-    const uint64_t untouched = untouched_run(off / kPageBytes);
-    if (untouched > 0) {
-      const uint64_t pages = std::min(untouched, len / kPageBytes + 1);
-      const uint64_t n = std::min(len, (off / kPageBytes + pages) * kPageBytes - off);
-      off += n;
-      len -= n;
-      continue;
-    }
-    stretch.cover(off, len);
-    const uint64_t n = std::min(len, stretch.end() - off);
-    std::shared_lock gate(gate_);
-    if (closed_) return ESHUTDOWN;
-    std::lock_guard page(page_lock(stretch.first));
-    ReadGate::Section section(chain_.slices->readers());
-    lookup(&stretch);
-    const int error = zero_stretch(stretch, off, n, edges);
-    if (error != 0) return count_error(error);
-    off += n;
-    len -= n;
-  }
-  stats_.zeroes.fetch_add(1, std::memory_order_relaxed);
-  stats_.bytes_zeroed.fetch_add(total, std::memory_order_relaxed);
-  return 0;
-}
-
-int Disk::zero_stretch(const Stretch& stretch, uint64_t off, uint64_t len, bool edges) {
-  auto is_zero = [&](PageIndex page) {
-    const SliceIndex::Entry entry = stretch.entry(page);
-    return entry == SliceIndex::kZero || (entry == SliceIndex::kBase && chain_.base->all_zero());
-  };
-  const uint64_t end = off + len;
-  const PageIndex whole_first = (off + kPageBytes - 1) / kPageBytes;
-  const PageIndex whole_end = end == chain_.size ? pages_of(end) : end / kPageBytes;
-  if (edges) {
-    // At most two pages are covered in part; a page that is zeros has nothing to be zeroed.
-    for (PageIndex page : {off / kPageBytes, (end - 1) / kPageBytes}) {
-      const uint64_t from = std::max(off, page * kPageBytes);
-      const uint64_t to = std::min(end, (page + 1) * kPageBytes);
-      if ((page >= whole_first && page < whole_end) || is_zero(page)) continue;
-      Stretch one;
-      one.first = page;
-      one.count = 1;
-      one.entries[0] = stretch.entry(page);
-      const int error = write_stretch(one, from, to - from, kZeroes, ReadMode::kBlock);
-      if (error != 0) return error;
-      if (off / kPageBytes == (end - 1) / kPageBytes) break;
-    }
-  }
-  for (PageIndex page = whole_first; page < whole_end;) {
-    if (is_zero(page)) {
-      page++;
-      continue;
-    }
-    const bool own = stretch.entry(page) == top_number_;
-    PageIndex next = page + 1;
-    while (next < whole_end && !is_zero(next) && (stretch.entry(next) == top_number_) == own) {
-      next++;
-    }
-    int error = mark(page, next - page, PageState::kZero);
-    // The bytes go after the state: a hole behind a page marked `data` would be the same zeros.
-    if (error == 0 && own) error = top_->punch(page, next - page);
-    if (error != 0) return error;
-    page = next;
-  }
-  return 0;
 }
 
 }  // namespace sf

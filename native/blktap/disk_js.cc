@@ -1,86 +1,13 @@
-// JavaScript's view of disks and their servers: fork, settle, serve. Requests never pass here.
+// JavaScript's view of disks: fork, settle, serve. Requests never pass here.
 #include "blktap/disk_js.h"
 
 #include <cstring>
-#include <set>
 
-#include "blktap/nbd_server.h"
+#include "blktap/server_js.h"
 #include "blktap/task.h"
 
 namespace sf {
 namespace {
-
-// Servers that run: stopped before the environment goes, as their threads use the addon's code.
-std::set<nbd::Server*>& running() {
-  static std::set<nbd::Server*> servers;
-  return servers;
-}
-
-void stop_all(void*) {
-  for (auto* server : running()) server->stop();
-  running().clear();
-}
-
-class ServerJs : public Napi::ObjectWrap<ServerJs> {
- public:
-  static Napi::FunctionReference& constructor() {
-    static auto* reference = new Napi::FunctionReference();
-    return *reference;
-  }
-  static void Init(Napi::Env env) {
-    constructor() = Napi::Persistent(DefineClass(env, "NbdServer",
-                                                 {
-                                                     InstanceMethod("close", &ServerJs::Close),
-                                                     InstanceMethod("stats", &ServerJs::Stats),
-                                                 }));
-    env.AddCleanupHook(&stop_all, static_cast<void*>(nullptr));
-  }
-  explicit ServerJs(const Napi::CallbackInfo& info) : Napi::ObjectWrap<ServerJs>(info) {}
-  ~ServerJs() override {
-    if (server_ != nullptr) running().erase(server_.get());
-  }
-
-  static Napi::Value Start(Napi::Env env, const Napi::Value& options,
-                           std::shared_ptr<Device> device) {
-    if (!options.IsObject()) {
-      throw js_error(env, Status::Error("E_ARGUMENT", "serve: options expected"));
-    }
-    const auto object = options.As<Napi::Object>();
-    nbd::Server::Config config;
-    config.socket_path = text(object, "socketPath");
-    config.info.name = text(object, "exportName");
-    config.info.description = text(object, "description");
-    if (object.Get("uid").IsNumber()) config.uid = object.Get("uid").ToNumber().Uint32Value();
-    if (object.Get("gid").IsNumber()) config.gid = object.Get("gid").ToNumber().Uint32Value();
-    if (object.Get("mode").IsNumber()) config.mode = object.Get("mode").ToNumber().Uint32Value();
-    std::unique_ptr<nbd::Server> server;
-    throw_if(env, nbd::Server::Start(std::move(config), std::move(device), &server));
-    const Napi::Object made = constructor().New({});
-    ServerJs* self = ServerJs::Unwrap(made);
-    self->server_ = std::move(server);
-    running().insert(self->server_.get());
-    return made;
-  }
-
- private:
-  Napi::Value Close(const Napi::CallbackInfo& info) {
-    if (server_ == nullptr) return Task::Run(info.Env(), [] { return Status::Ok(); });
-    running().erase(server_.get());
-    std::shared_ptr<nbd::Server> server = std::move(server_);
-    return Task::Run(info.Env(), [server] {
-      server->stop();
-      return Status::Ok();
-    });
-  }
-  Napi::Value Stats(const Napi::CallbackInfo& info) {
-    auto stats = Napi::Object::New(info.Env());
-    stats.Set("connections", server_ ? static_cast<double>(server_->connections()) : 0);
-    stats.Set("accepted", server_ ? static_cast<double>(server_->accepted()) : 0);
-    return stats;
-  }
-
-  std::unique_ptr<nbd::Server> server_;
-};
 
 class DiskJs : public Napi::ObjectWrap<DiskJs> {
  public:
@@ -99,7 +26,7 @@ class DiskJs : public Napi::ObjectWrap<DiskJs> {
                                          InstanceMethod("pullBegin", &DiskJs::PullBegin),
                                          InstanceMethod("info", &DiskJs::Info),
                                          InstanceMethod("stats", &DiskJs::Stats),
-                                         InstanceMethod("serve", &DiskJs::Serve),
+                                         InstanceMethod("device", &DiskJs::Device),
                                          InstanceMethod("close", &DiskJs::Close),
                                      }));
   }
@@ -192,8 +119,8 @@ class DiskJs : public Napi::ObjectWrap<DiskJs> {
     return out;
   }
 
-  Napi::Value Serve(const Napi::CallbackInfo& info) {
-    return ServerJs::Start(info.Env(), info[0], open(info.Env()));
+  Napi::Value Device(const Napi::CallbackInfo& info) {
+    return wrap_device(info.Env(), open(info.Env()));
   }
 
   Napi::Value Close(const Napi::CallbackInfo& info) {
@@ -227,7 +154,6 @@ Napi::Value ReadPage(const Napi::CallbackInfo& info) {
 }
 
 void Init(Napi::Env env, Napi::Object exports) {
-  ServerJs::Init(env);
   DiskJs::Init(env);
   exports.Set("readPage", Napi::Function::New(env, &ReadPage));
 }
@@ -238,11 +164,6 @@ Exports exports_of_blktap(&Init);
 
 Napi::Value wrap_disk(Napi::Env, std::shared_ptr<Disk> disk) {
   return DiskJs::Wrap(std::move(disk));
-}
-
-Napi::Value serve_device(Napi::Env env, const Napi::Value& options,
-                         std::shared_ptr<Device> device) {
-  return ServerJs::Start(env, options, std::move(device));
 }
 
 }  // namespace sf

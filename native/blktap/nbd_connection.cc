@@ -40,8 +40,8 @@ size_t put_read_reply(uint8_t* p, const Request& request, bool structured, bool 
   return kChunkHeaderBytes + payload;
 }
 
-Connection::Connection(std::shared_ptr<Export> exported, Fd socket)
-    : export_(std::move(exported)),
+Connection::Connection(Exports& exports, Fd socket)
+    : exports_(exports),
       socket_(std::move(socket)),
       event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
       in_(new uint8_t[kInBytes]) {}
@@ -49,13 +49,17 @@ Connection::Connection(std::shared_ptr<Export> exported, Fd socket)
 void Connection::stop() { ::shutdown(socket_.get(), SHUT_RDWR); }
 
 void Connection::run() {
-  Handshake handshake(socket_.get(), export_->info());
-  if (event_.valid() && handshake.run(&negotiated_)) {
+  SocketStream stream(socket_.get());
+  Handshake handshake(stream, exports_, shared_from_this());
+  const bool entered = event_.valid() && handshake.run(&negotiated_);
+  export_ = handshake.exported();
+  if (entered) {
     ring_ = Ring::Make();
     transmit();
     end_ring();
   }
   ::shutdown(socket_.get(), SHUT_RDWR);
+  if (export_ != nullptr) export_->leave(this);
 }
 
 void Connection::transmit() {
@@ -113,11 +117,19 @@ void Connection::take_completions() {
 }
 
 void Connection::answer(const JobPtr& job) {
-  Out out;
-  out.data = std::move(job->reply);
-  out.size = job->reply_bytes;
-  out.budget = job->budget;
-  out_.push_back(std::move(out));
+  if (job->reply_bytes <= kMaxErrorReply) {  // many such answers share a buffer
+    std::memcpy(small_space(job->reply_bytes), job->reply.get(), job->reply_bytes);
+    small_commit(job->reply_bytes);
+    job_bytes_ -= job->budget;
+  } else {
+    Out out;
+    out.data = std::move(job->reply);
+    out.size = job->reply_bytes;
+    // An answer that nobody reads takes memory too, also where the request told nothing of it.
+    out.budget = std::max(job->budget, job->reply_bytes + sizeof(Out));
+    job_bytes_ += out.budget - job->budget;
+    out_.push_back(std::move(out));
+  }
   jobs_.erase(job);
 }
 
@@ -138,7 +150,8 @@ void Connection::parse() {
       dead_ = true;  // cannot be answered without reading it all
       return;
     }
-    const uint32_t reply = request.type == kRead ? request.length : 0;
+    const bool large = request.type == kRead || request.type == kCache;
+    const uint32_t reply = large ? request.length : 0;
     if (small_bytes_ > kMaxSmallBytes || !room_for(payload + std::min(reply, kMaxRequestBytes))) {
       stalled_ = true;
       return;
@@ -164,19 +177,22 @@ int Connection::check(const Request& request) const {
   switch (request.type) {
     case kRead:
       if (negotiated_.structured) flags |= kFlagDf;
-      if (request.length > kMaxRequestBytes) return EINVAL;
+      // More than the advertised maximum. EOVERFLOW is for clients that were offered DF.
+      if (request.length > kMaxRequestBytes) return negotiated_.structured ? EOVERFLOW : EINVAL;
+      break;
+    case kCache:
       break;
     case kWrite:
     case kTrim:
       writes = true;
       break;
     case kWriteZeroes:
-      flags |= kFlagNoHole;
+      flags |= kFlagNoHole | kFlagFastZero;
       writes = true;
       break;
     case kBlockStatus:
       flags |= kFlagReqOne;
-      if (!negotiated_.base_allocation) return EINVAL;
+      if (negotiated_.contexts == 0) return EINVAL;
       break;
     case kFlush:
       if (request.offset != 0 || request.length != 0) return EINVAL;
@@ -197,18 +213,18 @@ void Connection::handle(const Request& request, const uint8_t* payload) {
     closing_ = true;
     return;
   }
+  requests_.store(requests() + 1, std::memory_order_relaxed);  // of this thread alone
   const int error = check(request);
-  if (error == 0) {
-    if (request.type == kRead && request.length <= kSmallRead && small_read(request)) return;
-    if (request.type == kRead && request.length <= kRingRead && ring_read(request)) return;
-    if (request.type == kWrite && small_write(request, payload)) return;
-  }
+  if (error != 0) return refuse(request, error);
+  if (request.type == kRead && request.length <= kSmallRead && small_read(request)) return;
+  if (request.type == kRead && request.length <= kRingRead && ring_read(request)) return;
+  if (request.type == kWrite && small_write(request, payload)) return;
   std::unique_ptr<uint8_t[]> copy;
-  if (error == 0 && request.type == kWrite) {
+  if (request.type == kWrite) {
     copy.reset(new uint8_t[request.length]);
     std::memcpy(copy.get(), payload, request.length);
   }
-  dispatch(request, error, std::move(copy));
+  dispatch(request, std::move(copy));
 }
 
 bool Connection::small_read(const Request& request) {
@@ -240,7 +256,8 @@ bool Connection::ring_read(const Request& request) {
     if (error == 0) {
       job->reply_bytes = put_read_reply(job->reply.get(), job->request, job->structured, zero);
     } else {
-      reply_error(job.get(), error);
+      // The buffer has room: it was made for the data.
+      job->reply_bytes = put_error_reply(job->reply.get(), job->request, job->structured, error);
     }
     answer(job);
   });
@@ -261,28 +278,21 @@ JobPtr Connection::make_job(const Request& request, int error) {
   job->connection = weak_from_this();
   job->request = request;
   job->structured = negotiated_.structured;
+  job->contexts = negotiated_.contexts;
   job->error = error;
-  // What it will hold at most: a write's payload, a read's reply.
-  if (request.type == kWrite) job->budget = request.length;
-  if (request.type == kRead && error == 0) job->budget = request.length;
+  // What it will hold at most: a write's payload, a read's reply. What is cached is no memory of
+  // ours, but it waits for as many pages as a read.
+  if (request.type == kWrite || request.type == kRead) job->budget = request.length;
+  if (request.type == kCache) job->budget = std::min(request.length, kMaxRequestBytes);
   job_bytes_ += job->budget;
   jobs_.insert(job);
   return job;
 }
 
-void Connection::dispatch(const Request& request, int error, std::unique_ptr<uint8_t[]> payload) {
-  JobPtr job = make_job(request, error);
+void Connection::dispatch(const Request& request, std::unique_ptr<uint8_t[]> payload) {
+  JobPtr job = make_job(request, 0);
   job->payload = std::move(payload);
-  if (error == 0) {
-    export_->submit(std::move(job));
-    return;
-  }
-  if (request.type == kRead || request.type == kBlockStatus) {
-    reply_error(job.get(), error);
-  } else {
-    reply_simple(job.get(), error);
-  }
-  complete(std::move(job));
+  export_->submit(std::move(job));
 }
 
 void Connection::begin_large_write(const Request& request, int error) {
@@ -291,6 +301,7 @@ void Connection::begin_large_write(const Request& request, int error) {
     dead_ = true;
     return;
   }
+  requests_.store(requests() + 1, std::memory_order_relaxed);
   large_ = make_job(request, error);
   large_->payload = std::move(payload);
   large_got_ = std::min<size_t>(in_to_ - in_from_, request.length);
@@ -325,6 +336,11 @@ void Connection::small_commit(size_t bytes) {
 void Connection::simple_reply(const Request& request, int error) {
   put_simple_reply(small_space(kSimpleReplyBytes), request.cookie, wire_error(error));
   small_commit(kSimpleReplyBytes);
+}
+
+void Connection::refuse(const Request& request, int error) {
+  uint8_t* space = small_space(kMaxErrorReply);
+  small_commit(put_error_reply(space, request, negotiated_.structured, error));
 }
 
 std::pair<uint8_t*, size_t> Connection::receive_space() {

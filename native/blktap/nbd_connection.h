@@ -15,13 +15,14 @@
 // most 64 MiB or 128 in number. When a bound is reached no more is read from the socket.
 #pragma once
 
+#include <atomic>
 #include <deque>
 #include <memory>
 #include <mutex>
 #include <unordered_set>
 #include <vector>
 
-#include "blktap/nbd_export.h"
+#include "blktap/nbd_handshake.h"
 #include "blktap/ring.h"
 #include "common/fd.h"
 
@@ -33,10 +34,11 @@ size_t put_read_reply(uint8_t* p, const Request& request, bool structured, bool 
 
 class Connection : public std::enable_shared_from_this<Connection> {
  public:
-  Connection(std::shared_ptr<Export> exported, Fd socket);
+  Connection(Exports& exports, Fd socket);
   void run();                 // until the client leaves or stop()
   void stop();                // any thread
   void complete(JobPtr job);  // any thread: `reply` is ready
+  uint64_t requests() const { return requests_.load(std::memory_order_relaxed); }
 
  private:
   struct Out {
@@ -55,7 +57,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   bool small_write(const Request& request, const uint8_t* data);
   bool ring_read(const Request& request);
   void answer(const JobPtr& job);  // its reply is ready
-  void dispatch(const Request& request, int error, std::unique_ptr<uint8_t[]> payload);
+  void dispatch(const Request& request, std::unique_ptr<uint8_t[]> payload);
   JobPtr make_job(const Request& request, int error);
   void begin_large_write(const Request& request, int error);
   void end_large_write();
@@ -63,6 +65,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   uint8_t* small_space(size_t bytes);  // uncommitted until small_commit()
   void small_commit(size_t bytes);
   void simple_reply(const Request& request, int error);
+  void refuse(const Request& request, int error);
   void take_completions();
   bool may_receive() const { return !dead_ && !closing_ && !stalled_; }
   std::pair<uint8_t*, size_t> receive_space();
@@ -76,7 +79,9 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void wake();
   void end_ring();
 
-  std::shared_ptr<Export> export_;
+  Exports& exports_;
+  std::shared_ptr<Export> export_;  // once the client has chosen
+  std::atomic<uint64_t> requests_{0};
   Fd socket_;
   Fd event_;
   Fd hang_up_;                  // made when first needed

@@ -1,17 +1,14 @@
 #include "blktap/nbd_export.h"
 
 #include <errno.h>
-#include <pthread.h>
 
 #include <new>
 
 #include "blktap/nbd_connection.h"
+#include "blktap/nbd_status.h"
 
 namespace sf::nbd {
 namespace {
-
-constexpr size_t kMaxExtents = 4096;
-constexpr uint64_t kMaxStatusBytes = uint64_t{1} << 30;  // looked at for one answer
 
 std::unique_ptr<uint8_t[]> allocate(size_t bytes) {
   return std::unique_ptr<uint8_t[]>(new (std::nothrow) uint8_t[bytes]);
@@ -37,66 +34,56 @@ uint32_t wire_error(int error) {
   }
 }
 
-void reply_simple(Job* job, int error) {
-  job->reply = std::make_unique<uint8_t[]>(kSimpleReplyBytes);
-  job->reply_bytes = kSimpleReplyBytes;
-  put_simple_reply(job->reply.get(), job->request.cookie, wire_error(error));
-}
-
-void reply_error(Job* job, int error) {
-  if (!job->structured) return reply_simple(job, error);
-  job->reply = std::make_unique<uint8_t[]>(kChunkHeaderBytes + 6);
-  job->reply_bytes = kChunkHeaderBytes + 6;
-  put_chunk(job->reply.get(), kChunkDone, kChunkError, job->request.cookie, 6);
-  put32(job->reply.get() + kChunkHeaderBytes, wire_error(error));
-  put16(job->reply.get() + kChunkHeaderBytes + 4, 0);
-}
-
-Export::~Export() { stop(); }
-
-void Export::start(unsigned workers) {
-  for (unsigned i = 0; i < workers; i++) {
-    workers_.emplace_back([this] {
-      ::pthread_setname_np(::pthread_self(), "nbd-worker");
-      work();
-    });
+size_t put_error_reply(uint8_t* p, const Request& request, bool structured, int error) {
+  // Structured where a success would be; all other commands are answered simply.
+  if (!structured || (request.type != kRead && request.type != kBlockStatus)) {
+    put_simple_reply(p, request.cookie, wire_error(error));
+    return kSimpleReplyBytes;
   }
+  put_chunk(p, kChunkDone, kChunkError, request.cookie, 6);
+  put32(p + kChunkHeaderBytes, wire_error(error));
+  put16(p + kChunkHeaderBytes + 4, 0);
+  return kMaxErrorReply;
 }
 
-void Export::stop() {
-  std::deque<std::function<void()>> dropped;
+Export::Admission Export::admit(const std::shared_ptr<Connection>& connection) {
+  std::lock_guard lock(connections_mutex_);
+  if (closed_) return Admission::kClosed;
+  if (connections_.size() >= info_.max_connections) return Admission::kFull;
+  connections_.emplace(connection.get(), connection);
+  accepted_++;
+  return Admission::kIn;
+}
+
+void Export::leave(Connection* connection) {
+  std::lock_guard lock(connections_mutex_);
+  if (connections_.erase(connection) == 0) return;
+  past_requests_ += connection->requests();
+  if (connections_.empty()) left_.notify_all();
+}
+
+void Export::close() {
   {
-    std::lock_guard lock(mutex_);
-    stopping_ = true;
-    dropped.swap(tasks_);
-  }
-  wake_.notify_all();
-  for (auto& worker : workers_) worker.join();
-  workers_.clear();
-}
-
-void Export::queue(std::function<void()> task) {
-  {
-    std::lock_guard lock(mutex_);
-    if (stopping_) return;
-    tasks_.push_back(std::move(task));
-  }
-  wake_.notify_one();
-}
-
-void Export::work() {
-  for (;;) {
-    std::function<void()> task;
-    {
-      std::unique_lock lock(mutex_);
-      wake_.wait(lock, [&] { return stopping_ || !tasks_.empty(); });
-      if (stopping_) return;
-      task = std::move(tasks_.front());
-      tasks_.pop_front();
+    std::unique_lock lock(connections_mutex_);
+    closed_ = true;
+    for (const auto& [key, weak] : connections_) {
+      if (auto connection = weak.lock()) connection->stop();
     }
-    task();
+    left_.wait(lock, [&] { return connections_.empty(); });
   }
+  queue_->close();
 }
+
+ExportStats Export::stats() {
+  std::lock_guard lock(connections_mutex_);
+  ExportStats out{connections_.size(), accepted_, past_requests_};
+  for (const auto& [key, weak] : connections_) {
+    if (auto connection = weak.lock()) out.requests += connection->requests();
+  }
+  return out;
+}
+
+void Export::queue(Workers::Task task) { queue_->post(std::move(task)); }
 
 void Export::submit(JobPtr job) {
   if (job->request.type == kFlush) return queue_flush(job);
@@ -106,11 +93,8 @@ void Export::submit(JobPtr job) {
 void Export::finish(const JobPtr& job, int error) {
   job->payload.reset();
   if (error != 0 || job->reply == nullptr) {
-    if (job->request.type == kRead || job->request.type == kBlockStatus) {
-      reply_error(job.get(), error);
-    } else {
-      reply_simple(job.get(), error);
-    }
+    job->reply = std::make_unique<uint8_t[]>(kMaxErrorReply);
+    job->reply_bytes = put_error_reply(job->reply.get(), job->request, job->structured, error);
   }
   if (auto connection = job->connection.lock()) connection->complete(job);
 }
@@ -123,7 +107,7 @@ void Export::run(const JobPtr& job) {
   int error = 0;
   switch (request.type) {
     case kRead: {
-      if (wait_for_pages(job, Device::Access::kRead)) return;
+      if (wait_for_pages(job, request.length, Device::Access::kRead)) return;
       const size_t head = job->structured ? kChunkHeaderBytes + 8 : kSimpleReplyBytes;
       job->reply = allocate(head + request.length);
       if (job->reply == nullptr) return finish(job, ENOMEM);
@@ -134,18 +118,31 @@ void Export::run(const JobPtr& job) {
       return finish(job, error);
     }
     case kWrite:
-      if (wait_for_pages(job, Device::Access::kWrite)) return;
+      if (wait_for_pages(job, request.length, Device::Access::kWrite)) return;
       error = device_->write(request.offset, request.length, job->payload.get(), ReadMode::kBlock);
       break;
     case kTrim:
-      error = device_->zero(request.offset, request.length, false);
+      error = device_->zero(request.offset, request.length, Device::Zero::kTrim, false);
       break;
-    case kWriteZeroes:
-      if (wait_for_pages(job, Device::Access::kWrite)) return;
-      error = device_->zero(request.offset, request.length, true);
+    case kWriteZeroes: {
+      const bool fast = (request.flags & kFlagFastZero) != 0;
+      const bool allocate = (request.flags & kFlagNoHole) != 0;
+      // What is fast fetches nothing: a page that would have to come is refused.
+      if (!fast && wait_for_pages(job, request.length, Device::Access::kWrite)) return;
+      error = device_->zero(request.offset, request.length,
+                            allocate ? Device::Zero::kAllocate : Device::Zero::kZeroes, fast);
       break;
+    }
+    case kCache: {
+      // A hint: what lies beyond the bound is not cached, which is no error.
+      const uint32_t bytes = std::min(request.length, kMaxRequestBytes);
+      if (wait_for_pages(job, bytes, Device::Access::kRead)) return;
+      device_->cache(request.offset, bytes);
+      return finish(job, 0);
+    }
     case kBlockStatus:
-      return block_status(job);
+      block_status(*device_, job.get());
+      return finish(job, 0);
     default:
       error = EINVAL;
   }
@@ -154,9 +151,9 @@ void Export::run(const JobPtr& job) {
 }
 
 // True if the job waits now (or is queued again already) and must be left alone.
-bool Export::wait_for_pages(const JobPtr& job, Device::Access access) {
+bool Export::wait_for_pages(const JobPtr& job, uint64_t bytes, Device::Access access) {
   std::vector<PageIndex> pages;
-  device_->missing(job->request.offset, job->request.length, access, &pages);
+  device_->missing(job->request.offset, bytes, access, &pages);
   if (pages.empty()) return false;
   job->waiting = pages.size() + 1;  // one for this function: it is not done before it has asked all
   std::vector<PageIndex> ask;
@@ -222,32 +219,6 @@ void Export::flush_all() {
     const int error = device_->flush();
     for (const auto& job : jobs) finish(job, error);
   }
-}
-
-void Export::block_status(const JobPtr& job) {
-  const Request& request = job->request;
-  const uint64_t end = request.offset + std::min<uint64_t>(request.length, kMaxStatusBytes);
-  const size_t most = (request.flags & kFlagReqOne) != 0 ? 1 : kMaxExtents;
-  std::vector<std::pair<uint32_t, uint32_t>> extents;
-  for (uint64_t off = request.offset; off < end && extents.size() < most;) {
-    bool hole = false;
-    const uint64_t n = device_->extent(off, end - off, &hole);
-    extents.emplace_back(static_cast<uint32_t>(n), hole ? kStateHole | kStateZero : 0);
-    off += n;
-  }
-  const size_t payload = 4 + extents.size() * 8;
-  job->reply = std::make_unique<uint8_t[]>(kChunkHeaderBytes + payload);
-  job->reply_bytes = kChunkHeaderBytes + payload;
-  uint8_t* p = job->reply.get();
-  put_chunk(p, kChunkDone, kChunkBlockStatus, request.cookie, static_cast<uint32_t>(payload));
-  p += kChunkHeaderBytes;
-  put32(p, kContextId);
-  for (const auto& [bytes, state] : extents) {
-    put32(p + 4, bytes);
-    put32(p + 8, state);
-    p += 8;
-  }
-  finish(job, 0);
 }
 
 }  // namespace sf::nbd

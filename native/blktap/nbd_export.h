@@ -1,7 +1,10 @@
-// One exported device: its workers, and the requests that wait for something.
+// One exported device: its connections, and the requests that wait for something.
+//
+// States: open -> closed (close(): removed from the server, or the server ends). A connection is
+// admitted when its client chose this export, and counts until it has left.
 //
 // A request that cannot be answered at once on the connection's thread becomes a Job. It runs on
-// one of a few worker threads, or waits, holding none of them, for pages of a replica. Flushes (and
+// one of the server's workers, or waits, holding none of them, for pages of a replica. Flushes (and
 // the flush that FUA implies) go through a queue: one at a time, and all that were asked for while
 // one runs are answered by the next.
 //
@@ -11,25 +14,40 @@
 
 #include <atomic>
 #include <condition_variable>
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <string>
-#include <thread>
 #include <unordered_map>
 #include <vector>
 
 #include "blktap/device.h"
-#include "blktap/nbd_handshake.h"
+#include "blktap/nbd_proto.h"
+#include "blktap/nbd_workers.h"
 
 namespace sf::nbd {
 
 class Connection;
 
+struct ExportInfo {
+  std::string name;
+  std::string description;
+  size_t max_connections = 64;
+  bool is_default = false;  // what the empty name stands for
+  uint64_t size = 0;        // this and the next are taken from the device
+  bool writable = false;
+};
+
+struct ExportStats {
+  size_t connections = 0;
+  uint64_t accepted = 0;  // connections so far
+  uint64_t requests = 0;
+};
+
 struct Job {
   std::weak_ptr<Connection> connection;
   Request request;
   bool structured = false;
+  uint8_t contexts = 0;                // metadata contexts, of BLOCK_STATUS
   std::unique_ptr<uint8_t[]> payload;  // of a write
   std::unique_ptr<uint8_t[]> reply;
   size_t reply_bytes = 0;
@@ -43,35 +61,40 @@ using JobPtr = std::shared_ptr<Job>;
 
 class Export : public std::enable_shared_from_this<Export> {
  public:
-  Export(ExportInfo info, std::shared_ptr<Device> device)
-      : info_(std::move(info)), device_(std::move(device)) {}
-  ~Export();
-  void start(unsigned workers);
-  void stop();  // jobs not begun are dropped, unanswered
+  enum class Admission : uint8_t { kIn, kFull, kClosed };
+
+  Export(ExportInfo info, std::shared_ptr<Device> device, Workers* workers)
+      : info_(std::move(info)), device_(std::move(device)), queue_(workers->make_queue()) {}
+  // Ends its connections and waits until they have left and no request is carried out any more;
+  // jobs not begun are dropped, unanswered. To be called once, before the last reference goes.
+  void close();
 
   const ExportInfo& info() const { return info_; }
   Device& device() { return *device_; }
+  ExportStats stats();
+  Admission admit(const std::shared_ptr<Connection>& connection);
+  void leave(Connection* connection);
   void submit(JobPtr job);
 
  private:
-  void work();
   void run(const JobPtr& job);
-  void queue(std::function<void()> task);
-  bool wait_for_pages(const JobPtr& job, Device::Access access);
+  void queue(Workers::Task task);
+  bool wait_for_pages(const JobPtr& job, uint64_t bytes, Device::Access access);
   void arrived(PageIndex page, bool ok);
   void queue_flush(const JobPtr& job);
   void flush_all();
-  void block_status(const JobPtr& job);
   void finish(const JobPtr& job, int error);
 
   const ExportInfo info_;
   const std::shared_ptr<Device> device_;
+  const std::shared_ptr<Workers::Queue> queue_;
 
-  std::mutex mutex_;  // guards tasks_ and stopping_
-  std::condition_variable wake_;
-  std::deque<std::function<void()>> tasks_;
-  bool stopping_ = false;
-  std::vector<std::thread> workers_;
+  std::mutex connections_mutex_;  // guards the five below
+  std::condition_variable left_;
+  std::unordered_map<Connection*, std::weak_ptr<Connection>> connections_;
+  uint64_t accepted_ = 0;
+  uint64_t past_requests_ = 0;  // of connections that have left
+  bool closed_ = false;
 
   std::mutex wait_mutex_;
   std::unordered_map<PageIndex, std::vector<std::weak_ptr<Job>>> waiting_;
@@ -83,8 +106,8 @@ class Export : public std::enable_shared_from_this<Export> {
 
 uint32_t wire_error(int error);  // errno as the protocol's error number
 
-// Fill in job->reply.
-void reply_simple(Job* job, int error);
-void reply_error(Job* job, int error);  // of a command whose replies are structured
+// Writes the reply to a request that failed, at most kMaxErrorReply bytes; returns how many.
+constexpr size_t kMaxErrorReply = kChunkHeaderBytes + 6;
+size_t put_error_reply(uint8_t* p, const Request& request, bool structured, int error);
 
 }  // namespace sf::nbd

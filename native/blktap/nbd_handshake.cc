@@ -2,7 +2,6 @@
 
 #include <errno.h>
 #include <poll.h>
-#include <sys/socket.h>
 #include <time.h>
 
 #include <algorithm>
@@ -12,7 +11,7 @@ namespace {
 
 constexpr uint64_t kDeadlineMs = 30'000;
 constexpr int kMaxOptions = 256;
-constexpr uint32_t kMaxOptionBytes = 16 * 1024;  // kept; a name has at most 4096
+constexpr uint32_t kMaxOptionBytes = 16 * 1024;  // kept; a name or query has at most 4096
 constexpr uint32_t kMaxSkippedBytes = 1 << 20;
 
 uint64_t now_ms() {
@@ -21,41 +20,13 @@ uint64_t now_ms() {
   return static_cast<uint64_t>(ts.tv_sec) * 1000 + static_cast<uint64_t>(ts.tv_nsec) / 1000000;
 }
 
-// Reads counted fields out of an option's data; `ok` stays false once something was cut short.
-struct Reader {
-  const std::vector<uint8_t>& data;
-  size_t at = 0;
-  bool ok = true;
-
-  bool has(size_t bytes) {
-    if (!ok || data.size() - at < bytes) ok = false;
-    return ok;
-  }
-  uint16_t u16() {
-    if (!has(2)) return 0;
-    at += 2;
-    return get16(data.data() + at - 2);
-  }
-  uint32_t u32() {
-    if (!has(4)) return 0;
-    at += 4;
-    return get32(data.data() + at - 4);
-  }
-  std::string text(size_t bytes) {
-    if (!has(bytes)) return {};
-    at += bytes;
-    return std::string(reinterpret_cast<const char*>(data.data()) + at - bytes, bytes);
-  }
-  bool finished() const { return ok && at == data.size(); }
-};
-
 }  // namespace
 
-bool Handshake::wait(short events) {
+bool Handshake::wait(bool receiving) {
   for (;;) {
     const uint64_t now = now_ms();
     if (now >= deadline_ms_) return false;
-    pollfd fd = {socket_, events, 0};
+    pollfd fd = {stream_.fd(), stream_.waits_for(receiving), 0};
     const int n = ::poll(&fd, 1, static_cast<int>(deadline_ms_ - now));
     if (n > 0) return true;
     if (n < 0 && errno != EINTR) return false;
@@ -65,11 +36,11 @@ bool Handshake::wait(short events) {
 bool Handshake::receive(void* out, size_t bytes) {
   auto* p = static_cast<uint8_t*>(out);
   while (bytes > 0) {
-    const ssize_t n = ::recv(socket_, p, bytes, MSG_DONTWAIT);
+    const ssize_t n = stream_.receive(p, bytes);
     if (n > 0) {
       p += n;
       bytes -= static_cast<size_t>(n);
-    } else if (n == 0 || (errno != EAGAIN && errno != EINTR) || !wait(POLLIN)) {
+    } else if (n == 0 || (errno != EAGAIN && errno != EINTR) || !wait(true)) {
       return false;
     }
   }
@@ -89,11 +60,11 @@ bool Handshake::skip(size_t bytes) {
 bool Handshake::send(const void* data, size_t bytes) {
   const auto* p = static_cast<const uint8_t*>(data);
   while (bytes > 0) {
-    const ssize_t n = ::send(socket_, p, bytes, MSG_DONTWAIT | MSG_NOSIGNAL);
+    const ssize_t n = stream_.send(p, bytes);
     if (n >= 0) {
       p += n;
       bytes -= static_cast<size_t>(n);
-    } else if ((errno != EAGAIN && errno != EINTR) || !wait(POLLOUT)) {
+    } else if ((errno != EAGAIN && errno != EINTR) || !wait(false)) {
       return false;
     }
   }
@@ -108,14 +79,6 @@ Handshake::Next Handshake::reply(uint32_t option, uint32_t type, const void* dat
   put32(out.data() + 16, static_cast<uint32_t>(bytes));
   if (bytes > 0) std::memcpy(out.data() + 20, data, bytes);
   return send(out.data(), out.size()) ? Next::kOption : Next::kClose;
-}
-
-uint16_t Handshake::transmission_flags() const {
-  // Multi-conn: all connections share one disk, and a flush on any of them covers them all.
-  uint16_t flags = kHasFlags | kSendFlush | kCanMultiConn;
-  if (state_.structured) flags |= kSendDf;
-  flags |= info_.writable ? kSendFua | kSendTrim | kSendWriteZeroes : kReadOnly;
-  return flags;
 }
 
 bool Handshake::run(Negotiated* out) {
@@ -137,9 +100,11 @@ bool Handshake::run(Negotiated* out) {
     Next next = Next::kOption;
     if (bytes > kMaxOptionBytes) {
       if (bytes > kMaxSkippedBytes || number == kOptExportName || !skip(bytes)) return false;
-      next = reply(number, kRepErrTooBig);
+      // An abort is one with any data; this is more than any other option can need.
+      next = number == kOptAbort ? option(number, {})
+                                 : reply(number, kRepErrTooBig, "more data than any option takes");
     } else {
-      std::vector<uint8_t> data(bytes);
+      Data data(bytes);
       if (!receive(data.data(), bytes)) return false;
       next = option(number, data);
     }
@@ -150,117 +115,6 @@ bool Handshake::run(Negotiated* out) {
     }
   }
   return false;
-}
-
-Handshake::Next Handshake::option(uint32_t option, const std::vector<uint8_t>& data) {
-  switch (option) {
-    case kOptExportName:
-      return export_name(data);
-    case kOptAbort:
-      reply(option, kRepAck);
-      return Next::kClose;
-    case kOptList: {
-      if (!data.empty()) return reply(option, kRepErrInvalid);
-      std::vector<uint8_t> entry(4 + info_.name.size());
-      put32(entry.data(), static_cast<uint32_t>(info_.name.size()));
-      std::memcpy(entry.data() + 4, info_.name.data(), info_.name.size());
-      if (reply(option, kRepServer, entry.data(), entry.size()) == Next::kClose) {
-        return Next::kClose;
-      }
-      return reply(option, kRepAck);
-    }
-    case kOptInfo:
-    case kOptGo:
-      return info(option, data);
-    case kOptStructuredReply:
-      if (!data.empty()) return reply(option, kRepErrInvalid);
-      state_.structured = true;
-      return reply(option, kRepAck);
-    case kOptListMetaContext:
-    case kOptSetMetaContext:
-      return meta_context(option, data);
-    default:
-      return reply(option, kRepErrUnsup);
-  }
-}
-
-// The old way in: no error can be answered, only the door shut.
-Handshake::Next Handshake::export_name(const std::vector<uint8_t>& data) {
-  if (!known(std::string(data.begin(), data.end()))) return Next::kClose;
-  uint8_t out[10 + 124] = {};
-  put64(out, info_.size);
-  put16(out + 8, transmission_flags());
-  return send(out, no_zeroes_ ? 10 : sizeof out) ? Next::kTransmission : Next::kClose;
-}
-
-Handshake::Next Handshake::info(uint32_t option, const std::vector<uint8_t>& data) {
-  Reader in{data};
-  const std::string name = in.text(in.u32());
-  const uint16_t count = in.u16();
-  bool want_name = false, want_description = false, want_block_size = false;
-  for (unsigned i = 0; i < count && in.ok; i++) {
-    switch (in.u16()) {
-      case kInfoName:
-        want_name = true;
-        break;
-      case kInfoDescription:
-        want_description = true;
-        break;
-      case kInfoBlockSize:
-        want_block_size = true;
-        break;
-      default:
-        break;  // unknown requests are to be ignored
-    }
-  }
-  if (!in.finished()) return reply(option, kRepErrInvalid);
-  if (!known(name)) return reply(option, kRepErrUnknown, "no such export");
-  auto text = [&](Info type, const std::string& value) {
-    std::vector<uint8_t> out(2 + value.size());
-    put16(out.data(), type);
-    std::memcpy(out.data() + 2, value.data(), value.size());
-    return reply(option, kRepInfo, out.data(), out.size()) != Next::kClose;
-  };
-  uint8_t exported[12];
-  put16(exported, kInfoExport);
-  put64(exported + 2, info_.size);
-  put16(exported + 10, transmission_flags());
-  uint8_t sizes[14];
-  put16(sizes, kInfoBlockSize);
-  put32(sizes + 2, 1);
-  put32(sizes + 6, 4096);
-  put32(sizes + 10, kMaxRequestBytes);
-  if (reply(option, kRepInfo, exported, sizeof exported) == Next::kClose ||
-      (want_name && !text(kInfoName, info_.name)) ||
-      (want_description && !text(kInfoDescription, info_.description)) ||
-      (want_block_size && reply(option, kRepInfo, sizes, sizeof sizes) == Next::kClose) ||
-      reply(option, kRepAck) == Next::kClose) {
-    return Next::kClose;
-  }
-  return option == kOptGo ? Next::kTransmission : Next::kOption;
-}
-
-Handshake::Next Handshake::meta_context(uint32_t option, const std::vector<uint8_t>& data) {
-  const bool set = option == kOptSetMetaContext;
-  if (set) state_.base_allocation = false;  // a new set replaces the old one, also a failed one
-  Reader in{data};
-  const std::string name = in.text(in.u32());
-  const uint32_t queries = in.u32();
-  bool wanted = !set && queries == 0;
-  for (uint32_t i = 0; i < queries && in.ok; i++) {
-    const std::string query = in.text(in.u32());
-    if (query == kBaseAllocation || (!set && query == "base:")) wanted = true;
-  }
-  if (!in.finished() || (set && !state_.structured)) return reply(option, kRepErrInvalid);
-  if (!known(name)) return reply(option, kRepErrUnknown, "no such export");
-  if (wanted) {
-    uint8_t out[4 + sizeof kBaseAllocation - 1];
-    put32(out, set ? kContextId : 0);
-    std::memcpy(out + 4, kBaseAllocation, sizeof kBaseAllocation - 1);
-    if (reply(option, kRepMetaContext, out, sizeof out) == Next::kClose) return Next::kClose;
-    if (set) state_.base_allocation = true;
-  }
-  return reply(option, kRepAck);
 }
 
 }  // namespace sf::nbd

@@ -1,43 +1,49 @@
 // The option phase of an NBD connection (fixed newstyle), up to transmission.
 //
 // The client is hostile until proven otherwise: the whole phase has one deadline, options and their
-// lengths are counted, and nothing is kept of what it sends.
+// lengths are counted, and nothing is kept of what it sends but what it negotiated.
+//
+// nbd_handshake.cc has the phase and its bytes, nbd_options.cc what each option is answered.
+// Left out on purpose: NBD_OPT_STARTTLS (answered as unknown; it would exchange `stream_` and
+// forget `state_`), EXTENDED_HEADERS.
 #pragma once
 
 #include <cstdint>
 #include <string>
 #include <vector>
 
-#include "blktap/nbd_proto.h"
+#include "blktap/byte_stream.h"
+#include "blktap/nbd_exports.h"
 
 namespace sf::nbd {
 
-struct ExportInfo {
-  std::string name;  // a client may also ask for the empty name, the default export
-  std::string description;
-  uint64_t size = 0;
-  bool writable = false;
-};
-
 struct Negotiated {
   bool structured = false;
-  bool base_allocation = false;
+  uint8_t contexts = 0;  // kContextAllocation, ...
 };
 
 class Handshake {
  public:
-  Handshake(int socket, const ExportInfo& info) : socket_(socket), info_(info) {}
+  // `owner` is admitted to the export that the client chooses.
+  Handshake(ByteStream& stream, Exports& exports, std::shared_ptr<Connection> owner)
+      : stream_(stream), exports_(exports), owner_(std::move(owner)) {}
   // True when the client enters transmission; false: close the socket.
   bool run(Negotiated* out);
+  // What the owner was admitted to and has to leave, also after false. Null: nothing.
+  const std::shared_ptr<Export>& exported() const { return exported_; }
 
  private:
   enum class Next : uint8_t { kOption, kTransmission, kClose };
-  Next option(uint32_t option, const std::vector<uint8_t>& data);
-  Next export_name(const std::vector<uint8_t>& data);
-  Next info(uint32_t option, const std::vector<uint8_t>& data);
-  Next meta_context(uint32_t option, const std::vector<uint8_t>& data);
-  bool known(const std::string& name) const { return name.empty() || name == info_.name; }
-  uint16_t transmission_flags() const;
+  using Data = std::vector<uint8_t>;
+  Next option(uint32_t option, const Data& data);
+  Next export_name(const Data& data);
+  Next list(const Data& data);
+  Next info(uint32_t option, const Data& data);
+  Next send_info(uint32_t option, const Export& exported, const std::vector<uint16_t>& wanted);
+  Next meta_context(uint32_t option, const Data& data);
+  Export::Admission enter(const std::shared_ptr<Export>& exported);
+  uint16_t transmission_flags(const ExportInfo& info) const;
+
   Next reply(uint32_t option, uint32_t type, const void* data = nullptr, size_t bytes = 0);
   Next reply(uint32_t option, uint32_t type, const std::string& text) {
     return reply(option, type, text.data(), text.size());
@@ -45,11 +51,14 @@ class Handshake {
   bool receive(void* out, size_t bytes);
   bool skip(size_t bytes);
   bool send(const void* data, size_t bytes);
-  bool wait(short events);
+  bool wait(bool receiving);
 
-  int socket_;
-  const ExportInfo& info_;
+  ByteStream& stream_;
+  Exports& exports_;
+  std::shared_ptr<Connection> owner_;
+  std::shared_ptr<Export> exported_;
   Negotiated state_;
+  std::shared_ptr<Export> contexts_of_;  // the export that state_.contexts were selected for
   bool no_zeroes_ = false;
   uint64_t deadline_ms_ = 0;
 };

@@ -35,6 +35,7 @@ enum OptionReply : uint32_t {
   kRepInfo = 3,
   kRepMetaContext = 4,
   kRepErrUnsup = 0x80000001,
+  kRepErrPolicy = 0x80000002,
   kRepErrInvalid = 0x80000003,
   kRepErrUnknown = 0x80000006,
   kRepErrTooBig = 0x80000009,
@@ -44,7 +45,8 @@ enum Info : uint16_t { kInfoExport = 0, kInfoName = 1, kInfoDescription = 2, kIn
 
 // Transmission flags.
 constexpr uint16_t kHasFlags = 1, kReadOnly = 2, kSendFlush = 4, kSendFua = 8, kSendTrim = 32,
-                   kSendWriteZeroes = 64, kSendDf = 128, kCanMultiConn = 256;
+                   kSendWriteZeroes = 64, kSendDf = 128, kCanMultiConn = 256, kSendCache = 1024,
+                   kSendFastZero = 2048;
 
 enum Command : uint16_t {
   kRead = 0,
@@ -52,12 +54,13 @@ enum Command : uint16_t {
   kDisconnect = 2,
   kFlush = 3,
   kTrim = 4,
+  kCache = 5,
   kWriteZeroes = 6,
   kBlockStatus = 7,
 };
 
 // Command flags.
-constexpr uint16_t kFlagFua = 1, kFlagNoHole = 2, kFlagDf = 4, kFlagReqOne = 8;
+constexpr uint16_t kFlagFua = 1, kFlagNoHole = 2, kFlagDf = 4, kFlagReqOne = 8, kFlagFastZero = 16;
 
 constexpr uint16_t kChunkDone = 1;  // structured reply flag
 enum Chunk : uint16_t {
@@ -69,13 +72,22 @@ enum Chunk : uint16_t {
 };
 
 constexpr uint32_t kStateHole = 1, kStateZero = 2;  // base:allocation
-constexpr uint32_t kContextId = 1;                  // the id we give base:allocation
-constexpr char kBaseAllocation[] = "base:allocation";
+
+// Metadata contexts: bits of a set, and the ids we give them.
+constexpr uint8_t kContextAllocation = 1, kContextDepth = 2;
+struct ContextName {
+  uint8_t context;
+  const char* space;  // with its colon
+  const char* leaf;
+};
+constexpr ContextName kContexts[] = {{kContextAllocation, "base:", "allocation"},
+                                     {kContextDepth, "qemu:", "allocation-depth"}};
 
 constexpr size_t kRequestBytes = 28;
 constexpr size_t kSimpleReplyBytes = 16;
 constexpr size_t kChunkHeaderBytes = 20;
 constexpr uint32_t kMaxRequestBytes = 32u << 20;
+constexpr size_t kMaxString = 4096;  // names, descriptions, queries
 
 struct Request {
   uint16_t flags = 0;

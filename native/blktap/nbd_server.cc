@@ -10,11 +10,12 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <system_error>
 
 namespace sf::nbd {
 namespace {
 
-constexpr unsigned kWorkers = 4;
+constexpr int kBacklog = 128;
 constexpr int kSocketBuffer = 1 << 20;
 
 Status socket_address(const std::string& path, sockaddr_un* out) {
@@ -49,8 +50,10 @@ Status check_free(const std::string& path) {
 
 }  // namespace
 
-Status Server::Start(Config config, std::shared_ptr<Device> device, std::unique_ptr<Server>* out) {
-  if (config.info.name.size() > 4096) return Status::Error("E_ARGUMENT", "export name too long");
+Status Server::Start(Config config, std::unique_ptr<Server>* out) {
+  if (config.max_connections == 0 || config.max_connections > kMaxConnections) {
+    return Status::Error("E_ARGUMENT", "a server has 1 to 4096 connections");
+  }
   const std::string& path = config.socket_path;
   sockaddr_un address;
   Status status = socket_address(path, &address);
@@ -79,19 +82,15 @@ Status Server::Start(Config config, std::shared_ptr<Device> device, std::unique_
   struct stat st = {};
   if (::chmod(temporary.c_str(), config.mode) != 0 ||
       ::chown(temporary.c_str(), config.uid, config.gid) != 0 ||
-      ::listen(server->listener_.get(), kMaxConnections) != 0 ||
-      ::lstat(temporary.c_str(), &st) != 0 || ::rename(temporary.c_str(), path.c_str()) != 0) {
+      ::listen(server->listener_.get(), kBacklog) != 0 || ::lstat(temporary.c_str(), &st) != 0 ||
+      ::rename(temporary.c_str(), path.c_str()) != 0) {
     status = Status::Errno("E_IO", "set up socket " + path);
     ::unlink(temporary.c_str());
     return status;
   }
   server->socket_device_ = st.st_dev;
   server->socket_inode_ = st.st_ino;
-  config.info.size = device->size();
-  config.info.writable = device->writable();
   server->config_ = std::move(config);
-  server->export_ = std::make_shared<Export>(server->config_.info, std::move(device));
-  server->export_->start(kWorkers);
   server->thread_ = std::thread([raw = server.get()] {
     ::pthread_setname_np(::pthread_self(), "nbd-accept");
     raw->accept_loop();
@@ -110,8 +109,9 @@ void Server::stop() {
   thread_.join();
   listener_.reset();
   for (auto& client : clients_) client.connection->stop();
+  exports_.close();
   reap(true);
-  export_->stop();
+  workers_.stop();
   // Only our own socket: another process may have taken over the path.
   struct stat st = {};
   if (::lstat(config_.socket_path.c_str(), &st) == 0 && st.st_dev == socket_device_ &&
@@ -140,19 +140,29 @@ void Server::accept_one() {
     }
     return;
   }
-  if (clients_.size() >= kMaxConnections) return;  // closes it
+  if (clients_.size() >= config_.max_connections) {
+    refused_++;
+    return;  // closes it
+  }
   // Room for a batch of replies; a refusal only costs speed.
   ::setsockopt(socket.get(), SOL_SOCKET, SO_SNDBUF, &kSocketBuffer, sizeof kSocketBuffer);
-  accepted_++;
-  open_++;
   Client& client = clients_.emplace_back();
-  client.connection = std::make_shared<Connection>(export_, std::move(socket));
-  client.thread = std::thread([this, &client] {
-    ::pthread_setname_np(::pthread_self(), "nbd-conn");
-    client.connection->run();
+  client.connection = std::make_shared<Connection>(exports_, std::move(socket));
+  open_++;
+  try {
+    client.thread = std::thread([this, &client] {
+      ::pthread_setname_np(::pthread_self(), "nbd-conn");
+      client.connection->run();
+      open_--;
+      client.finished = true;
+    });
+  } catch (const std::system_error&) {  // no thread to be had
     open_--;
-    client.finished = true;
-  });
+    refused_++;
+    clients_.pop_back();
+    return;
+  }
+  accepted_++;
 }
 
 void Server::reap(bool all) {

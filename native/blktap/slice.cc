@@ -166,6 +166,31 @@ int Slice::punch(PageIndex first, uint64_t count) const {
   return errno == EOPNOTSUPP ? 0 : errno;  // only space is lost: the page's state says zero
 }
 
+int Slice::allocate_zeroes(PageIndex first, uint64_t count) const {
+  constexpr int kKeepSize = FALLOC_FL_KEEP_SIZE;
+  const auto off = static_cast<off_t>(first * kPageBytes);
+  const auto len = static_cast<off_t>(count * kPageBytes);
+  if (::fallocate(data_.fd(), FALLOC_FL_ZERO_RANGE | kKeepSize, off, len) != 0) {
+    if (errno != EOPNOTSUPP) return errno;
+    // tmpfs, for one: zeros that are written have their space too.
+    static constexpr uint8_t kZeroes[16 * kPageBytes] = {};
+    for (uint64_t done = 0; done < count * kPageBytes;) {
+      const size_t n = std::min<uint64_t>(sizeof kZeroes, count * kPageBytes - done);
+      const int error = data_.write(first * kPageBytes + done, kZeroes, n);
+      if (error != 0) return error;
+      done += n;
+    }
+  }
+  const uint64_t bits = first / kPagesPerByte;
+  const uint64_t bytes = (first + count - 1) / kPagesPerByte - bits + 1;
+  if (::fallocate(map_.fd(), kKeepSize, static_cast<off_t>(kMapStart + bits),
+                  static_cast<off_t>(bytes)) != 0 &&
+      errno != EOPNOTSUPP) {
+    return errno;
+  }
+  return 0;
+}
+
 Status Slice::write_header(const DataFile& file, const std::string& name, MapKind kind) {
   SliceHeader header = header_;
   header.kind = static_cast<uint32_t>(kind);

@@ -92,6 +92,9 @@ class Slice {
   // 0 or an errno. The caller keeps two threads off one page (Disk's page locks).
   int mark(PageIndex first, uint64_t count, PageState state);
   int punch(PageIndex first, uint64_t count) const;
+  // Makes these pages of .data zeros that have their space, and takes the space of their bits in
+  // .map; the caller marks them. ENOSPC.
+  int allocate_zeroes(PageIndex first, uint64_t count) const;
 
   Status activate(const std::string& below, const std::string& below_generation);
   Status persist();  // one thread at a time

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "blktap/disk_js.h"
+#include "blktap/server_js.h"
 #include "blktap/slice_check.h"
 #include "blktap/task.h"
 #include "blktap/view.h"
@@ -64,7 +65,7 @@ class ViewJs : public Napi::ObjectWrap<ViewJs> {
     constructor() = Napi::Persistent(DefineClass(env, "NativeView",
                                                  {
                                                      InstanceMethod("provider", &ViewJs::Provider),
-                                                     InstanceMethod("serve", &ViewJs::Serve),
+                                                     InstanceMethod("device", &ViewJs::Device),
                                                      InstanceMethod("close", &ViewJs::Close),
                                                  }));
   }
@@ -83,8 +84,8 @@ class ViewJs : public Napi::ObjectWrap<ViewJs> {
   Napi::Value Provider(const Napi::CallbackInfo& info) {
     return wrap_provider(info.Env(), open(info.Env()));
   }
-  Napi::Value Serve(const Napi::CallbackInfo& info) {
-    return serve_device(info.Env(), info[0], open(info.Env()));
+  Napi::Value Device(const Napi::CallbackInfo& info) {
+    return wrap_device(info.Env(), open(info.Env()));
   }
   void Close(const Napi::CallbackInfo&) { view_.reset(); }
 

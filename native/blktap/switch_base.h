@@ -41,6 +41,7 @@ class SwitchBase final : public Base {
   uint64_t extent(uint64_t off, uint64_t limit, bool* zero) const override {
     return now()->extent(off, limit, zero);
   }
+  void cache(uint64_t off, uint64_t len) const override { now()->cache(off, len); }
   bool all_zero() const override { return now()->all_zero(); }
   bool fills() const override { return now()->fills(); }
   bool absent(PageIndex page) const override { return now()->absent(page); }

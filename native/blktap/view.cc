@@ -45,9 +45,15 @@ int View::plan_read(uint64_t off, size_t len, uint8_t* out, ReadPlan* plan) {
       out, plan);
 }
 
-uint32_t View::depth(PageIndex page) const {
+Device::Extent View::extent(uint64_t off, uint64_t limit) const {
+  ReadGate::Section section(chain_.slices->readers());
   std::shared_lock shape(chain_.slices->shape());
-  return chain_depth(chain_, node_->height, index_->get(page));
+  return chain_extent(chain_, *index_, node_->height, off, limit);
+}
+
+void View::cache(uint64_t off, uint64_t len) {
+  ReadGate::Section section(chain_.slices->readers());
+  chain_cache(chain_, *index_, off, len);
 }
 
 }  // namespace sf

@@ -23,7 +23,7 @@ class View final : public PageProvider, public Device {
   int plan_read(uint64_t off, size_t len, uint8_t* out, ReadPlan* plan) override;
   int carried_out(int error) override { return error == 0 && !current() ? ESHUTDOWN : error; }
   int write(uint64_t, size_t, const uint8_t*, ReadMode) override { return EPERM; }
-  int zero(uint64_t, uint64_t, bool) override { return EPERM; }
+  int zero(uint64_t, uint64_t, Zero, bool) override { return EPERM; }
   int flush() override { return 0; }
   void missing(uint64_t off, uint64_t len, Access access,
                std::vector<PageIndex>* out) const override {
@@ -32,11 +32,8 @@ class View final : public PageProvider, public Device {
   void want(PageIndex page, std::function<void(const Status&)> done) override {
     chain_.base->want(page, std::move(done));
   }
-  uint64_t extent(uint64_t off, uint64_t limit, bool* hole) const override {
-    return chain_extent(chain_, *index_, off, limit, hole);
-  }
-  // 1 for the generation's own slice; see chain_depth().
-  uint32_t depth(PageIndex page) const;
+  Extent extent(uint64_t off, uint64_t limit) const override;  // depth 1: the generation's own slice
+  void cache(uint64_t off, uint64_t len) override;
 
  private:
   bool current() const { return node_->store->lock().holds(); }

@@ -1,14 +1,12 @@
 import { SnowflockError } from '../common/errors.js';
 import { checkGenerationId, checkGenerationName } from './entries.js';
+import { addon, type NativeDisk, type NativeStats, native, nativeSync } from './native.js';
 import {
-  addon,
-  type NativeDisk,
-  type NativeServer,
-  type NativeStats,
-  native,
-  nativeSync,
+  type ServedExport,
   type ServeOptions,
-} from './native.js';
+  type SharedServer,
+  serveDevice,
+} from './nbd-server.js';
 import {
   diskOf,
   nativeChain,
@@ -22,7 +20,7 @@ import { newSliceId } from './slice-files.js';
 import type { DiskBase } from './store-api.js';
 import { type OpenGeneration, openView } from './view.js';
 
-export type { ServeOptions } from './native.js';
+export type { ServedExport, ServeOptions, SharedServer } from './nbd-server.js';
 export type { ReplicaHandle } from './parts.js';
 export type { DiskBase } from './store-api.js';
 
@@ -105,7 +103,7 @@ export class Disk {
   /** Settled when a spare is attached and the journal up to date; rejected if that failed. */
   #ready: Promise<void> = Promise.resolve();
   #turn: Promise<unknown> = Promise.resolve();
-  #servers = new Set<NativeServer>();
+  #served = new Set<ServedExport>();
   /** What works on the disk for long (flatten): it ends soon after the disk is closed. */
   readonly #works = new Set<Promise<unknown>>();
   #closing: Promise<void> | undefined;
@@ -144,24 +142,49 @@ export class Disk {
     return this.#native;
   }
 
-  /** Serves the writable disk. The socket appears with its owner and mode, ready to connect to. */
-  async serve(options: ServeOptions): Promise<void> {
+  /** Serves the writable disk: on a socket of its own, or as an export of a server. */
+  async serve(options: ServeOptions | SharedServer): Promise<ServedExport> {
     this.#check();
-    this.#servers.add(await native(() => this.#native.serve(options)));
-    this.exports.push({ socket: options.socketPath, name: options.exportName ?? '' });
+    const socket = 'server' in options ? options.server.socketPath : options.socketPath;
+    const served = await serveDevice(
+      nativeSync(() => this.#native.device()),
+      options,
+    );
+    const address = { socket, name: options.exportName ?? '' };
+    this.exports.push(address);
+    return this.#keep(served, () => {
+      const at = this.exports.indexOf(address);
+      if (at >= 0) this.exports.splice(at, 1);
+    });
   }
 
-  /** Serves a generation read-only; closing the result ends it. */
+  /** Serves a generation read-only; closing the result ends it. E_NOT_FOUND. */
   async serveGeneration(
     generation: string,
-    options: ServeOptions,
-  ): Promise<{ close(): Promise<void> }> {
+    options: ServeOptions | SharedServer,
+  ): Promise<ServedExport> {
     const view = await this.openGeneration(generation);
     try {
-      return await view.serve(options);
+      return await this.#keep(await view.serve(options), () => undefined);
     } finally {
       view.close(); // its server keeps it
     }
+  }
+
+  /** What is served ends with the disk. */
+  async #keep(served: ServedExport, ended: () => void): Promise<ServedExport> {
+    const close = async () => {
+      await served.close();
+      this.#served.delete(kept);
+      ended();
+    };
+    const kept = { ...served, close };
+    if (this.#closing !== undefined) {
+      await close(); // the disk was closed meanwhile, and did not know of it
+      this.#check();
+    }
+    this.#served.add(kept);
+    return kept;
   }
 
   /** Waits until a fork can be done without making or syncing anything. Repeats what failed. */
@@ -279,7 +302,7 @@ export class Disk {
     this.#check();
     const stats = this.#native.stats();
     let connections = 0;
-    for (const server of this.#servers) connections += server.stats().connections;
+    for (const served of this.#served) connections += served.connections();
     return { ...stats, errors: stats.ioErrors + stats.noSpaceErrors, connections };
   }
 
@@ -317,9 +340,7 @@ export class Disk {
   }
 
   async #close(): Promise<void> {
-    const servers = [...this.#servers];
-    this.#servers.clear();
-    await Promise.all(servers.map((server) => native(() => server.close())));
+    await Promise.all([...this.#served].map((served) => served.close()));
     await Promise.all(this.#works);
     await this.#turn.catch(() => undefined);
     const renewed = await this.#ready.then(

@@ -1,5 +1,6 @@
 import { asSnowflockError } from '../common/errors.js';
 import { loadAddon } from '../common/native.js';
+import type { ListenOptions, NbdServerStats } from './nbd-server.js';
 
 /**
  * What src/cow-disk uses of the data plane's addon (native/blktap). It knows slices by id; which
@@ -15,6 +16,7 @@ export interface BlktapAddon {
   /** Punches out what leakedBytes counts, of a sealed slice nobody has open. Bytes given back. */
   trimSlice(p: SliceFileSpec): Promise<number>;
   readPage(provider: unknown, page: number): Buffer | null;
+  startNbdServer(options: ListenOptions): NativeNbdServer;
 }
 
 export interface SliceFileSpec {
@@ -100,14 +102,16 @@ export interface NativeDisk {
   pullBegin(): Promise<NativePull>;
   info(): { top: string; depth: number; indexBytes: number; spare: boolean; pages: number };
   stats(): NativeStats;
-  serve(options: ServeOptions): NativeServer;
+  /** What an NBD server serves. */
+  device(): unknown;
   close(): Promise<void>;
 }
 
 export interface NativeView {
   /** A PageProvider handle (mcdist); it keeps the view alive. */
   provider(): unknown;
-  serve(options: ServeOptions): NativeServer;
+  /** What an NBD server serves; the export keeps it. */
+  device(): unknown;
   close(): void;
 }
 
@@ -131,19 +135,19 @@ export interface NativeStats {
   lastError: string | null;
 }
 
-export interface NativeServer {
+export interface NativeNbdServer {
+  addExport(
+    device: unknown,
+    options: {
+      exportName: string | undefined;
+      description: string | undefined;
+      isDefault: boolean | undefined;
+      maxConnections: number | undefined;
+    },
+  ): void;
+  removeExport(name: string): Promise<void>;
   close(): Promise<void>;
-  stats(): { connections: number; accepted: number };
-}
-
-/** A Unix socket to serve on. `uid`, `gid`, `mode`: of the socket file (default: own, 0o600). */
-export interface ServeOptions {
-  socketPath: string;
-  exportName?: string;
-  description?: string;
-  uid?: number;
-  gid?: number;
-  mode?: number;
+  stats(): NbdServerStats;
 }
 
 let loaded: BlktapAddon | undefined;

@@ -1,11 +1,11 @@
 import { SnowflockError } from '../common/errors.js';
+import { type NativeView, native, nativeSync } from './native.js';
 import {
-  type NativeServer,
-  type NativeView,
-  native,
-  nativeSync,
+  type ServedExport,
   type ServeOptions,
-} from './native.js';
+  type SharedServer,
+  serveDevice,
+} from './nbd-server.js';
 import { nativeChain, type ReplicaHandle, type StoreParts } from './parts.js';
 import type { Tree } from './tree.js';
 
@@ -33,15 +33,17 @@ export class OpenGeneration {
   }
 
   /** Serves it read-only by NBD until the result is closed. */
-  async serve(options: ServeOptions): Promise<{ close(): Promise<void> }> {
+  async serve(options: ServeOptions | SharedServer): Promise<ServedExport> {
     const { device } = this;
-    const server: NativeServer = await native(() => device.serve(options));
-    return {
-      close: async () => {
-        await native(() => server.close());
-        this.#parts.changed();
-      },
+    const served = await serveDevice(
+      nativeSync(() => device.device()),
+      options,
+    );
+    const close = async () => {
+      await served.close();
+      this.#parts.changed();
     };
+    return { ...served, close };
   }
 
   close(): void {

@@ -1,4 +1,4 @@
-import type { Disk, ServeOptions } from '../cow-disk/disk.js';
+import type { Disk, ServedExport, ServeOptions, SharedServer } from '../cow-disk/disk.js';
 
 /**
  * Whoever gives pages of generations to other hosts (the mcdist server). What else it needs, such as
@@ -26,8 +26,8 @@ export async function exportGeneration<Options extends object, Result>(
 export function serveGeneration(
   disk: Disk,
   generation: string,
-  options: ServeOptions,
-): Promise<{ close(): Promise<void> }> {
+  options: ServeOptions | SharedServer,
+): Promise<ServedExport> {
   return disk.serveGeneration(generation, {
     exportName: generation,
     description: `generation ${generation}, read-only`,

@@ -28,7 +28,9 @@ test('nbdinfo lists the export and its capabilities', async () => {
   expect(found).toMatchObject({
     'export-name': 'disk',
     'export-size': 64 * MIB,
-    contexts: ['base:allocation'],
+    contexts: ['base:allocation', 'qemu:allocation-depth'],
+    can_cache: true,
+    can_fast_zero: true,
     is_read_only: false,
     can_df: true,
     can_flush: true,

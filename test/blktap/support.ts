@@ -12,6 +12,7 @@ import { asSnowflockError } from '../../src/common/errors.js';
 import { loadAddon } from '../../src/common/native.js';
 import { Disk, type ReplicaHandle } from '../../src/cow-disk/disk.js';
 import { addon } from '../../src/cow-disk/native.js';
+import { type ListenOptions, NbdServer } from '../../src/cow-disk/nbd-server.js';
 import { NbdClient } from './nbd-client.js';
 
 export const PAGE = 4096;
@@ -73,8 +74,18 @@ export async function newDisk(
   return { folder, directory, socketPath, disk };
 }
 
-export async function connectTo(socketPath: string): Promise<NbdClient> {
-  const client = await NbdClient.connect(socketPath);
+/** A server without exports. */
+export async function newServer(
+  socketPath: string,
+  options: Omit<ListenOptions, 'socketPath'> = {},
+): Promise<NbdServer> {
+  const server = await NbdServer.start({ socketPath, ...options });
+  cleanup(() => server.close());
+  return server;
+}
+
+export async function connectTo(socketPath: string, name = ''): Promise<NbdClient> {
+  const client = await NbdClient.connect(socketPath, name);
   cleanup(() => client.close());
   return client;
 }
