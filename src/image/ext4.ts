@@ -1,7 +1,7 @@
 import { lstat, open, readdir, readlink, rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
-import { run } from './run.js';
+import { run } from '../common/run.js';
 
 export interface Ext4Options {
   /** File to make. */
