@@ -1,9 +1,5 @@
-import { randomBytes } from 'node:crypto';
-import { mkdir, readdir, rm, stat } from 'node:fs/promises';
-import { join } from 'node:path';
-import { isDeepStrictEqual } from 'node:util';
 import { SnowflockError } from '../common/errors.js';
-import { type DiskFile, readDiskFile, type SliceEntry, writeDiskFile } from './disk-file.js';
+import { checkGenerationId, checkGenerationName } from './entries.js';
 import {
   addon,
   type NativeDisk,
@@ -13,17 +9,22 @@ import {
   nativeSync,
   type ServeOptions,
 } from './native.js';
+import {
+  diskOf,
+  nativeChain,
+  publicBase,
+  type ReplicaHandle,
+  type StoreParts,
+  sliceOf,
+} from './parts.js';
+import { createSingle, openSingle } from './single.js';
+import { newSliceId } from './slice-files.js';
+import type { DiskBase } from './store-api.js';
+import { type OpenGeneration, openView } from './view.js';
 
 export type { ServeOptions } from './native.js';
-
-/** What lies below a disk's first slice. `path` is kept as given: make it absolute. */
-export type DiskBase =
-  | { kind: 'none' }
-  | { kind: 'image'; path: string }
-  | { kind: 'replica'; generation: string };
-
-/** The `handle` of a Replica object (medium `disk`). */
-export type ReplicaHandle = unknown;
+export type { ReplicaHandle } from './parts.js';
+export type { DiskBase } from './store-api.js';
 
 export interface ForkResult {
   generation: string;
@@ -35,22 +36,22 @@ export interface ForkResult {
 
 export interface SliceInfo {
   id: string;
-  /** `settling`: immutable already, not durable yet. */
+  /** `settling`: immutable already, not durable or not in the journal yet. */
   state: 'open' | 'settling' | 'sealed';
-  /** Pages with data or known to be zero. */
-  pages: number;
-  allocatedBytes: number;
-  /** The generation it was sealed as, if any. */
+  /** The generation it was sealed as, if somebody still wants it. */
   generation: string | undefined;
-  /** False when its generation was dropped: it waits to be merged into the next one. */
+  /** False when its generation was dropped: it waits to be merged with the one on it. */
   referenced: boolean;
 }
 
 export interface DiskInfo {
   sizeBytes: number;
+  /** Pages of the disk; the last one may go beyond its size. */
   pages: number;
   base: DiskBase;
+  /** Oldest first; the last is the top. */
   slices: SliceInfo[];
+  /** Those of this disk's own that its top lies on, oldest first. */
   generations: string[];
   indexBytes: number;
 }
@@ -60,128 +61,94 @@ export interface DiskStats extends NativeStats {
   connections: number;
 }
 
-const ID = /^[0-9a-f]{32}$/;
+/** A fork that the journal does not tell of yet. */
+interface Pending {
+  generation: string;
+  name: string | null;
+  /** The slice sealed by it. */
+  slice: string;
+  created_ms: number;
+  release(): void;
+}
 
-function newId(): string {
-  return randomBytes(16).toString('hex');
+/** What a disk needs of its store besides. */
+export interface DiskOwner {
+  parts: StoreParts;
+  replica: ReplicaHandle | undefined;
+  /** Takes a generation id and, if given, a name for this disk. E_EXISTS, E_CAPACITY. */
+  reserve(disk: string, generation: string, name: string | null): { release(): void };
+  removeGeneration(disk: string, generation: string): Promise<void>;
+  /** The native disk is closed. */
+  closed(disk: Disk): Promise<void>;
 }
 
 /**
- * A virtual disk: slices of 4 KiB pages over a base, served by NBD, forked in constant time.
+ * An open disk of a store: slices of 4 KiB pages over a base, served by NBD, forked in constant time.
  *
- * A fork needs a *spare*, an empty slice made ahead of time and named in disk.json, so that while
+ * A fork needs a *spare*, an empty slice made ahead of time and named in the journal, so that while
  * the VM is paused nothing is created and nothing synced. After a fork, in the background: the
- * sealed slice is made durable, a new spare is made, disk.json is replaced. `prepareFork()` waits
+ * sealed slice is made durable, a new spare is made, a transaction names both. `prepareFork()` waits
  * for that and is to be called before the VM is paused. A kill or power cut anywhere in between
- * leaves a disk that opens: see docs/disk-format.md.
+ * leaves a store that opens: see docs/disk-format.md.
  */
 export class Disk {
+  readonly name: string;
   readonly directory: string;
+  /** Where it can be reached; kept by those who serve it (list() shows it). */
+  readonly exports: { socket: string; name: string }[] = [];
+  readonly #owner: DiskOwner;
   readonly #native: NativeDisk;
-  readonly #sizeBytes: number;
-  readonly #base: DiskFile['base'];
-  #slices: SliceEntry[];
-  #spare: string | null;
-  /** Settled when a spare is attached and disk.json is up to date; rejected if that failed. */
+  #pending: Pending | undefined;
+  #renewing = false;
+  /** A spare made, but not named by the journal yet. */
+  #made: string | undefined;
+  /** Settled when a spare is attached and the journal up to date; rejected if that failed. */
   #ready: Promise<void> = Promise.resolve();
   #turn: Promise<unknown> = Promise.resolve();
   #servers = new Set<NativeServer>();
+  /** What works on the disk for long (flatten): it ends soon after the disk is closed. */
+  readonly #works = new Set<Promise<unknown>>();
   #closing: Promise<void> | undefined;
 
-  private constructor(directory: string, file: DiskFile, opened: NativeDisk) {
-    this.directory = directory;
+  /** By Store.openDisk() only. */
+  constructor(name: string, owner: DiskOwner, opened: NativeDisk) {
+    this.name = name;
+    this.directory = owner.parts.directory;
+    this.#owner = owner;
     this.#native = opened;
-    this.#sizeBytes = file.size_bytes;
-    this.#base = file.base;
-    this.#slices = file.slices.map((slice) => ({ ...slice }));
-    this.#spare = file.spare;
   }
 
   /**
-   * Makes a disk in `directory`, which is created if missing and must not hold one (E_EXISTS).
-   * `sizeBytes` is a multiple of 4096, at least an image base's size and exactly a replica's.
+   * Makes a store with one disk, named `disk`, in `directory`, which is created if missing and must
+   * not hold one (E_EXISTS). An image base is not larger than the disk, a replica exactly as large.
    */
   static async create(
     directory: string,
     options: { sizeBytes: number; base?: DiskBase },
   ): Promise<void> {
-    const { sizeBytes } = options;
-    if (!Number.isSafeInteger(sizeBytes) || sizeBytes < 4096 || sizeBytes % 4096 !== 0) {
-      throw new SnowflockError('E_ARGUMENT', `disk size ${sizeBytes} is not a multiple of 4096`);
-    }
-    if (sizeBytes > 2 ** 46) {
-      throw new SnowflockError('E_ARGUMENT', `disk size ${sizeBytes} is more than 64 TiB`);
-    }
-    const base = await describeBase(options.base ?? { kind: 'none' }, sizeBytes);
-    await mkdir(directory, { recursive: true, mode: 0o700 });
-    if ((await readdir(directory)).some((name) => name === 'disk.json')) {
-      throw new SnowflockError('E_EXISTS', `${directory} holds a disk already`);
-    }
-    const [top, spare] = [newId(), newId()];
-    try {
-      await native(() => addon().createSlice(directory, top, sizeBytes, false));
-      await native(() => addon().createSlice(directory, spare, sizeBytes, true));
-      await writeDiskFile(directory, {
-        format: 'snowflock-disk',
-        version: 1,
-        page_bytes: 4096,
-        size_bytes: sizeBytes,
-        base,
-        slices: [{ id: top }],
-        spare,
-      });
-    } catch (error) {
-      const made = [top, spare].flatMap((id) => [`${id}.data`, `${id}.map`]);
-      for (const name of [...made, 'disk.json', 'disk.json.new']) {
-        await rm(join(directory, name), { force: true });
-      }
-      throw error;
-    }
+    await createSingle(directory, options);
   }
 
   /**
-   * Opens a disk. One owner at a time (E_IN_USE). A disk over a replica needs the replica of that
-   * generation (`options.replica`, else E_ARGUMENT; of another one: E_REPLICA_MISMATCH).
+   * Opens the disk named `disk` of a store, which has one owner at a time (E_IN_USE); closing it
+   * closes the store. A disk over a replica needs the replica of that generation
+   * (`options.replica`, else E_ARGUMENT; of another one: E_REPLICA_MISMATCH).
    */
   static async open(directory: string, options: { replica?: ReplicaHandle } = {}): Promise<Disk> {
-    for (let attempt = 0; attempt < 3; attempt++) {
-      const file = await readDiskFile(directory);
-      const opened = await native(() =>
-        addon().openDisk(
-          {
-            directory,
-            sizeBytes: file.size_bytes,
-            slices: file.slices.map((slice) => ({
-              id: slice.id,
-              generation: slice.generation ?? '',
-              keep: slice.dropped !== true,
-            })),
-            spare: file.spare ?? '',
-            base: nativeBase(file.base),
-          },
-          options.replica,
-        ),
-      );
-      const disk = new Disk(directory, file, opened);
-      try {
-        // Read again under the lock: its last owner may have changed it since.
-        if (isDeepStrictEqual(file, await readDiskFile(directory))) {
-          await disk.#recover();
-          return disk;
-        }
-      } catch (error) {
-        await native(() => opened.close()).catch(() => undefined);
-        throw error;
-      }
-      await native(() => opened.close());
-    }
-    throw new SnowflockError('E_IN_USE', `disk ${directory} changes while it is being opened`);
+    return openSingle(directory, options);
+  }
+
+  /** The native disk, for an NBD server with several exports. */
+  get device(): NativeDisk {
+    this.#check();
+    return this.#native;
   }
 
   /** Serves the writable disk. The socket appears with its owner and mode, ready to connect to. */
   async serve(options: ServeOptions): Promise<void> {
     this.#check();
     this.#servers.add(await native(() => this.#native.serve(options)));
+    this.exports.push({ socket: options.socketPath, name: options.exportName ?? '' });
   }
 
   /** Serves a generation read-only; closing the result ends it. */
@@ -189,75 +156,85 @@ export class Disk {
     generation: string,
     options: ServeOptions,
   ): Promise<{ close(): Promise<void> }> {
-    this.#check();
-    const server = await native(() => this.#native.serveView(generation, options));
-    this.#servers.add(server);
-    return {
-      close: async () => {
-        this.#servers.delete(server);
-        await native(() => server.close());
-      },
-    };
+    const view = await this.openGeneration(generation);
+    try {
+      return await view.serve(options);
+    } finally {
+      view.close(); // its server keeps it
+    }
   }
 
   /** Waits until a fork can be done without making or syncing anything. Repeats what failed. */
   async prepareFork(): Promise<void> {
     this.#check();
-    try {
-      await this.#ready;
-    } catch {
-      this.#renewLater();
-      await this.#ready;
-    }
+    await this.#ready.catch(() => undefined); // what failed is repeated, and its error thrown, here
+    if (this.#pending === undefined && this.#native.info().spare) return;
+    if (!this.#renewing) this.#renewLater();
+    await this.#ready;
+  }
+
+  /** Waits until the journal tells of every fork so far. Needs no spare. */
+  async journalled(): Promise<void> {
+    if (this.#pending !== undefined) await this.prepareFork();
   }
 
   /**
    * Seals the top slice as `generation` (32 hex digits) and goes on in the spare. The generation
    * survives the death of this process at once; a power cut once `prepareFork()` resolves, or the
-   * guest has flushed. On an error nothing has changed.
+   * guest has flushed. On an error nothing has changed. E_EXISTS, E_ARGUMENT, E_NO_SPACE, E_IO.
    */
-  async fork(generation: string): Promise<ForkResult> {
+  async fork(generation: string, options: { name?: string } = {}): Promise<ForkResult> {
     return this.#inTurn(async () => {
-      if (!ID.test(generation)) {
-        throw new SnowflockError('E_ARGUMENT', `generation ${generation} is not 32 hex digits`);
+      checkGenerationId(generation);
+      const name = options.name ?? null;
+      if (name !== null) checkGenerationName(name);
+      const reserved = this.#owner.reserve(this.name, generation, name);
+      try {
+        await this.prepareFork();
+        const done = await native(() => this.#native.fork(generation));
+        const { release } = reserved;
+        this.#pending = { generation, name, slice: done.slice, created_ms: Date.now(), release };
+        this.#renewLater();
+        return { generation, slice: done.slice, durationUs: done.durationUs };
+      } catch (error) {
+        reserved.release();
+        throw error;
       }
-      if (this.#slices.some((slice) => slice.generation === generation)) {
-        throw new SnowflockError('E_EXISTS', `the disk has generation ${generation} already`);
-      }
-      await this.prepareFork();
-      const done = await native(() => this.#native.fork(generation));
-      this.#append(generation);
-      this.#renewLater();
-      return { generation, slice: done.slice, durationUs: done.durationUs };
     });
   }
 
   /** The generation's pages, for a page server. Readable until dropped by all who hold it. */
-  provider(generation: string): unknown {
-    this.#check();
-    return nativeSync(() => this.#native.provider(generation));
+  async provider(generation: string): Promise<unknown> {
+    const view = await this.openGeneration(generation);
+    try {
+      return view.provider();
+    } finally {
+      view.close(); // the provider keeps it
+    }
   }
 
-  /**
-   * Nobody will ask for this generation any more. Its slice stays, as later ones may need its
-   * pages, and is remembered as unreferenced. E_NOT_FOUND.
-   */
-  async dropGeneration(generation: string): Promise<void> {
-    await this.#inTurn(async () => {
-      await this.prepareFork(); // disk.json may name only forks that are durable
-      const slice = this.#slices.find((entry) => entry.generation === generation);
-      if (slice === undefined || slice.dropped === true) {
-        throw new SnowflockError('E_NOT_FOUND', `the disk has no generation ${generation}`);
+  /** A generation of the disk, by id, also one just forked. Read-only. E_NOT_FOUND. */
+  async openGeneration(generation: string): Promise<OpenGeneration> {
+    this.#check();
+    const { parts, replica } = this.#owner;
+    return openView(parts, replica, (tree) => {
+      if (generation === this.#pending?.generation) return this.#pending.slice;
+      const entry = tree.generations.get(generation);
+      if (entry === undefined || !this.#has(generation)) {
+        throw new SnowflockError(
+          'E_NOT_FOUND',
+          `disk ${this.name} has no generation ${generation}`,
+        );
       }
-      slice.dropped = true;
-      try {
-        await this.#save();
-      } catch (error) {
-        delete slice.dropped;
-        throw error;
-      }
-      this.#native.dropView(generation);
+      return entry.slice;
     });
+  }
+
+  /** Nobody will ask for this generation any more: its space is given back in time. E_NOT_FOUND. */
+  async dropGeneration(generation: string): Promise<void> {
+    this.#check();
+    await this.journalled();
+    await this.#owner.removeGeneration(this.name, generation);
   }
 
   /** Makes everything written so far durable. */
@@ -268,19 +245,32 @@ export class Disk {
 
   info(): DiskInfo {
     this.#check();
-    const { slices, indexBytes } = nativeSync(() => this.#native.info());
-    const entries = new Map(this.#slices.map((entry) => [entry.id, entry]));
+    const { tree } = this.#owner.parts.ledger;
+    const { top } = diskOf(tree, this.name);
+    const { indexBytes } = nativeSync(() => this.#native.info());
+    const slices: SliceInfo[] = [];
+    const generations: string[] = [];
+    if (this.#pending !== undefined) {
+      const id = nativeSync(() => this.#native.info()).top;
+      slices.push({ id, state: 'open', generation: undefined, referenced: true });
+    }
+    for (const [id] of tree.down(top)) {
+      const settling = id === this.#pending?.slice;
+      const generation = settling ? this.#pending?.generation : tree.generationAt(id);
+      const state = settling ? 'settling' : id === top ? 'open' : 'sealed';
+      slices.push({ id, state, generation, referenced: generation !== undefined || id === top });
+      if (generation === undefined) continue;
+      if (settling || tree.generations.get(generation)?.disk === this.name) {
+        generations.push(generation);
+      }
+    }
+    const sizeBytes = sliceOf(tree, top).size_bytes;
     return {
-      sizeBytes: this.#sizeBytes,
-      pages: this.#sizeBytes / 4096,
-      base: publicBase(this.#base),
-      slices: slices.map((slice) => {
-        const entry = entries.get(slice.id);
-        return { ...slice, generation: entry?.generation, referenced: entry?.dropped !== true };
-      }),
-      generations: this.#slices.flatMap((slice) =>
-        slice.generation !== undefined && slice.dropped !== true ? [slice.generation] : [],
-      ),
+      sizeBytes,
+      pages: Math.ceil(sizeBytes / 4096),
+      base: publicBase(tree.base(top)),
+      slices: slices.reverse(),
+      generations: generations.reverse(),
       indexBytes,
     };
   }
@@ -291,6 +281,30 @@ export class Disk {
     let connections = 0;
     for (const server of this.#servers) connections += server.stats().connections;
     return { ...stats, errors: stats.ioErrors + stats.noSpaceErrors, connections };
+  }
+
+  /** Runs what goes on beside everything else; `check` throws E_CLOSED when it has to end. */
+  async during<T>(work: (check: () => void) => Promise<T>): Promise<T> {
+    this.#check();
+    const done = work(() => this.#check());
+    const quiet = done.then(
+      () => undefined,
+      () => undefined, // its caller has the error
+    );
+    this.#works.add(quiet);
+    try {
+      return await done;
+    } finally {
+      this.#works.delete(quiet);
+    }
+  }
+
+  /** Runs `work` while the disk is not forked, with all forks so far in the journal. */
+  async withoutForks<T>(work: () => Promise<T>): Promise<T> {
+    return this.#inTurn(async () => {
+      await this.journalled();
+      return work();
+    });
   }
 
   /**
@@ -306,22 +320,27 @@ export class Disk {
     const servers = [...this.#servers];
     this.#servers.clear();
     await Promise.all(servers.map((server) => native(() => server.close())));
+    await Promise.all(this.#works);
     await this.#turn.catch(() => undefined);
     const renewed = await this.#ready.then(
       () => undefined,
       (error: unknown) => ({ error }),
     );
-    await native(() => this.#native.close());
+    try {
+      await native(() => this.#native.close());
+    } finally {
+      await this.#owner.closed(this);
+    }
     if (renewed !== undefined) throw renewed.error;
   }
 
   #check(): void {
     if (this.#closing !== undefined) {
-      throw new SnowflockError('E_CLOSED', `disk ${this.directory} is closed`);
+      throw new SnowflockError('E_CLOSED', `disk ${this.name} of ${this.directory} is closed`);
     }
   }
 
-  /** One fork or drop at a time. */
+  /** One fork at a time. */
   #inTurn<T>(work: () => Promise<T>): Promise<T> {
     this.#check();
     const turn = this.#turn.then(work, work);
@@ -329,101 +348,80 @@ export class Disk {
     return turn;
   }
 
-  #append(generation: string): void {
-    const top = this.#slices.at(-1);
-    if (top === undefined || this.#spare === null) {
-      throw new SnowflockError('E_INTERNAL', `disk ${this.directory} forked without a spare`);
-    }
-    top.generation = generation;
-    this.#slices.push({ id: this.#spare });
-    this.#spare = null;
+  /** Sealed from this disk, or one that its top lies on. */
+  #has(generation: string): boolean {
+    const { tree } = this.#owner.parts.ledger;
+    const entry = tree.generations.get(generation);
+    if (entry?.disk === this.name) return true;
+    for (const [id] of tree.down(diskOf(tree, this.name).top)) if (id === entry?.slice) return true;
+    return false;
   }
 
   #renewLater(): void {
-    this.#ready = this.#renew();
+    this.#renewing = true;
+    this.#ready = this.#renew().finally(() => {
+      this.#renewing = false;
+    });
     this.#ready.catch(() => undefined); // whoever needs the spare learns of it
   }
 
-  /** The order matters: nothing is named in disk.json before it is durable. */
+  /** The order matters: nothing is named in the journal before it is durable. */
   async #renew(): Promise<void> {
+    const { ledger } = this.#owner.parts;
     await native(() => this.#native.settle());
-    if (this.#spare === null) {
-      const id = newId();
-      await native(() => addon().createSlice(this.directory, id, this.#sizeBytes, true));
-      this.#spare = id;
+    const { top, spare } = diskOf(ledger.tree, this.name);
+    if ((this.#pending !== undefined || spare === null) && this.#made === undefined) {
+      const id = newSliceId();
+      const { size_bytes } = sliceOf(ledger.tree, top);
+      await native(() => addon().createSlice(this.directory, id, size_bytes, true));
+      this.#made = id;
     }
-    await this.#save();
+    await this.#journal();
     if (!this.#native.info().spare) {
-      const id = this.#spare;
-      await native(() => this.#native.attachSpare(id));
+      const attach = diskOf(ledger.tree, this.name).spare;
+      if (attach === null) throw new SnowflockError('E_INTERNAL', `disk ${this.name} has no spare`);
+      await native(() => this.#native.attachSpare(attach));
     }
   }
 
-  async #save(): Promise<void> {
-    await writeDiskFile(this.directory, {
-      format: 'snowflock-disk',
-      version: 1,
-      page_bytes: 4096,
-      size_bytes: this.#sizeBytes,
-      base: this.#base,
-      slices: this.#slices,
-      spare: this.#spare,
+  /** One transaction for the fork that happened and the spare of the next one. */
+  async #journal(): Promise<void> {
+    const [pending, made] = [this.#pending, this.#made];
+    if (made === undefined) return;
+    const { ledger, changed } = this.#owner.parts;
+    await ledger.commit((tree) => {
+      const disk = diskOf(tree, this.name);
+      if (pending === undefined) return { disks: { [this.name]: { ...disk, spare: made } } };
+      if (disk.spare === null || pending.slice !== disk.top) {
+        throw new SnowflockError('E_INTERNAL', `disk ${this.name} forked without a spare`);
+      }
+      const { size_bytes } = sliceOf(tree, disk.top);
+      const { slice, generation, name, created_ms } = pending;
+      return {
+        slices: { [disk.spare]: { parent: disk.top, size_bytes, map: 0 } },
+        generations: { [generation]: { slice, disk: this.name, name, created_ms } },
+        disks: { [this.name]: { ...disk, top: disk.spare, spare: made } },
+      };
     });
+    this.#made = undefined;
+    this.#pending = undefined;
+    pending?.release();
+    changed();
   }
 
-  /** After a death: a fork that disk.json does not tell of, spares that nobody came to name. */
-  async #recover(): Promise<void> {
-    const recovered = this.#native.recovered();
-    if (recovered !== '') this.#append(recovered);
-    const known = new Set(this.#slices.map((slice) => slice.id));
-    if (this.#spare !== null) known.add(this.#spare);
-    const strays = new Set(
-      (await readdir(this.directory)).flatMap((name) => {
-        const id = /^([0-9a-f]{32})\.(?:data|map)$/.exec(name)?.[1];
-        return id === undefined || known.has(id) ? [] : [id];
-      }),
-    );
-    for (const id of strays) {
-      await native(() => addon().removeSpare(this.directory, id, this.#sizeBytes));
-    }
-    if (this.#spare === null) await this.#renew();
+  /** After a death: the fork that the journal does not tell of. By the store, before anything else. */
+  async recover(): Promise<void> {
+    const generation = this.#native.recovered();
+    if (generation === '') return;
+    const { top } = diskOf(this.#owner.parts.ledger.tree, this.name);
+    const release = () => undefined;
+    this.#pending = { generation, name: null, slice: top, created_ms: Date.now(), release };
+    await this.#renew();
   }
-}
 
-async function describeBase(base: DiskBase, sizeBytes: number): Promise<DiskFile['base']> {
-  if (base.kind === 'none') return { kind: 'none' };
-  if (base.kind === 'replica') {
-    if (!ID.test(base.generation)) {
-      throw new SnowflockError('E_ARGUMENT', `generation ${base.generation} is not 32 hex digits`);
-    }
-    return { kind: 'replica', generation: base.generation };
+  /** The chain as the native store wants it. */
+  static chain(parts: StoreParts, name: string) {
+    const disk = diskOf(parts.ledger.tree, name);
+    return { ...nativeChain(parts.ledger.tree, disk.top), spare: disk.spare ?? '' };
   }
-  let bytes: number;
-  try {
-    const found = await stat(base.path);
-    if (!found.isFile()) {
-      throw new SnowflockError('E_ARGUMENT', `base image ${base.path} is not a regular file`);
-    }
-    bytes = found.size;
-  } catch (error) {
-    if (error instanceof SnowflockError) throw error;
-    throw new SnowflockError('E_IMAGE_UNKNOWN', `base image ${base.path} cannot be read`, {
-      cause: error,
-    });
-  }
-  if (bytes > sizeBytes) {
-    throw new SnowflockError('E_ARGUMENT', `base image ${base.path} is larger than the disk`);
-  }
-  return { kind: 'image', path: base.path, image_bytes: bytes };
-}
-
-function nativeBase(base: DiskFile['base']) {
-  if (base.kind === 'image') {
-    return { kind: base.kind, path: base.path, imageBytes: base.image_bytes };
-  }
-  return base;
-}
-
-function publicBase(base: DiskFile['base']): DiskBase {
-  return base.kind === 'image' ? { kind: 'image', path: base.path } : base;
 }

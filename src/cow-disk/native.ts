@@ -1,47 +1,119 @@
 import { asSnowflockError } from '../common/errors.js';
 import { loadAddon } from '../common/native.js';
 
-/** What disk.ts uses of the data plane's addon (native/blktap/disk_js.cc). */
+/**
+ * What src/cow-disk uses of the data plane's addon (native/blktap). It knows slices by id; which
+ * slices there are, and what lies below what, is told to it (ledger.ts).
+ */
 export interface BlktapAddon {
-  openDisk(spec: NativeSpec, replica?: unknown): Promise<NativeDisk>;
+  /** Takes DIRECTORY/store.lock. E_IN_USE, E_IO. */
+  openStore(directory: string): Promise<NativeStore>;
+  /** Files of a new slice, durable: map edition 0, state spare or open. */
   createSlice(directory: string, id: string, sizeBytes: number, spare: boolean): Promise<void>;
-  removeSpare(directory: string, id: string, sizeBytes: number): Promise<void>;
+  /** For checks: reads all of a slice's metadata, changes nothing. */
+  checkSlice(p: SliceFileSpec): Promise<SliceCheck>;
+  /** Punches out what leakedBytes counts, of a sealed slice nobody has open. Bytes given back. */
+  trimSlice(p: SliceFileSpec): Promise<number>;
   readPage(provider: unknown, page: number): Buffer | null;
 }
 
-export interface NativeSpec {
+export interface SliceFileSpec {
   directory: string;
+  id: string;
+  /** Edition of its durable map. */
+  map: number;
   sizeBytes: number;
-  slices: { id: string; generation: string; keep: boolean }[];
-  spare: string;
+}
+
+export interface SliceCheck {
+  /** null: no readable header. */
+  state: 'spare' | 'open' | 'sealed' | null;
+  pages: number;
+  zeroPages: number;
+  /** Allocated in the data file. */
+  dataBytes: number;
+  /** Allocated there under pages that the map has not as data. */
+  leakedBytes: number;
+  /** Pages that are data in the map and a hole in the data file: they read as zeros. */
+  holes: number;
+  errors: string[];
+}
+
+/** Oldest first. Of a disk the last is the top, of a view the generation's slice. */
+export interface NativeChain {
+  sizeBytes: number;
+  slices: SliceRef[];
   base: { kind: string; path?: string; imageBytes?: number; generation?: string };
 }
 
+export interface SliceRef {
+  id: string;
+  map: number;
+}
+
+export interface NativeStore {
+  /** `spare`: id or ''. If it turns out to be the top already, `recovered()` names the generation. */
+  openDisk(chain: NativeChain & { spare: string }, replica?: unknown): Promise<NativeDisk>;
+  /** The image of a sealed or settling slice. At once if one is alive (also just after a fork). */
+  openView(chain: NativeChain, replica?: unknown): Promise<NativeView>;
+  /** True while a view of this slice is alive, or a disk has it as its top. */
+  inUse(id: string): boolean;
+  /** Merges a run of sealed slices, oldest first, each the only one on the one before. E_IN_USE. */
+  mergeBegin(p: { slices: SliceRef[]; sizeBytes: number }): Promise<NativeMerge>;
+  /** Punches pages of `slice` that every one of `children` (sealed or tops) covers. E_IN_USE. */
+  punchBegin(p: { slice: SliceRef; children: SliceRef[]; sizeBytes: number }): Promise<NativeStep>;
+  /** Closes and removes the files of a slice that no disk or view uses any more. E_IN_USE. */
+  removeSlice(id: string): Promise<void>;
+  sliceInfo(
+    id: string,
+    map: number,
+  ): Promise<{ pages: number; zeroPages: number; allocatedBytes: number }>;
+  openFiles(): { open: number; capacity: number };
+  close(): Promise<void>;
+}
+
+export interface NativeStep {
+  totalBytes: number;
+  /** Does about `maxBytes` of work on a pool thread. */
+  step(maxBytes: number): Promise<{ bytes: number; done: boolean }>;
+  abort(): void;
+}
+
+export interface NativeMerge extends NativeStep {
+  /** After the last step: syncs, writes the next edition of the map. Nothing is visible yet. */
+  prepare(): Promise<{ keep: string; map: number; remove: string[] }>;
+  /** After the journal names it: readers go on in the slice that stays, the others' files go. */
+  apply(): Promise<void>;
+}
+
+export interface NativePull extends NativeStep {
+  /** `forked`: the disk was forked since the pull began, and nothing was cut loose. */
+  detach(): Promise<{ forked: boolean }>;
+}
+
 export interface NativeDisk {
-  /** The generation of a fork that disk.json does not know of yet, or ''. */
+  /** The generation of a fork that the journal does not know of yet, or ''. */
   recovered(): string;
   fork(generation: string): ForkDone | Promise<ForkDone>;
   settle(): Promise<void>;
   attachSpare(id: string): Promise<void>;
-  provider(generation: string): unknown;
-  dropView(generation: string): void;
-  info(): { slices: NativeSlice[]; indexBytes: number; spare: boolean };
+  pullBegin(): Promise<NativePull>;
+  info(): { top: string; depth: number; indexBytes: number; spare: boolean; pages: number };
   stats(): NativeStats;
   serve(options: ServeOptions): NativeServer;
-  serveView(generation: string, options: ServeOptions): NativeServer;
   close(): Promise<void>;
+}
+
+export interface NativeView {
+  /** A PageProvider handle (mcdist); it keeps the view alive. */
+  provider(): unknown;
+  serve(options: ServeOptions): NativeServer;
+  close(): void;
 }
 
 export interface ForkDone {
   slice: string;
   durationUs: number;
-}
-
-export interface NativeSlice {
-  id: string;
-  state: 'open' | 'settling' | 'sealed';
-  pages: number;
-  allocatedBytes: number;
 }
 
 export interface NativeStats {

@@ -241,12 +241,13 @@ export class Dataplane {
         const { lastError: _text, ...counters } = this.#disk(p.disk).stats();
         return counters;
       },
-      'generation.serve': (p) => {
+      'generation.serve': async (p) => {
         if (!this.#served.has(p.generation)) {
           const provider =
             'vm' in p.of
               ? this.#memtap.provider(p.of.vm, p.generation)
-              : this.#disk(p.of.disk).provider(p.generation);
+              : await this.#disk(p.of.disk).provider(p.generation);
+          if (this.#served.has(p.generation)) return { port: this.#mcdist.port }; // by another call
           this.#mcdist.serve({
             generation: p.generation,
             key: Buffer.from(p.key, 'hex'),

@@ -9,13 +9,14 @@ export interface PageServer<Options extends object, Result> {
 }
 
 /** Offers a disk's generation to other hosts. */
-export function exportGeneration<Options extends object, Result>(
+export async function exportGeneration<Options extends object, Result>(
   server: PageServer<Options, Result>,
   disk: Disk,
   generation: string,
   options: Options,
-): Result {
-  return server.serve({ ...options, generation, provider: disk.provider(generation) });
+): Promise<Result> {
+  const provider = await disk.provider(generation);
+  return server.serve({ ...options, generation, provider });
 }
 
 /**

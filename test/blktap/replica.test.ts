@@ -164,7 +164,7 @@ test('a clone of a clone: its generation holds its own pages, absent ones wait',
   const generation = newGeneration();
   await disk.fork(generation);
   await client.write(3 * PAGE, Buffer.alloc(2 * PAGE, 9));
-  const provider = disk.provider(generation);
+  const provider = await disk.provider(generation);
   expect(addon().readPage(provider, 3)?.[0]).toBe(3);
   expect(addon().readPage(provider, 4)?.[0]).toBe(4);
   expect(addon().readPage(provider, 5)).toBe(null);

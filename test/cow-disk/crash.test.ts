@@ -91,10 +91,10 @@ test('a fork just made survives SIGKILL, with all its pages', async () => {
   await child.kill();
   const disk = await openDisk(directory);
   expect(disk.info().generations).toEqual([generation]);
-  const image = contents(disk.provider(generation), PAGES);
+  const image = contents(await disk.provider(generation), PAGES);
   expect(image.subarray(0, 3 * PAGE)).toEqual(Buffer.alloc(3 * PAGE, 1));
   await disk.fork(newGeneration());
-  const after = contents(disk.provider(disk.info().generations[1] ?? ''), PAGES);
+  const after = contents(await disk.provider(disk.info().generations[1] ?? ''), PAGES);
   expect(after[PAGE]).toBe(2);
   expect(after[2 * PAGE]).toBe(1);
 });
@@ -159,14 +159,14 @@ test('after a power cut each page is what was flushed or what was written since'
     expect(after.info().generations).toEqual([...generations.keys()]);
     const view = newGeneration();
     await after.fork(view);
-    const image = contents(after.provider(view), PAGES);
+    const image = contents(await after.provider(view), PAGES);
     for (let page = 0; page < PAGES; page++) {
       const data = image.subarray(page * PAGE, (page + 1) * PAGE);
       expect(may[page], `round ${round}, page ${page}`).toContain(data[0]);
       expect(data.equals(Buffer.alloc(PAGE, data[0]))).toBe(true);
     }
     for (const [generation, values] of generations) {
-      const of = contents(after.provider(generation), PAGES);
+      const of = contents(await after.provider(generation), PAGES);
       expect(values.map((_, page) => of[page * PAGE])).toEqual(values);
     }
     await after.close();
@@ -198,7 +198,7 @@ test('power cut right after a fork: the generation is whole or was never made', 
     const found = disk.info().generations;
     if (found.length > 0) {
       expect(found).toEqual([generation]);
-      const image = contents(disk.provider(generation), PAGES);
+      const image = contents(await disk.provider(generation), PAGES);
       expect(image.subarray(PAGE, 5 * PAGE)).toEqual(Buffer.alloc(4 * PAGE, 1));
       // Durable as a generation: its own unflushed pages were synced first.
       if (flushAfter) {
@@ -207,7 +207,7 @@ test('power cut right after a fork: the generation is whole or was never made', 
     }
     const view = newGeneration();
     await disk.fork(view);
-    const top = contents(disk.provider(view), PAGES);
+    const top = contents(await disk.provider(view), PAGES);
     if (flushAfter) expect(top[0]).toBe(3);
     expect(top.subarray(PAGE, 5 * PAGE)).toEqual(Buffer.alloc(4 * PAGE, 1));
   }
@@ -237,7 +237,7 @@ test('killed at each sync of a fork, then a power cut: the disk opens, the gener
     const view = newGeneration();
     await after.fork(view);
     for (const each of [...found, view]) {
-      const image = contents(after.provider(each), PAGES);
+      const image = contents(await after.provider(each), PAGES);
       expect(image.subarray(0, 5 * PAGE)).toEqual(Buffer.alloc(5 * PAGE, 1));
       if (each !== generation) continue;
       expect(image.subarray(5 * PAGE, 15 * PAGE)).toEqual(Buffer.alloc(10 * PAGE, 2));

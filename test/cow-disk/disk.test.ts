@@ -22,7 +22,7 @@ test('a new disk reads as zeros and takes no space', async () => {
   const { directory, disk } = await newDisk(8 * 2 ** 30);
   const generation = newGeneration();
   await disk.fork(generation);
-  expect(addon().readPage(disk.provider(generation), 2 ** 21 - 1)).toEqual(Buffer.alloc(PAGE));
+  expect(addon().readPage(await disk.provider(generation), 2 ** 21 - 1)).toEqual(Buffer.alloc(PAGE));
   await disk.close();
   const { stdout } = await execute('du', ['-sk', directory]);
   expect(Number.parseInt(stdout, 10)).toBeLessThan(1024);
@@ -46,16 +46,16 @@ test('a generation keeps its pages while the disk goes on, and after reopening',
       Buffer.alloc(PAGE, three),
       Buffer.alloc(MIB - 3 * PAGE),
     ]);
-  const check = (of: Disk) => {
-    expect(contents(of.provider(first), 256).equals(expected(1, 1, 0))).toBe(true);
-    expect(contents(of.provider(second), 256).equals(expected(0, 2, 2))).toBe(true);
+  const check = async (of: Disk) => {
+    expect(contents(await of.provider(first), 256).equals(expected(1, 1, 0))).toBe(true);
+    expect(contents(await of.provider(second), 256).equals(expected(0, 2, 2))).toBe(true);
   };
-  check(disk);
-  const held = disk.provider(first);
+  await check(disk);
+  const held = await disk.provider(first);
   await disk.close();
   expect(contents(held, 256).equals(expected(1, 1, 0))).toBe(true);
   const again = await openDisk(directory);
-  check(again);
+  await check(again);
   expect(again.info().generations).toEqual([first, second]);
   expect(again.info().slices.map((slice) => slice.state)).toEqual(['sealed', 'sealed', 'open']);
 });
@@ -67,7 +67,7 @@ test('a dropped generation is gone and its slice remembered as unreferenced', as
   await disk.fork(second);
   await disk.dropGeneration(first);
   expect(await codeOf(disk.dropGeneration(first))).toBe('E_NOT_FOUND');
-  expect(() => disk.provider(first)).toThrow(expect.objectContaining({ code: 'E_NOT_FOUND' }));
+  expect(await codeOf(disk.provider(first))).toBe('E_NOT_FOUND');
   await disk.close();
   const again = await openDisk(directory);
   expect(again.info().generations).toEqual([second]);
@@ -78,7 +78,7 @@ test('a dropped generation is gone and its slice remembered as unreferenced', as
 test('bad arguments are refused and leave nothing behind', async () => {
   const folder = await temporary();
   const directory = join(folder, 'disk');
-  expect(await codeOf(Disk.create(directory, { sizeBytes: 1000 }))).toBe('E_ARGUMENT');
+  expect(await codeOf(Disk.create(directory, { sizeBytes: 0 }))).toBe('E_ARGUMENT');
   expect(await codeOf(Disk.create(directory, { sizeBytes: 2 ** 47 }))).toBe('E_ARGUMENT');
   const image = { kind: 'image', path: join(folder, 'none') } as const;
   expect(await codeOf(Disk.create(directory, { sizeBytes: MIB, base: image }))).toBe(

@@ -147,7 +147,7 @@ for (const kind of ['none', 'image', 'replica'] as const) {
     expect((await client().read(0, BYTES)).equals(model)).toBe(true);
     expect(disk.info().generations).toEqual([...generations.keys()]);
     for (const [generation, expected] of generations) {
-      expect(hash(contents(disk.provider(generation), PAGES))).toBe(expected);
+      expect(hash(contents(await disk.provider(generation), PAGES))).toBe(expected);
     }
   });
 }
@@ -174,7 +174,7 @@ test('depth 100 reads right, at the top and in every generation', async () => {
   await disk.close();
   const again = await openDisk(directory);
   for (const [generation, expected] of generations) {
-    expect(hash(contents(again.provider(generation), PAGES))).toBe(expected);
+    expect(hash(contents(await again.provider(generation), PAGES))).toBe(expected);
   }
 });
 
@@ -198,10 +198,10 @@ test('a generation does not change while clients keep writing and forks go on', 
     await until(() => stamp > before + 10);
     const generation = newGeneration();
     await disk.fork(generation);
-    seen.push([generation, hash(contents(disk.provider(generation), PAGES))]);
+    seen.push([generation, hash(contents(await disk.provider(generation), PAGES))]);
   }
   for (const [generation, first] of seen) {
-    const provider = disk.provider(generation);
+    const provider = await disk.provider(generation);
     expect(hash(contents(provider, PAGES))).toBe(first);
     // No page is mixed of two writes: each was written whole.
     for (let page = 0; page < PAGES; page++) {
@@ -237,12 +237,12 @@ test('another process writes and verifies large areas while forks go on', async 
     await disk.prepareFork();
     const generation = newGeneration();
     await disk.fork(generation);
-    if (seen.length < 10) seen.push([generation, hash(contents(disk.provider(generation), PAGES))]);
+    if (seen.length < 10) seen.push([generation, hash(contents(await disk.provider(generation), PAGES))]);
     else await disk.dropGeneration(generation);
   }
   expect(code).toBe(0);
   expect(disk.info().slices.length).toBeGreaterThan(10);
   for (const [generation, first] of seen) {
-    expect(hash(contents(disk.provider(generation), PAGES))).toBe(first);
+    expect(hash(contents(await disk.provider(generation), PAGES))).toBe(first);
   }
 });

@@ -1,0 +1,473 @@
+import { mkdir } from 'node:fs/promises';
+import { SnowflockError } from '../common/errors.js';
+import { newGenerationId } from '../common/ids.js';
+import { Cleaner } from './cleaner.js';
+import { describeDisk } from './create.js';
+import { Disk, type DiskOwner } from './disk.js';
+import { checkDiskName, ID, MAX_GENERATIONS, MAX_SLICES } from './entries.js';
+import { flatten } from './flatten.js';
+import { Gate } from './gate.js';
+import { Journal } from './journal.js';
+import { Ledger } from './ledger.js';
+import { diskEntry, generationEntry } from './listing.js';
+import { addon, native } from './native.js';
+import { diskOf, type ReplicaHandle, type StoreParts, sliceOf } from './parts.js';
+import { checkNamedFiles, removeStrays, unrecovered } from './recover.js';
+import { commitClone, removedDisk, rolledBack } from './reshape.js';
+import { newSliceId, removeFiles } from './slice-files.js';
+import type {
+  CreateDisk,
+  DiskEntry,
+  GenerationEntry,
+  StoreApi,
+  StoreListing,
+  StoreTask,
+  StoreUsage,
+} from './store-api.js';
+import type { Tree } from './tree.js';
+import { storeUsage } from './usage.js';
+import { type OpenGeneration, openView } from './view.js';
+
+export interface StoreOptions {
+  /** Bytes a second that clean-up may read and write; 64 MiB by default, 0: no clean-up. */
+  gc_bytes_per_s?: number;
+  /** The replica of a generation of another host, for disks over one that no caller opens. */
+  replica?: (generation: string) => ReplicaHandle | undefined;
+  /** The store closes with the first disk that is closed (a store of one disk). */
+  closeWithDisk?: boolean;
+}
+
+/** A disk that is open, for a caller of openDisk() or just for a while. */
+interface OpenEntry {
+  disk: Promise<Disk>;
+  /** A caller of openDisk() has it; else it is closed when nobody uses it any more. */
+  owned: boolean;
+  users: number;
+}
+
+/**
+ * An open store: its journal and tree, the disks that are open, and clean-up in the background.
+ *
+ * Order of things: files are made and synced, then a transaction names them; a transaction stops
+ * naming files (and lists them as `removed`), then they go. So a death at any point leaves files
+ * that no entry names, never an entry without its files. What nobody names is removed when the store
+ * is opened if it provably holds nothing (recover.ts).
+ */
+export class Store implements StoreApi {
+  readonly directory: string;
+  readonly #parts: StoreParts;
+  readonly #options: StoreOptions;
+  readonly #cleaner: Cleaner;
+  readonly #open = new Map<string, OpenEntry>();
+  readonly #flattening = new Map<string, StoreTask>();
+  /** Generations being made: id, and `DISK@NAME` if it has one. */
+  readonly #reserved = new Map<string, string | null>();
+  /** Disks with a fork that the journal does not tell of, and that were not opened since. */
+  readonly #unrecovered = new Set<string>();
+  #closing: Promise<void> | undefined;
+
+  private constructor(parts: Omit<StoreParts, 'changed'>, options: StoreOptions) {
+    this.directory = parts.directory;
+    this.#parts = { ...parts, changed: () => this.#cleaner.wake() };
+    this.#options = options;
+    this.#cleaner = new Cleaner(this.#parts, options.gc_bytes_per_s ?? 64 * 2 ** 20);
+  }
+
+  /** Makes an empty store in `directory`, which is created if missing. E_EXISTS, E_NO_SPACE, E_IO. */
+  static async create(directory: string): Promise<void> {
+    await mkdir(directory, { recursive: true, mode: 0o700 }).catch((error: unknown) => {
+      const { code } = error as NodeJS.ErrnoException;
+      throw new SnowflockError('E_IO', `cannot make ${directory}: ${code}`, { cause: error });
+    });
+    await Journal.create(directory);
+  }
+
+  /**
+   * Opens a store. One owner at a time (E_IN_USE). Puts right what a death left half done. E_CORRUPT
+   * if journal and files do not fit together; then nothing was changed. E_NOT_FOUND, E_IO.
+   */
+  static async open(directory: string, options: StoreOptions = {}): Promise<Store> {
+    await Journal.exists(directory); // before a lock file is made where no store is
+    const opened = await native(() => addon().openStore(directory));
+    let ledger: Ledger | undefined;
+    try {
+      ledger = await Ledger.open(directory);
+      const strays = await checkNamedFiles(directory, ledger.tree);
+      await removeStrays(directory, strays);
+      const gate = new Gate();
+      const store = new Store({ directory, ledger, native: opened, gate }, options);
+      await store.#recover();
+      store.#cleaner.wake();
+      return store;
+    } catch (error) {
+      await ledger?.close();
+      await native(() => opened.close()).catch(() => undefined);
+      throw error;
+    }
+  }
+
+  /** What createDisk() would refuse, without making anything. E_ARGUMENT, E_IMAGE_UNKNOWN. */
+  static async checkDisk(p: CreateDisk): Promise<void> {
+    await describeDisk(p);
+  }
+
+  async createDisk(p: CreateDisk): Promise<DiskEntry> {
+    this.#check();
+    const { base, size_bytes } = await describeDisk(p);
+    return this.#newDisk(p.name, size_bytes, (top) => ({
+      [top]: { parent: null, base, size_bytes, map: 0 },
+    }));
+  }
+
+  async clone(p: { disk: string; generation: string; name: string }): Promise<DiskEntry> {
+    this.#check();
+    checkDiskName(p.name);
+    await this.#journalled(p.disk);
+    const { tree } = this.#parts.ledger;
+    const { slice } = this.#generation(tree, p.disk, p.generation);
+    const { size_bytes } = sliceOf(tree, slice);
+    return this.#newDisk(p.name, size_bytes, (top, now) => ({
+      [top]: { parent: this.#generation(now, p.disk, p.generation).slice, size_bytes, map: 0 },
+    }));
+  }
+
+  async snapshot(p: { disk: string; name?: string }): Promise<GenerationEntry> {
+    this.#check();
+    const id = newGenerationId();
+    await this.#with(p.disk, async (disk) => {
+      await disk.fork(id, p.name === undefined ? {} : { name: p.name });
+      await disk.prepareFork();
+    });
+    return generationEntry(this.#parts.ledger.tree, id);
+  }
+
+  async removeGeneration(p: { disk: string; generation: string }): Promise<void> {
+    this.#check();
+    await this.#journalled(p.disk);
+    await this.#parts.ledger.commit((tree) => {
+      const { id } = this.#generation(tree, p.disk, p.generation);
+      return { generations: { [id]: null } };
+    });
+    this.#parts.changed();
+  }
+
+  async removeDisk(p: { disk: string }): Promise<void> {
+    this.#check();
+    await this.#parts.ledger.commit((tree) => {
+      this.#checkUnused(p.disk);
+      return removedDisk(tree, p.disk);
+    });
+    this.#unrecovered.delete(p.disk);
+    this.#parts.changed();
+  }
+
+  async rollback(p: { disk: string; generation: string }): Promise<void> {
+    this.#check();
+    this.#checkUnused(p.disk);
+    await this.#journalled(p.disk);
+    const { tree } = this.#parts.ledger;
+    const { size_bytes } = sliceOf(tree, this.#generation(tree, p.disk, p.generation).slice);
+    await this.#withNewSlice(size_bytes, (top) =>
+      this.#parts.ledger.commit((now) => {
+        this.#checkUnused(p.disk);
+        return rolledBack(now, p.disk, this.#generation(now, p.disk, p.generation).slice, top);
+      }),
+    );
+    this.#parts.changed();
+  }
+
+  async flatten(p: { disk: string; rate_bytes_per_s?: number }): Promise<void> {
+    this.#check();
+    if (this.#flattening.has(p.disk)) {
+      throw new SnowflockError('E_STATE', `disk ${p.disk} is being flattened already`);
+    }
+    const task: StoreTask = {
+      kind: 'flatten',
+      disk: p.disk,
+      done_bytes: 0,
+      total_bytes: null,
+      error: null,
+    };
+    this.#flattening.set(p.disk, task);
+    try {
+      await this.#with(p.disk, (disk) =>
+        flatten(this.#parts, disk, task, p.rate_bytes_per_s ?? Number.POSITIVE_INFINITY),
+      );
+    } finally {
+      this.#flattening.delete(p.disk);
+    }
+    this.#parts.changed();
+  }
+
+  async commit(p: { disk: string; discard?: boolean }): Promise<{ origin: string }> {
+    this.#check();
+    await this.#journalled(p.disk);
+    const origin = await commitClone(this.#parts, p.disk, p.discard === true, (name) =>
+      this.#checkUnused(name),
+    );
+    this.#parts.changed();
+    return { origin };
+  }
+
+  async list(): Promise<StoreListing> {
+    this.#check();
+    const { tree } = this.#parts.ledger;
+    const disks: DiskEntry[] = [];
+    for (const name of tree.disks.keys()) disks.push(await this.#entry(name));
+    const generations = [...tree.generations.keys()].map((id) => generationEntry(tree, id));
+    return { directory: this.directory, disks, generations };
+  }
+
+  async usage(): Promise<StoreUsage> {
+    this.#check();
+    return storeUsage(this.directory, this.#parts.ledger.tree);
+  }
+
+  async tasks(): Promise<StoreTask[]> {
+    this.#check();
+    return [
+      ...this.#cleaner.tasks(),
+      ...[...this.#flattening.values()].map((task) => ({ ...task })),
+    ];
+  }
+
+  async settled(): Promise<void> {
+    this.#check();
+    await this.#cleaner.settled();
+  }
+
+  /** Clean-up goes on at this rate; 0 stops it. */
+  setCleanupRate(bytes_per_s: number): void {
+    this.#cleaner.setRate(bytes_per_s);
+  }
+
+  /** How many slices' files are open, and how many may be at once. */
+  openFiles(): { open: number; capacity: number } {
+    this.#check();
+    return this.#parts.native.openFiles();
+  }
+
+  /**
+   * Opens a disk for reading, writing and serving. One caller at a time has it (E_IN_USE). A disk
+   * over a replica needs that replica: `options.replica`, or what StoreOptions.replica() gives.
+   */
+  async openDisk(name: string, options: { replica?: ReplicaHandle } = {}): Promise<Disk> {
+    this.#check();
+    const known = this.#open.get(name);
+    if (known?.owned === true) {
+      throw new SnowflockError('E_IN_USE', `disk ${name} of ${this.directory} is open already`);
+    }
+    const entry = known ?? this.#start(name, options.replica);
+    entry.owned = true;
+    try {
+      return await entry.disk;
+    } catch (error) {
+      entry.owned = false;
+      throw error;
+    }
+  }
+
+  /** Opens a generation for reading; to be closed by the caller. E_NOT_FOUND. */
+  async openGeneration(
+    disk: string,
+    generation: string,
+    options: { replica?: ReplicaHandle } = {},
+  ): Promise<OpenGeneration> {
+    this.#check();
+    await this.#journalled(disk);
+    const { tree } = this.#parts.ledger;
+    const { slice } = this.#generation(tree, disk, generation);
+    return openView(
+      this.#parts,
+      options.replica ?? this.#replicaBelow(slice),
+      (now) => this.#generation(now, disk, generation).slice,
+    );
+  }
+
+  /** Closes all disks, then the store. Views and providers handed out stay readable. */
+  close(): Promise<void> {
+    this.#closing ??= this.#close();
+    return this.#closing;
+  }
+
+  async #close(): Promise<void> {
+    const errors: unknown[] = [];
+    const note = (error: unknown) => errors.push(error);
+    await this.#cleaner.close();
+    for (const entry of [...this.#open.values()]) {
+      const disk = await entry.disk.catch(() => undefined); // its opener has the error
+      await disk?.close().catch(note);
+    }
+    await this.#shut().catch(note);
+    if (errors.length > 0) throw errors[0];
+  }
+
+  async #shut(): Promise<void> {
+    try {
+      await this.#parts.ledger.close();
+    } finally {
+      await native(() => this.#parts.native.close());
+    }
+  }
+
+  #check(): void {
+    if (this.#closing === undefined) return;
+    throw new SnowflockError('E_CLOSED', `store ${this.directory} is closed`);
+  }
+
+  #checkUnused(name: string): void {
+    if (!this.#open.has(name)) return;
+    throw new SnowflockError('E_IN_USE', `disk ${name} of ${this.directory} is open or served`);
+  }
+
+  #entry(name: string): Promise<DiskEntry> {
+    return diskEntry(this.#parts.ledger.tree, name, this.#open.get(name)?.disk);
+  }
+
+  /** The generation that `ref` means for a disk: an id of one of its own or below it, or a name. */
+  #generation(tree: Tree, disk: string, ref: string): { id: string; slice: string } {
+    const { top } = diskOf(tree, disk);
+    const id = ID.test(ref) ? ref : tree.named(disk, ref);
+    const entry = id === undefined ? undefined : tree.generations.get(id);
+    if (id !== undefined && entry !== undefined) {
+      if (entry.disk === disk) return { id, slice: entry.slice };
+      for (const [below] of tree.down(top)) if (below === entry.slice) return { id, slice: below };
+    }
+    throw new SnowflockError('E_NOT_FOUND', `disk ${disk} has no generation ${ref.slice(0, 80)}`);
+  }
+
+  #replicaBelow(slice: string): ReplicaHandle | undefined {
+    const base = this.#parts.ledger.tree.base(slice);
+    return base.kind === 'replica' ? this.#options.replica?.(base.generation) : undefined;
+  }
+
+  /** Makes a slice's files for a transaction to name; they go again if that fails. */
+  async #withNewSlice(size_bytes: number, work: (id: string) => Promise<void>): Promise<void> {
+    const id = newSliceId();
+    try {
+      await native(() => addon().createSlice(this.directory, id, size_bytes, false));
+      await work(id);
+    } catch (error) {
+      if (!this.#parts.ledger.tree.slices.has(id)) {
+        const made = [`${id}.data`, `${id}.0.map`];
+        await removeFiles(this.directory, made).catch(() => undefined); // else when next opened
+      }
+      throw error;
+    }
+  }
+
+  async #newDisk(
+    name: string,
+    size_bytes: number,
+    slices: (top: string, tree: Tree) => NonNullable<Parameters<Tree['apply']>[0]['slices']>,
+  ): Promise<DiskEntry> {
+    const free = (tree: Tree) => {
+      if (!tree.disks.has(name)) return;
+      throw new SnowflockError('E_EXISTS', `${this.directory} has a disk ${name} already`);
+    };
+    free(this.#parts.ledger.tree);
+    await this.#withNewSlice(size_bytes, (top) =>
+      this.#parts.ledger.commit((tree) => {
+        free(tree);
+        const disk = { top, spare: null, created_ms: Date.now() };
+        return { slices: slices(top, tree), disks: { [name]: disk } };
+      }),
+    );
+    return this.#entry(name);
+  }
+
+  /** Waits until the journal tells all of a disk's forks. */
+  async #journalled(name: string): Promise<void> {
+    const entry = this.#open.get(name);
+    if (entry !== undefined) await (await entry.disk).journalled();
+    else if (this.#unrecovered.has(name)) await this.#with(name, async () => undefined);
+  }
+
+  /** Uses a disk, opening it for as long as that takes if nobody has. */
+  async #with<T>(name: string, work: (disk: Disk) => Promise<T>): Promise<T> {
+    const entry = this.#open.get(name) ?? this.#start(name, undefined);
+    entry.users++;
+    try {
+      return await work(await entry.disk);
+    } finally {
+      entry.users--;
+      if (entry.users === 0 && !entry.owned) {
+        await entry.disk.then(
+          (disk) => disk.close(),
+          () => undefined,
+        );
+      }
+    }
+  }
+
+  #start(name: string, replica: ReplicaHandle | undefined): OpenEntry {
+    const disk = this.#openDisk(name, replica);
+    const entry: OpenEntry = { disk, owned: false, users: 0 };
+    this.#open.set(name, entry);
+    disk.catch(() => this.#open.delete(name));
+    return entry;
+  }
+
+  async #openDisk(name: string, given: ReplicaHandle | undefined): Promise<Disk> {
+    const { ledger, gate } = this.#parts;
+    const replica = given ?? this.#replicaBelow(diskOf(ledger.tree, name).top);
+    const opened = await gate.shared(() =>
+      native(() => this.#parts.native.openDisk(Disk.chain(this.#parts, name), replica)),
+    );
+    const disk = new Disk(name, this.#owner(replica), opened);
+    try {
+      await disk.recover();
+      this.#unrecovered.delete(name);
+      return disk;
+    } catch (error) {
+      await native(() => opened.close()).catch(() => undefined);
+      throw error;
+    }
+  }
+
+  #owner(replica: ReplicaHandle | undefined): DiskOwner {
+    return {
+      parts: this.#parts,
+      replica,
+      reserve: (disk, generation, name) => this.#reserve(disk, generation, name),
+      removeGeneration: (disk, generation) => this.removeGeneration({ disk, generation }),
+      closed: async (disk) => {
+        const owned = this.#open.get(disk.name)?.owned === true;
+        this.#open.delete(disk.name);
+        this.#parts.changed();
+        if (!owned || this.#options.closeWithDisk !== true || this.#closing !== undefined) return;
+        this.#closing = this.#cleaner.close().then(() => this.#shut());
+        await this.#closing;
+      },
+    };
+  }
+
+  #reserve(disk: string, generation: string, name: string | null): { release(): void } {
+    const { tree } = this.#parts.ledger;
+    const full = name === null ? null : `${disk}@${name}`;
+    if (tree.generations.has(generation) || this.#reserved.has(generation)) {
+      throw new SnowflockError('E_EXISTS', `the store has generation ${generation} already`);
+    }
+    if (name !== null && (tree.named(disk, name) || [...this.#reserved.values()].includes(full))) {
+      throw new SnowflockError('E_EXISTS', `the store has a generation ${full} already`);
+    }
+    const more = this.#reserved.size + 1;
+    if (tree.generations.size + more > MAX_GENERATIONS || tree.slices.size + more > MAX_SLICES) {
+      throw new SnowflockError('E_CAPACITY', `the store has as many generations as it can have`);
+    }
+    this.#reserved.set(generation, full);
+    return { release: () => this.#reserved.delete(generation) };
+  }
+
+  /** Forks of a former owner that the journal does not tell of. */
+  async #recover(): Promise<void> {
+    for (const name of await unrecovered(this.directory, this.#parts.ledger.tree)) {
+      this.#unrecovered.add(name);
+      const { top } = diskOf(this.#parts.ledger.tree, name);
+      const base = this.#parts.ledger.tree.base(top);
+      // Without its replica: when it is opened. Until then nothing else touches its top.
+      if (base.kind === 'replica' && this.#replicaBelow(top) === undefined) continue;
+      await this.#with(name, async () => undefined);
+    }
+  }
+}
