@@ -15,7 +15,6 @@ interface Options {
   all?: boolean;
   readOnly?: boolean;
   gcRate?: number;
-  maxOpenFiles?: number;
 }
 
 export function addDiskServeCommand(disk: Command, json: () => boolean): void {
@@ -29,7 +28,6 @@ export function addDiskServeCommand(disk: Command, json: () => boolean): void {
     .option('--all', 'also generations that have no name, as DISK@ID')
     .option('--read-only', 'disks can only be read')
     .option('--gc-rate <size>', 'clean-up copies at most this much a second', diskSize)
-    .option('--max-open-files <n>', 'at most so many files of slices are open', files)
     .action(async (names: string[], o: Options) => {
       const places = names.map(parseStoreOrDisk);
       const stores = new Set(places.map(({ store }) => store));
@@ -53,8 +51,7 @@ export function addDiskServeCommand(disk: Command, json: () => boolean): void {
           ...(only.length === places.length ? { only } : {}),
           unnamed: o.all === true,
           readOnly: o.readOnly === true,
-          ...(o.gcRate === undefined ? {} : { gcBytesPerS: o.gcRate }),
-          ...(o.maxOpenFiles === undefined ? {} : { maxOpenFiles: o.maxOpenFiles }),
+          ...(o.gcRate === undefined ? {} : { gc_bytes_per_s: o.gcRate }),
         },
         createLogger('disk-serve'),
         ({ name, socket }) => {
@@ -68,12 +65,4 @@ export function addDiskServeCommand(disk: Command, json: () => boolean): void {
 function octal(text: string): number {
   if (!/^0?[0-7]{3}$/.test(text)) throw new InvalidArgumentError('must be octal, e.g. 660.');
   return Number.parseInt(text, 8);
-}
-
-function files(text: string): number {
-  const value = Number(text);
-  if (!Number.isInteger(value) || value < 16 || value > 2 ** 20) {
-    throw new InvalidArgumentError('must be a whole number from 16 to 1048576.');
-  }
-  return value;
 }

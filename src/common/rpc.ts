@@ -1,5 +1,5 @@
 import { EventEmitter } from 'node:events';
-import { unlinkSync } from 'node:fs';
+import { chmodSync, unlinkSync } from 'node:fs';
 import { connect, createServer, type Server, type Socket } from 'node:net';
 import { asSnowflockError, type ErrorCode, isErrorCode, SnowflockError } from './errors.js';
 import { readLines } from './lines.js';
@@ -15,7 +15,7 @@ import { readLines } from './lines.js';
  */
 export type MethodTable<M> = { [K in keyof M]: { params: unknown; result: unknown } };
 
-/** One connected caller. `closed` fires once, however the connection ended. */
+/** One connected caller, the same object for all its calls. `closed` fires once, however the connection ended. */
 export interface Caller {
   readonly closed: EventEmitter<{ closed: [] }>;
 }
@@ -76,6 +76,7 @@ export class RpcServer<M extends MethodTable<M>, Event extends { event: string }
     } finally {
       process.umask(mask);
     }
+    chmodSync(path, 0o600);
     return server;
   }
 
@@ -96,6 +97,7 @@ export class RpcServer<M extends MethodTable<M>, Event extends { event: string }
     this.#sockets.add(socket);
     const closed = new EventEmitter<{ closed: [] }>();
     closed.setMaxListeners(0);
+    const caller: Caller = { closed };
     let calls = 0;
     socket.on('error', () => socket.destroy());
     socket.on('close', () => {
@@ -104,7 +106,7 @@ export class RpcServer<M extends MethodTable<M>, Event extends { event: string }
     });
     readLines(socket, this.#options.lineLimitBytes, (line) => {
       calls++;
-      void this.#call(line, { closed }, calls).then((reply) => {
+      void this.#call(line, caller, calls).then((reply) => {
         calls--;
         this.#write(socket, reply);
       });

@@ -1,4 +1,4 @@
-import { mkdir, open } from 'node:fs/promises';
+import { mkdir, open, stat } from 'node:fs/promises';
 import { SnowflockError } from '../common/errors.js';
 import { run } from '../common/run.js';
 import { EXT4_FEATURES } from '../image/ext4.js';
@@ -56,6 +56,15 @@ export async function makeRootFs(fs: RootFs): Promise<number> {
     }
     throw error;
   }
+  // mke2fs copies all but the root folder's own owner and mode.
+  const { uid, gid, mode } = await stat(tree);
+  const fields = [`mode 0${mode.toString(8)}`, `uid ${uid}`, `gid ${gid}`];
+  const { stderr } = await run('debugfs', ['-w', '-f', '-', file], {
+    input: fields.map((field) => `sif / ${field}\n`).join(''),
+    signal,
+  });
+  const complaint = stderr.split('\n').find((text) => text !== '' && !/^debugfs \d/.test(text));
+  if (complaint !== undefined) throw new SnowflockError('E_IO', `debugfs on ${file}: ${complaint}`);
   await run('e2fsck', ['-f', '-n', file], { signal });
   return sizeBytes;
 }

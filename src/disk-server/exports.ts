@@ -1,5 +1,5 @@
 import { SnowflockError } from '../common/errors.js';
-import type { NativeServer, ServeOptions } from '../cow-disk/native.js';
+import { type NativeServer, native, type ServeOptions } from '../cow-disk/native.js';
 
 export interface ExportPlace {
   socketPath: string;
@@ -11,14 +11,14 @@ export interface ExportPlace {
 
 /** A disk or a generation that is open. */
 export interface Servable {
-  serve(options: ServeOptions): Promise<NativeServer | undefined | void>;
-  close(): Promise<void>;
+  readonly device: { serve(options: ServeOptions): NativeServer };
+  close(): Promise<void> | void;
 }
 
 /** The NBD server of a store: its exports by name. */
 export class Exports {
   readonly place: ExportPlace;
-  readonly #served = new Map<string, { thing: Servable; server: NativeServer | undefined }>();
+  readonly #served = new Map<string, { thing: Servable; server: NativeServer }>();
 
   constructor(place: ExportPlace) {
     this.place = place;
@@ -29,15 +29,11 @@ export class Exports {
     try {
       if (this.#served.has(name)) throw new SnowflockError('E_EXISTS', `export ${name} exists`);
       const { readOnly: _, ...owner } = this.place;
-      const server = await thing.serve({
-        ...owner,
-        socketPath: this.socketOf(name),
-        exportName: name,
-        description,
-      });
-      this.#served.set(name, { thing, server: server ?? undefined });
+      const options = { socketPath: this.socketOf(name), exportName: name, description };
+      const server = await native(() => thing.device.serve({ ...owner, ...options }));
+      this.#served.set(name, { thing, server });
     } catch (error) {
-      await thing.close().catch(() => undefined);
+      await thing.close();
       throw error;
     }
   }
@@ -55,7 +51,7 @@ export class Exports {
   }
 
   connections(name: string): number {
-    return this.#served.get(name)?.server?.stats().connections ?? 0;
+    return this.#served.get(name)?.server.stats().connections ?? 0;
   }
 
   /** Ends the export, its connections, and closes what it served. */
@@ -63,7 +59,7 @@ export class Exports {
     const found = this.#served.get(name);
     if (found === undefined) return;
     this.#served.delete(name);
-    await found.server?.close();
+    await native(() => found.server.close());
     await found.thing.close();
   }
 

@@ -3,13 +3,13 @@ import { SnowflockError } from '../common/errors.js';
 import type { Logger } from '../common/log.js';
 import { listenForControl } from '../cow-disk/control.js';
 import { notifyServiceManager } from './notify.js';
-import { type ServePlan, type StoreOptions, StoreServer } from './store-server.js';
+import { type ServePlan, StoreServer } from './store-server.js';
 
-export type ServeStoreOptions = Omit<ServePlan, 'socketPath'> &
-  StoreOptions & {
-    /** Default: `nbd.sock` in the store. */
-    socketPath?: string;
-  };
+export type ServeStoreOptions = Omit<ServePlan, 'socketPath'> & {
+  /** Default: `nbd.sock` in the store. */
+  socketPath?: string;
+  gc_bytes_per_s?: number;
+};
 
 /** sun_path of unix(7), with its final NUL. */
 const SOCKET_PATH_BYTES = 107;
@@ -36,11 +36,11 @@ export async function serveStore(
   }
   // From here on: a signal during start-up must not leave sockets behind.
   const ended = endSignal();
-  const { gcBytesPerS, maxOpenFiles, ...plan } = options;
-  const store = await StoreServer.open(directory, {
-    ...(gcBytesPerS === undefined ? {} : { gcBytesPerS }),
-    ...(maxOpenFiles === undefined ? {} : { maxOpenFiles }),
-  });
+  const { gc_bytes_per_s, ...plan } = options;
+  const store = await StoreServer.open(
+    directory,
+    gc_bytes_per_s === undefined ? {} : { gc_bytes_per_s },
+  );
   let control: { close(): Promise<void> } | undefined;
   try {
     await store.serve({ ...plan, socketPath });

@@ -19,7 +19,7 @@ import { join } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
 import type { ImportTarget, OpenView, StoreService } from '../cow-disk/control-protocol.js';
 import { originOf } from '../cow-disk/lineage.js';
-import { Store } from '../cow-disk/store.js';
+import { Store, type StoreOptions } from '../cow-disk/store.js';
 import type {
   CreateDisk,
   DiskEntry,
@@ -31,11 +31,6 @@ import type {
 import { type ExportPlace, Exports, type Servable } from './exports.js';
 
 const IN_PROGRESS = /^in-progress-[0-9a-f]{16}$/;
-
-export interface StoreOptions {
-  gcBytesPerS?: number;
-  maxOpenFiles?: number;
-}
 
 /** One disk, or one generation (id or name) of it. */
 export interface Exported {

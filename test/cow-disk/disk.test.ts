@@ -22,7 +22,9 @@ test('a new disk reads as zeros and takes no space', async () => {
   const { directory, disk } = await newDisk(8 * 2 ** 30);
   const generation = newGeneration();
   await disk.fork(generation);
-  expect(addon().readPage(await disk.provider(generation), 2 ** 21 - 1)).toEqual(Buffer.alloc(PAGE));
+  expect(addon().readPage(await disk.provider(generation), 2 ** 21 - 1)).toEqual(
+    Buffer.alloc(PAGE),
+  );
   await disk.close();
   const { stdout } = await execute('du', ['-sk', directory]);
   expect(Number.parseInt(stdout, 10)).toBeLessThan(1024);

@@ -237,7 +237,8 @@ test('another process writes and verifies large areas while forks go on', async 
     await disk.prepareFork();
     const generation = newGeneration();
     await disk.fork(generation);
-    if (seen.length < 10) seen.push([generation, hash(contents(await disk.provider(generation), PAGES))]);
+    if (seen.length < 10)
+      seen.push([generation, hash(contents(await disk.provider(generation), PAGES))]);
     else await disk.dropGeneration(generation);
   }
   expect(code).toBe(0);
