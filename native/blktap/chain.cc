@@ -5,16 +5,6 @@
 
 namespace sf {
 
-SliceIndex::Entry SliceTable::add(std::shared_ptr<Slice> slice) {
-  const size_t number = owned_.size() + 1;
-  if (number > SliceIndex::kMaxSlice) return 0;
-  auto& block = blocks_[number / kBlock];
-  if (block == nullptr) block = std::make_unique<std::array<const Slice*, kBlock>>();
-  (*block)[number % kBlock] = slice.get();
-  owned_.push_back(std::move(slice));
-  return static_cast<SliceIndex::Entry>(number);
-}
-
 int read_stretch(const Chain& chain, const Stretch& stretch, uint64_t off, size_t len, uint8_t* out,
                  ReadMode mode, bool* zero) {
   const uint64_t end = off + len;
@@ -54,7 +44,7 @@ void chain_missing(const Chain& chain, const SliceIndex& index, uint64_t off, ui
   }
   // Only the pages at the two ends can be written in part.
   const bool head = off % kPageBytes != 0;
-  const bool tail = (off + len) % kPageBytes != 0;
+  const bool tail = (off + len) % kPageBytes != 0 && off + len != chain.size;
   if (head || (tail && first == last)) check(first);
   if (tail && first != last) check(last);
 }
@@ -89,29 +79,10 @@ uint64_t chain_extent(const Chain& chain, const SliceIndex& index, uint64_t off,
   return at - off;
 }
 
-ReadResult View::read(PageIndex page, uint8_t* out) {
-  if (page >= pages()) return ReadResult::kError;
-  const SliceIndex::Entry entry = index_.get(page);
-  if (entry == SliceIndex::kZero) return ReadResult::kZero;
-  if (entry == SliceIndex::kBase) {
-    const ReadResult result = chain_.base->read_page(page, out);
-    // A clone's disk serves its own clones: what it does not hold yet is fetched from its source,
-    // and whoever asked asks again.
-    if (result == ReadResult::kAbsent) chain_.base->want(page, [](const Status&) {});
-    return result;
-  }
-  const DataFile& file = chain_.slices->at(entry).data();
-  if (file.read(page * kPageBytes, kPageBytes, out, ReadMode::kBlock) != 0) {
-    return ReadResult::kError;
-  }
-  return is_zero_page(out) ? ReadResult::kZero : ReadResult::kData;
-}
-
-int View::read(uint64_t off, size_t len, uint8_t* out, ReadMode mode, bool* zero) {
-  *zero = true;
-  return read_chain(
-      chain_, [&](Stretch* s) { index_.get(s->first, s->count, s->entries.data()); }, off, len, out,
-      mode, zero);
+uint32_t chain_depth(const Chain& chain, uint32_t top, SliceIndex::Entry entry) {
+  if (entry == SliceIndex::kBase) return top + 1;
+  if (entry == SliceIndex::kZero) return 1;
+  return top - std::min(top, chain.slices->height(entry)) + 1;
 }
 
 }  // namespace sf

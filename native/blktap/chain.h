@@ -1,6 +1,7 @@
-// A base and its slices, and reading pages out of them by a merged index. Disk and View share it.
+// What reads of a disk and of a view share: slices by number, a base, and a merged index.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <utility>
@@ -8,32 +9,15 @@
 
 #include "blktap/base.h"
 #include "blktap/device.h"
-#include "blktap/slice.h"
 #include "blktap/slice_index.h"
+#include "blktap/slice_table.h"
 
 namespace sf {
 
-// Slices by their number, 1 the oldest. Grows at the end only, under the owner's lock; at() needs
-// none: whoever knows a number learned it after the slice was put here.
-class SliceTable {
- public:
-  SliceIndex::Entry add(std::shared_ptr<Slice> slice);  // 0 if full
-  const Slice& at(SliceIndex::Entry number) const {
-    return *(*blocks_[number / kBlock])[number % kBlock];
-  }
-  size_t size() const { return owned_.size(); }
-  const std::vector<std::shared_ptr<Slice>>& all() const { return owned_; }
-
- private:
-  static constexpr size_t kBlock = 256;
-  std::array<std::unique_ptr<std::array<const Slice*, kBlock>>, 256> blocks_;
-  std::vector<std::shared_ptr<Slice>> owned_;  // owner's lock
-};
-
 struct Chain {
-  uint64_t size = 0;
+  uint64_t size = 0;  // bytes
   std::shared_ptr<Base> base;
-  std::shared_ptr<SliceTable> slices = std::make_shared<SliceTable>();
+  std::shared_ptr<SliceTable> slices;
 };
 
 // A stretch of up to 64 pages in one index leaf, with their entries.
@@ -52,7 +36,8 @@ struct Stretch {
   SliceIndex::Entry entry(PageIndex page) const { return entries[page - first]; }
 };
 
-// Reads [off, off + len), which lies in `stretch`.
+// Reads [off, off + len), which lies in `stretch`. In a section of chain.slices->readers() that
+// began before the stretch was looked up.
 int read_stretch(const Chain& chain, const Stretch& stretch, uint64_t off, size_t len, uint8_t* out,
                  ReadMode mode, bool* zero);
 
@@ -60,6 +45,7 @@ int read_stretch(const Chain& chain, const Stretch& stretch, uint64_t off, size_
 template <typename Lookup>
 int read_chain(const Chain& chain, const Lookup& lookup, uint64_t off, size_t len, uint8_t* out,
                ReadMode mode, bool* zero) {
+  ReadGate::Section section(chain.slices->readers());
   Stretch stretch;
   while (len > 0) {
     stretch.cover(off, len);
@@ -80,35 +66,9 @@ void chain_missing(const Chain& chain, const SliceIndex& index, uint64_t off, ui
 uint64_t chain_extent(const Chain& chain, const SliceIndex& index, uint64_t off, uint64_t limit,
                       bool* hole);
 
-// The image of one instant. It stays readable, unchanged, while the disk goes on, and after the
-// disk is closed. read() of a page that a replica base has not got yet is kAbsent.
-class View final : public PageProvider, public Device {
- public:
-  View(Chain chain, SliceIndex index) : chain_(std::move(chain)), index_(std::move(index)) {}
-
-  uint64_t pages() const override { return chain_.size / kPageBytes; }
-  ReadResult read(PageIndex page, uint8_t* out) override;
-
-  uint64_t size() const override { return chain_.size; }
-  bool writable() const override { return false; }
-  int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode, bool* zero) override;
-  int write(uint64_t, size_t, const uint8_t*, ReadMode) override { return EPERM; }
-  int zero(uint64_t, uint64_t, bool) override { return EPERM; }
-  int flush() override { return 0; }
-  void missing(uint64_t off, uint64_t len, Access access,
-               std::vector<PageIndex>* out) const override {
-    chain_missing(chain_, index_, off, len, access, out);
-  }
-  void want(PageIndex page, std::function<void(const Status&)> done) override {
-    chain_.base->want(page, std::move(done));
-  }
-  uint64_t extent(uint64_t off, uint64_t limit, bool* hole) const override {
-    return chain_extent(chain_, index_, off, limit, hole);
-  }
-
- private:
-  const Chain chain_;
-  const SliceIndex index_;
-};
+// Depth of an entry as QEMU's qemu:allocation-depth counts it, seen from a slice of height `top`: 1
+// for that slice itself, more below; the base is one below the oldest slice. Entries that are zeros
+// count as the top's. The caller holds chain.slices->shape() shared.
+uint32_t chain_depth(const Chain& chain, uint32_t top, SliceIndex::Entry entry);
 
 }  // namespace sf

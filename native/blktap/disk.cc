@@ -1,9 +1,6 @@
 #include "blktap/disk.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <sys/file.h>
-#include <sys/stat.h>
 #include <time.h>
 
 #include <algorithm>
@@ -11,6 +8,7 @@
 #include <shared_mutex>
 
 #include "blktap/files.h"
+#include "blktap/switch_base.h"
 
 namespace sf {
 namespace {
@@ -21,102 +19,101 @@ uint64_t now_ns() {
   return static_cast<uint64_t>(ts.tv_sec) * 1000000000u + static_cast<uint64_t>(ts.tv_nsec);
 }
 
-const char* state_name(const Slice& slice, bool top) {
-  if (top) return "open";
-  return slice.settled() ? "sealed" : "settling";
-}
-
 }  // namespace
 
-Status Disk::Open(Spec spec, std::shared_ptr<Disk>* out) {
-  if (spec.size_bytes == 0 || spec.size_bytes % kPageBytes != 0 ||
-      spec.size_bytes > kMaxDiskBytes || spec.slices.empty() || spec.base == nullptr) {
-    return Status::Error("E_ARGUMENT", "disk " + spec.directory + ": bad size or chain");
+Disk::Disk(NodePtr top, std::shared_ptr<SwitchBase> base)
+    : store_(top->store),
+      base_(std::move(base)),
+      chain_{top->size_bytes, base_, store_->table()},
+      node_(std::move(top)),
+      index_(pages_of(chain_.size)) {}
+
+Disk::~Disk() { store_->release_top(node_); }
+
+std::string Disk::name() const { return "disk on slice " + node_->id; }
+
+Status Disk::Open(NodePtr top, const std::string& spare, const Store::OpenBase& open_base,
+                  std::shared_ptr<Disk>* out) {
+  const auto store = top->store;
+  std::lock_guard build(store->build_mutex);
+  Status status = store->open_base_of(top, open_base);
+  if (!status.ok()) {
+    store->release_top(top);
+    return status;
   }
-  std::shared_ptr<Disk> disk(new Disk(spec.size_bytes / kPageBytes));
-  disk->directory_ = spec.directory;
-  disk->chain_.size = spec.size_bytes;
-  disk->chain_.base = spec.base;
-  const std::string lock_path = spec.directory + "/disk.lock";
-  disk->lock_ = Fd(::open(lock_path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
-  if (!disk->lock_.valid()) return file_error("open " + lock_path);
-  if (::flock(disk->lock_.get(), LOCK_EX | LOCK_NB) != 0) {
-    if (errno != EWOULDBLOCK) return file_error("lock " + lock_path);
-    return Status::Error("E_IN_USE", "disk " + spec.directory + " is open already");
-  }
-  Status status = disk->load(spec);
-  if (!status.ok()) return status;
-  *out = std::move(disk);
-  return Status::Ok();
+  auto base = std::make_shared<SwitchBase>(top->base);
+  std::shared_ptr<Disk> disk(new Disk(std::move(top), std::move(base)));
+  status = disk->load(spare);
+  if (status.ok()) *out = std::move(disk);
+  return status;
 }
 
-Status Disk::load(const Spec& spec) {
-  auto corrupt = [&](const Slice& slice, const char* what) {
-    return Status::Error("E_CORRUPT", "slice " + slice.id() + " of " + directory_ + " " + what);
-  };
-  for (size_t i = 0; i < spec.slices.size(); i++) {
-    const bool top = i + 1 == spec.slices.size();
-    std::shared_ptr<Slice> slice;
-    Status status = Slice::Open(directory_, spec.slices[i].id, chain_.size, &slice);
+Status Disk::load(const std::string& spare) {
+  if (node_->parent != nullptr) {
+    Status status = store_->build(node_->parent, &below_);
     if (!status.ok()) return status;
-    // disk.json names a slice as sealed only after it was settled.
-    if (top ? slice->state() == SliceState::kSpare : !slice->settled()) {
-      return corrupt(*slice, "is in a state that does not fit its place in the chain");
-    }
-    if (i > 0 && (slice->below() != spec.slices[i - 1].id ||
-                  slice->below_generation() != spec.slices[i - 1].generation)) {
-      return corrupt(*slice, "was not made on the slice below it");
-    }
-    status = load_slice(slice);
-    if (!status.ok()) return status;
-    if (!top && spec.slices[i].keep) {
-      views_[spec.slices[i].generation] = std::make_shared<View>(chain_, index_);
-    }
+    index_ = *below_;
   }
-  if (!spec.spare.empty()) {
-    Status status = Slice::Open(directory_, spec.spare, chain_.size, &spare_);
-    if (status.ok() && spare_->state() != SliceState::kSpare) status = recover_spare();
+  std::shared_ptr<Slice> slice;
+  Status status = Slice::Open(store_->directory(), node_->id, node_->map, chain_.size, &slice);
+  if (status.ok() && slice->state() == SliceState::kSpare) {
+    status = Status::Error("E_CORRUPT", "slice " + node_->id + " is a spare, not the top of a disk");
+  }
+  if (status.ok()) status = store_->give_slice(node_, slice);
+  if (status.ok()) status = load_top(slice);
+  if (!status.ok()) return status;
+  if (!spare.empty()) {
+    std::shared_ptr<Slice> other;
+    status = Slice::Open(store_->directory(), spare, 0, chain_.size, &other);
+    if (!status.ok()) return status;
+    if (other->state() != SliceState::kSpare) {
+      status = recover_spare(other);
+    } else {
+      status = store_->adopt(other, &spare_);
+      spare_slice_ = std::move(other);
+    }
     if (!status.ok()) return status;
   }
   if (top_->state() != SliceState::kOpen) {
-    return corrupt(*top_, "is sealed, and nothing is on top of it");
+    return Status::Error("E_CORRUPT",
+                         "slice " + top_->id() + " is sealed, and nothing is on top of it");
   }
   return Status::Ok();
 }
 
-Status Disk::load_slice(const std::shared_ptr<Slice>& slice) {
-  const SliceIndex::Entry number = chain_.slices->add(slice);
-  if (number == 0) return Status::Error("E_CAPACITY", "disk " + directory_ + ": chain too long");
+Status Disk::load_top(const std::shared_ptr<Slice>& slice) {
   top_ = slice;
-  top_number_ = number;
+  top_number_ = node_->numbers.front();
   return slice->scan([&](PageIndex first, uint64_t count, PageState state) {
-    index_.set(first, count, state == PageState::kZero ? SliceIndex::kZero : number);
+    index_.set(first, count, state == PageState::kZero ? SliceIndex::kZero : top_number_);
   });
 }
 
-Status Disk::recover_spare() {
-  std::shared_ptr<Slice> slice = std::move(spare_);
+Status Disk::recover_spare(const std::shared_ptr<Slice>& slice) {
   const std::string generation = slice->below_generation();
-  if (slice->state() != SliceState::kOpen || slice->below() != top_->id() || generation.empty() ||
-      views_.contains(generation)) {
-    return Status::Error("E_CORRUPT", "spare slice " + slice->id() + " of " + directory_ +
-                                          " does not fit on the chain");
+  if (slice->state() != SliceState::kOpen || slice->below() != top_->id() || generation.empty()) {
+    return Status::Error("E_CORRUPT",
+                         "spare slice " + slice->id() + " does not fit on slice " + top_->id());
   }
+  NodePtr node;
+  Status status = store_->adopt(slice, &node);
+  if (!status.ok()) return status;
   // Not sealed: it died before that. Its map is whole, in .live or, after a power cut, in .map.
   if (!top_->settled()) unsettled_.push_back(top_);
-  views_[generation] = std::make_shared<View>(chain_, index_);
-  recovered_ = generation;
-  return load_slice(slice);
-}
-
-bool Disk::has_spare() {
-  std::shared_lock gate(gate_);
-  return spare_ != nullptr;
+  below_ = std::make_shared<const SliceIndex>(index_);
+  store_->put_on(node, node_, below_);
+  node_ = std::move(node);
+  recovered_ = last_generation_ = generation;
+  return load_top(slice);
 }
 
 Status Disk::fork(const std::string& generation, bool wait, bool* busy, ForkResult* result) {
   *busy = false;
   const uint64_t start = now_ns();
+  if (!is_hex_id(generation)) {
+    return Status::Error("E_ARGUMENT", "generation " + generation + " is not 32 hex digits");
+  }
+  ImagePtr unneeded;  // let go after the gate is open again: that can take a while
   std::unique_lock gate(gate_, std::defer_lock);
   if (wait) {
     gate.lock();
@@ -124,54 +121,42 @@ Status Disk::fork(const std::string& generation, bool wait, bool* busy, ForkResu
     *busy = true;
     return Status::Ok();
   }
-  if (closed_) return Status::Error("E_CLOSED", "disk " + directory_ + " is closed");
-  if (spare_ == nullptr) {
-    return Status::Error("E_STATE", "disk " + directory_ + " has no spare slice");
+  if (closed_) return Status::Error("E_CLOSED", name() + " is closed");
+  if (spare_ == nullptr) return Status::Error("E_STATE", name() + " has no spare slice");
+  if (generation == last_generation_) {
+    return Status::Error("E_EXISTS", name() + " lies on generation " + generation + " already");
   }
-  if (views_.contains(generation)) {
-    return Status::Error("E_EXISTS", "disk " + directory_ + " has generation " + generation);
-  }
-  if (chain_.slices->size() >= SliceIndex::kMaxSlice) {
-    return Status::Error("E_CAPACITY", "disk " + directory_ + ": chain too long");
-  }
-  Status status = spare_->activate(top_->id(), generation);
+  Status status = spare_slice_->activate(top_->id(), generation);
   if (!status.ok()) return status;
-  views_[generation] = std::make_shared<View>(chain_, index_);
+  unneeded = std::move(below_);
+  below_ = std::make_shared<const SliceIndex>(index_);
+  store_->put_on(spare_, node_, below_);
   unsettled_.push_back(top_);
   result->slice = top_->id();
-  top_ = std::move(spare_);
-  top_number_ = chain_.slices->add(top_);
+  node_ = std::move(spare_);
+  top_ = std::move(spare_slice_);
+  top_number_ = node_->numbers.front();
+  last_generation_ = generation;
+  gate.unlock();
   result->duration_ns = now_ns() - start;
   return Status::Ok();
 }
 
 Status Disk::attach_spare(const std::string& id) {
   std::shared_ptr<Slice> slice;
-  Status status = Slice::Open(directory_, id, chain_.size, &slice);
-  if (!status.ok()) return status;
-  if (slice->state() != SliceState::kSpare) {
-    return Status::Error("E_STATE", "slice " + id + " is not a spare");
+  NodePtr node;
+  Status status = Slice::Open(store_->directory(), id, 0, chain_.size, &slice);
+  if (status.ok() && slice->state() != SliceState::kSpare) {
+    status = Status::Error("E_STATE", "slice " + id + " is not a spare");
   }
+  if (status.ok()) status = store_->adopt(slice, &node);
+  if (!status.ok()) return status;
   std::unique_lock gate(gate_);
-  if (closed_) return Status::Error("E_CLOSED", "disk " + directory_ + " is closed");
-  spare_ = std::move(slice);
-  return Status::Ok();
-}
-
-std::shared_ptr<View> Disk::view(const std::string& generation) {
-  std::shared_lock gate(gate_);
-  auto found = views_.find(generation);
-  return found == views_.end() ? nullptr : found->second;
-}
-
-void Disk::drop_view(const std::string& generation) {
-  std::shared_ptr<View> dropped;  // its nodes are freed after the gate is open again
-  std::unique_lock gate(gate_);
-  auto found = views_.find(generation);
-  if (found == views_.end()) return;
-  dropped = std::move(found->second);
-  views_.erase(found);
+  if (closed_) return Status::Error("E_CLOSED", name() + " is closed");
+  spare_.swap(node);
+  spare_slice_.swap(slice);
   gate.unlock();
+  return Status::Ok();
 }
 
 Status Disk::settle() {
@@ -216,9 +201,13 @@ Status Disk::close() {
     closed_ = true;
   }
   const Status status = settle();
+  ImagePtr unneeded;
+  NodePtr spare;
   std::unique_lock gate(gate_);
-  views_.clear();
-  lock_.reset();
+  unneeded = std::move(below_);
+  spare = std::move(spare_);
+  gate.unlock();
+  store_->release_top(node_);
   return status;
 }
 
@@ -227,16 +216,15 @@ Status Disk::last_error() {
   return last_error_;
 }
 
-std::vector<Disk::SliceInfo> Disk::slices() {
-  std::vector<SliceInfo> out;
+Disk::Info Disk::info() {
   std::shared_lock gate(gate_);
-  for (const auto& slice : chain_.slices->all()) {
-    struct stat st = {};
-    const bool known = ::fstat(slice->data().fd(), &st) == 0;
-    out.push_back({slice->id(), state_name(*slice, slice == top_), slice->pages_marked(),
-                   known ? static_cast<uint64_t>(st.st_blocks) * 512 : 0});
-  }
-  return out;
+  Info info;
+  info.top = top_->id();
+  info.spare = spare_ != nullptr;
+  info.index_bytes = index_.bytes();
+  std::shared_lock shape(store_->table()->shape());
+  info.depth = store_->table()->height(top_number_);
+  return info;
 }
 
 void Disk::want(PageIndex page, std::function<void(const Status&)> done) {
@@ -245,14 +233,27 @@ void Disk::want(PageIndex page, std::function<void(const Status&)> done) {
 }
 
 void Disk::missing(uint64_t off, uint64_t len, Access access, std::vector<PageIndex>* out) const {
+  ReadGate::Section section(chain_.slices->readers());
   if (!chain_.base->fills()) return;
   std::shared_lock lock(index_lock_);
   chain_missing(chain_, index_, off, len, access, out);
 }
 
 uint64_t Disk::extent(uint64_t off, uint64_t limit, bool* hole) const {
+  ReadGate::Section section(chain_.slices->readers());
   std::shared_lock lock(index_lock_);
   return chain_extent(chain_, index_, off, limit, hole);
+}
+
+uint32_t Disk::depth(PageIndex page) const {
+  SliceIndex::Entry entry = 0;
+  std::shared_lock gate(gate_);
+  {
+    std::shared_lock lock(index_lock_);
+    entry = index_.get(page);
+  }
+  std::shared_lock shape(chain_.slices->shape());
+  return chain_depth(chain_, chain_.slices->height(top_number_), entry);
 }
 
 int Disk::count_error(int error) {

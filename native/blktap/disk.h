@@ -12,25 +12,34 @@
 // top, (3) the header that seals the slice below. A power cut before (2): the fork did not happen,
 // and nothing that was flushed is lost. After (2): the generation exists, with all its pages. Never
 // (3) before (2): a sealed slice with nothing on top would have no place for the guest's writes.
-// disk.json (src/cow-disk) follows later; Open finds an active spare by itself.
+// The store's journal follows later; Open finds an active spare by itself.
+//
+// Several disks of a store fork, flush and write independently: all locks but the store's, which is
+// held for moments, are the disk's own.
 //
 // Locks, in this order:
+//   store.build_mutex   open, detach
 //   flush_mutex_        one persist/settle at a time
-//   gate_               shared: a write of one stretch; exclusive: fork. Guards top_, spare_
+//   gate_               shared: a write of one stretch; exclusive: fork, detach. Guards top_, spare_
 //   page_locks_         one of 256 by stretch: two writes of one stretch
 //   index_lock_         shared: a look-up; exclusive: a change
-// Left out: merging, closing descriptors of slices seldom read.
+//   store.mutex
+// A read takes none but index_lock_; it is in a section of the table's read gate (read_gate.h).
+//
+// The last page of a disk whose size is no multiple of 4096 is zeros beyond the disk's end, in
+// every slice: what fills it up is made here, never taken from below.
 #pragma once
 
 #include <atomic>
-#include <map>
 #include <mutex>
 #include <string>
 
-#include "blktap/chain.h"
 #include "blktap/rwlock.h"
+#include "blktap/store.h"
 
 namespace sf {
+
+class SwitchBase;
 
 struct DiskStats {
   std::atomic<uint64_t> reads{0}, writes{0}, zeroes{0}, flushes{0};
@@ -41,46 +50,33 @@ struct DiskStats {
 
 class Disk final : public Device {
  public:
-  struct SliceSpec {
-    std::string id;
-    std::string generation;  // what it became when it was sealed; empty: the top
-    bool keep = true;        // the generation is still wanted: hold a view of it
-  };
-  struct Spec {
-    std::string directory;
-    uint64_t size_bytes = 0;
-    std::vector<SliceSpec> slices;  // oldest first, the last one is the top
-    std::string spare;              // may be empty
-    std::shared_ptr<Base> base;
-  };
   struct ForkResult {
     std::string slice;  // the slice that was sealed
     uint64_t duration_ns = 0;
   };
 
-  // E_IN_USE if another process has it open, E_CORRUPT, E_IO. If the spare turns out to be the top
-  // (the process died before disk.json said so), recovered() names the generation it was forked as.
-  static Status Open(Spec spec, std::shared_ptr<Disk>* out);
+  // `top` is from store.resolve(); `spare` may be empty. If the spare turns out to be the top (the
+  // process died before the journal said so), recovered() names the generation it was forked as.
+  // E_CORRUPT, E_IO, E_CAPACITY.
+  static Status Open(NodePtr top, const std::string& spare, const Store::OpenBase& open_base,
+                     std::shared_ptr<Disk>* out);
+  ~Disk() override;
 
   const std::string& recovered() const { return recovered_; }
-  bool has_spare();
 
   // With `wait` false: *busy becomes true, and nothing happens, if a write is under way just now.
   Status fork(const std::string& generation, bool wait, bool* busy, ForkResult* result);
   Status settle();
   Status attach_spare(const std::string& id);
-  std::shared_ptr<View> view(const std::string& generation);
-  void drop_view(const std::string& generation);
   Status close();  // flushes; to be called after its servers have stopped
 
-  struct SliceInfo {
-    std::string id;
-    const char* state;
-    uint64_t pages;
-    uint64_t allocated_bytes;
+  struct Info {
+    std::string top;
+    uint32_t depth = 0;
+    size_t index_bytes = 0;  // with all images that share nodes with it
+    bool spare = false;
   };
-  std::vector<SliceInfo> slices();
-  size_t index_bytes() const { return index_.bytes(); }
+  Info info();
   DiskStats& stats() { return stats_; }
   Status last_error();
 
@@ -94,24 +90,33 @@ class Disk final : public Device {
                std::vector<PageIndex>* out) const override;
   void want(PageIndex page, std::function<void(const Status&)> done) override;
   uint64_t extent(uint64_t off, uint64_t limit, bool* hole) const override;
+  // 1 for the top; see chain_depth().
+  uint32_t depth(PageIndex page) const;
 
  private:
-  explicit Disk(uint64_t pages) : index_(pages) {}
-  Status load(const Spec& spec);
-  Status load_slice(const std::shared_ptr<Slice>& slice);
-  Status recover_spare();
+  friend class Pull;
+  Disk(NodePtr top, std::shared_ptr<SwitchBase> base);
+  Status load(const std::string& spare);
+  Status load_top(const std::shared_ptr<Slice>& slice);
+  Status recover_spare(const std::shared_ptr<Slice>& slice);
   void lookup(Stretch* stretch) const;
-  // Both with gate_ shared and the stretch's page lock held.
+  uint64_t untouched_run(PageIndex page) const;
+  // All with gate_ shared and the stretch's page lock held.
   int write_stretch(const Stretch& stretch, uint64_t off, size_t len, const uint8_t* data,
                     ReadMode mode);
+  int fill_tail(const Stretch& stretch, uint64_t off, size_t len, uint8_t* out);
   void give_back(const Stretch& stretch);
   int zero_stretch(const Stretch& stretch, uint64_t off, uint64_t len, bool edges);
   int mark(PageIndex first, uint64_t count, PageState state);
+  std::mutex& page_lock(PageIndex first) {
+    return page_locks_[first / SliceIndex::kLeafPages % page_locks_.size()];
+  }
   int count_error(int error);
+  std::string name() const;
 
+  const std::shared_ptr<Store> store_;
+  const std::shared_ptr<SwitchBase> base_;  // chain_'s
   Chain chain_;
-  std::string directory_;
-  Fd lock_;
   std::string recovered_;
   DiskStats stats_;
 
@@ -122,11 +127,14 @@ class Disk final : public Device {
   Status last_error_;  // of the last flush that failed
 
   mutable RwLock gate_;
-  std::shared_ptr<Slice> top_;
-  SliceIndex::Entry top_number_ = 0;
-  std::shared_ptr<Slice> spare_;
-  std::map<std::string, std::shared_ptr<View>> views_;  // gate_
-  bool closed_ = false;                                 // gate_
+  NodePtr node_;                // of the top
+  std::shared_ptr<Slice> top_;  // node_'s
+  SliceTable::Number top_number_ = 0;
+  NodePtr spare_;
+  std::shared_ptr<Slice> spare_slice_;
+  ImagePtr below_;              // of the node below the top; until the next fork
+  std::string last_generation_;
+  bool closed_ = false;
 
   std::array<std::mutex, 256> page_locks_;
   mutable RwLock index_lock_;

@@ -37,7 +37,8 @@ int Disk::write(uint64_t off, size_t len, const uint8_t* data, ReadMode mode) {
     const size_t n = std::min<uint64_t>(len, stretch.end() - off);
     std::shared_lock gate(gate_);
     if (closed_) return ESHUTDOWN;
-    std::lock_guard page(page_locks_[stretch.first / SliceIndex::kLeafPages % page_locks_.size()]);
+    std::lock_guard page(page_lock(stretch.first));
+    ReadGate::Section section(chain_.slices->readers());
     lookup(&stretch);
     const int error = write_stretch(stretch, off, n, data, mode);
     if (error != 0) return count_error(error);
@@ -62,16 +63,15 @@ int Disk::write_stretch(const Stretch& stretch, uint64_t off, size_t len, const 
   size_t tail_bytes = (kPageBytes - end % kPageBytes) % kPageBytes;
   if (stretch.entry(stretch.first) == top_number_) head_bytes = 0;
   if (stretch.entry(last) == top_number_) tail_bytes = 0;
-  if ((head_bytes != 0 || tail_bytes != 0) && mode == ReadMode::kNowait) return EAGAIN;
+  const bool below = head_bytes != 0 || (tail_bytes != 0 && end != chain_.size);
+  if (below && mode == ReadMode::kNowait) return EAGAIN;
   bool zero = true;
   int error = 0;
   if (head_bytes != 0) {
     error =
         read_stretch(chain_, stretch, off - head_bytes, head_bytes, head, ReadMode::kBlock, &zero);
   }
-  if (error == 0 && tail_bytes != 0) {
-    error = read_stretch(chain_, stretch, end, tail_bytes, tail, ReadMode::kBlock, &zero);
-  }
+  if (error == 0 && tail_bytes != 0) error = fill_tail(stretch, end, tail_bytes, tail);
   if (error != 0) return error;
   iovec parts[3] = {{head, head_bytes}, {const_cast<uint8_t*>(data), len}, {tail, tail_bytes}};
   error = top_->data().writev(off - head_bytes, parts, 3);
@@ -82,6 +82,15 @@ int Disk::write_stretch(const Stretch& stretch, uint64_t off, size_t len, const 
   if (error == 0 && fresh) error = mark(stretch.first, stretch.count, PageState::kPresent);
   if (error != 0) give_back(stretch);
   return error;
+}
+
+// The rest of a page: what is below, and zeros beyond the disk's end.
+int Disk::fill_tail(const Stretch& stretch, uint64_t off, size_t len, uint8_t* out) {
+  const size_t inside = std::min<uint64_t>(len, chain_.size - off);
+  std::memset(out + inside, 0, len - inside);
+  bool zero = true;
+  if (inside == 0) return 0;
+  return read_stretch(chain_, stretch, off, inside, out, ReadMode::kBlock, &zero);
 }
 
 // After a failed write: what it put into pages that are not the top's takes space for nothing,
@@ -101,31 +110,33 @@ int Disk::mark(PageIndex first, uint64_t count, PageState state) {
   return 0;
 }
 
+uint64_t Disk::untouched_run(PageIndex page) const {
+  ReadGate::Section section(chain_.slices->readers());
+  if (!chain_.base->all_zero()) return 0;
+  std::shared_lock lock(index_lock_);
+  return index_.base_run(page);
+}
+
 int Disk::zero(uint64_t off, uint64_t len, bool edges) {
   const uint64_t total = len;
   Stretch stretch;
   while (len > 0) {
     // An area that nobody wrote, over nothing, is zeros already; a discard of a whole disk stays
     // cheap in time and memory. A write that comes in between is concurrent with this request.
-    if (chain_.base->all_zero()) {
-      uint64_t untouched = 0;
-      {
-        std::shared_lock lock(index_lock_);
-        untouched = index_.base_run(off / kPageBytes);
-      }
-      if (untouched > 0) {
-        const uint64_t pages = std::min(untouched, len / kPageBytes + 1);
-        const uint64_t n = std::min(len, (off / kPageBytes + pages) * kPageBytes - off);
-        off += n;
-        len -= n;
-        continue;
-      }
+    const uint64_t untouched = untouched_run(off / kPageBytes);
+    if (untouched > 0) {
+      const uint64_t pages = std::min(untouched, len / kPageBytes + 1);
+      const uint64_t n = std::min(len, (off / kPageBytes + pages) * kPageBytes - off);
+      off += n;
+      len -= n;
+      continue;
     }
     stretch.cover(off, len);
     const uint64_t n = std::min(len, stretch.end() - off);
     std::shared_lock gate(gate_);
     if (closed_) return ESHUTDOWN;
-    std::lock_guard page(page_locks_[stretch.first / SliceIndex::kLeafPages % page_locks_.size()]);
+    std::lock_guard page(page_lock(stretch.first));
+    ReadGate::Section section(chain_.slices->readers());
     lookup(&stretch);
     const int error = zero_stretch(stretch, off, n, edges);
     if (error != 0) return count_error(error);
@@ -144,13 +155,13 @@ int Disk::zero_stretch(const Stretch& stretch, uint64_t off, uint64_t len, bool 
   };
   const uint64_t end = off + len;
   const PageIndex whole_first = (off + kPageBytes - 1) / kPageBytes;
-  const PageIndex whole_end = end / kPageBytes;
+  const PageIndex whole_end = end == chain_.size ? pages_of(end) : end / kPageBytes;
   if (edges) {
     // At most two pages are covered in part; a page that is zeros has nothing to be zeroed.
     for (PageIndex page : {off / kPageBytes, (end - 1) / kPageBytes}) {
       const uint64_t from = std::max(off, page * kPageBytes);
       const uint64_t to = std::min(end, (page + 1) * kPageBytes);
-      if (to - from == kPageBytes || is_zero(page)) continue;
+      if ((page >= whole_first && page < whole_end) || is_zero(page)) continue;
       Stretch one;
       one.first = page;
       one.count = 1;

@@ -1,59 +1,14 @@
-// JavaScript's view of disks and their servers: open, fork, settle, serve. Requests never pass
-// here.
-#include <functional>
+// JavaScript's view of disks and their servers: fork, settle, serve. Requests never pass here.
+#include "blktap/disk_js.h"
+
+#include <cstring>
 #include <set>
 
-#include "blktap/disk.h"
 #include "blktap/nbd_server.h"
-#include "common/js.h"
+#include "blktap/task.h"
 
 namespace sf {
 namespace {
-
-// Runs `work` on a thread of the pool and settles a promise with `result` or the error.
-class Task : public Napi::AsyncWorker {
- public:
-  using Work = std::function<Status()>;
-  using Result = std::function<Napi::Value(Napi::Env)>;
-  static Napi::Value Run(Napi::Env env, Work work, Result result = nullptr) {
-    auto* task = new Task(env, std::move(work), std::move(result));
-    task->Queue();
-    return task->deferred_.Promise();
-  }
-
- protected:
-  void Execute() override { status_ = work_(); }
-  void OnOK() override {
-    Napi::HandleScope scope(Env());
-    if (!status_.ok()) {
-      deferred_.Reject(js_error(Env(), status_).Value());
-      return;
-    }
-    deferred_.Resolve(result_ ? result_(Env()) : Env().Undefined());
-  }
-
- private:
-  Task(Napi::Env env, Work work, Result result)
-      : Napi::AsyncWorker(env),
-        deferred_(env),
-        work_(std::move(work)),
-        result_(std::move(result)) {}
-  Napi::Promise::Deferred deferred_;
-  Work work_;
-  Result result_;
-  Status status_;
-};
-
-std::string text(const Napi::Object& object, const char* name) {
-  const Napi::Value value = object.Get(name);
-  return value.IsString() ? value.As<Napi::String>().Utf8Value() : std::string();
-}
-
-uint64_t number(const Napi::Object& object, const char* name) {
-  const Napi::Value value = object.Get(name);
-  const double n = value.IsNumber() ? value.As<Napi::Number>().DoubleValue() : 0;
-  return n > 0 && n <= 9007199254740991.0 ? static_cast<uint64_t>(n) : 0;
-}
 
 // Servers that run: stopped before the environment goes, as their threads use the addon's code.
 std::set<nbd::Server*>& running() {
@@ -141,84 +96,18 @@ class DiskJs : public Napi::ObjectWrap<DiskJs> {
                                          InstanceMethod("fork", &DiskJs::Fork),
                                          InstanceMethod("settle", &DiskJs::Settle),
                                          InstanceMethod("attachSpare", &DiskJs::AttachSpare),
-                                         InstanceMethod("provider", &DiskJs::Provider),
-                                         InstanceMethod("dropView", &DiskJs::DropView),
+                                         InstanceMethod("pullBegin", &DiskJs::PullBegin),
                                          InstanceMethod("info", &DiskJs::Info),
                                          InstanceMethod("stats", &DiskJs::Stats),
                                          InstanceMethod("serve", &DiskJs::Serve),
-                                         InstanceMethod("serveView", &DiskJs::ServeView),
                                          InstanceMethod("close", &DiskJs::Close),
                                      }));
   }
   explicit DiskJs(const Napi::CallbackInfo& info) : Napi::ObjectWrap<DiskJs>(info) {}
-
-  // openDisk({ directory, sizeBytes, slices: [{ id, generation, keep }], spare,
-  //            base: { kind, path?, imageBytes? } }, replicaHandle?)
-  static Napi::Value Open(const Napi::CallbackInfo& info) {
-    Napi::Env env = info.Env();
-    if (!info[0].IsObject()) {
-      throw js_error(env, Status::Error("E_ARGUMENT", "openDisk: a description expected"));
-    }
-    const auto from = info[0].As<Napi::Object>();
-    auto spec = std::make_shared<Disk::Spec>();
-    spec->directory = text(from, "directory");
-    spec->size_bytes = number(from, "sizeBytes");
-    spec->spare = text(from, "spare");
-    const auto slices = from.Get("slices").As<Napi::Array>();
-    for (uint32_t i = 0; i < slices.Length(); i++) {
-      const auto slice = slices.Get(i).As<Napi::Object>();
-      spec->slices.push_back(
-          {text(slice, "id"), text(slice, "generation"), slice.Get("keep").ToBoolean().Value()});
-    }
-    const auto base = from.Get("base").As<Napi::Object>();
-    const std::string kind = text(base, "kind");
-    const std::string path = text(base, "path");
-    const uint64_t image_bytes = number(base, "imageBytes");
-    std::shared_ptr<Replica> replica;
-    if (kind == "replica") {
-      replica = unwrap_replica(info[1]);
-      if (replica->generation() != text(base, "generation") ||
-          replica->pages() * kPageBytes != spec->size_bytes) {
-        throw js_error(
-            env, Status::Error("E_REPLICA_MISMATCH",
-                               "the replica given is not the base of disk " + spec->directory));
-      }
-    }
-    auto disk = std::make_shared<std::shared_ptr<Disk>>();
-    return Task::Run(
-        env,
-        [=] {
-          Status status = Status::Ok();
-          if (kind == "image") {
-            status = open_image_base(path, image_bytes, &spec->base);
-          } else if (kind == "replica") {
-            status = open_replica_base(replica, &spec->base);
-          } else {
-            spec->base = make_zero_base();
-          }
-          return status.ok() ? Disk::Open(std::move(*spec), disk.get()) : status;
-        },
-        [=](Napi::Env) {
-          const Napi::Object made = constructor().New({});
-          DiskJs::Unwrap(made)->disk_ = std::move(*disk);
-          return made;
-        });
-  }
-
-  // createSlice(directory, id, sizeBytes, spare)
-  static Napi::Value CreateSlice(const Napi::CallbackInfo& info) {
-    const std::string directory = info[0].ToString();
-    const std::string id = info[1].ToString();
-    const auto size = static_cast<uint64_t>(info[2].ToNumber().Int64Value());
-    const SliceState state = info[3].ToBoolean() ? SliceState::kSpare : SliceState::kOpen;
-    return Task::Run(info.Env(), [=] { return Slice::Create(directory, id, size, state); });
-  }
-
-  static Napi::Value RemoveSpare(const Napi::CallbackInfo& info) {
-    const std::string directory = info[0].ToString();
-    const std::string id = info[1].ToString();
-    const auto size = static_cast<uint64_t>(info[2].ToNumber().Int64Value());
-    return Task::Run(info.Env(), [=] { return Slice::RemoveSpare(directory, id, size); });
+  static Napi::Value Wrap(std::shared_ptr<Disk> disk) {
+    const Napi::Object made = constructor().New({});
+    DiskJs::Unwrap(made)->disk_ = std::move(disk);
+    return made;
   }
 
  private:
@@ -265,36 +154,19 @@ class DiskJs : public Napi::ObjectWrap<DiskJs> {
     return Task::Run(info.Env(), [disk = open(info.Env()), id] { return disk->attach_spare(id); });
   }
 
-  std::shared_ptr<View> view(Napi::Env env, const Napi::Value& name) {
-    const std::string generation = name.ToString();
-    auto view = open(env)->view(generation);
-    if (view == nullptr) {
-      throw js_error(env, Status::Error("E_NOT_FOUND", "the disk has no generation " + generation));
-    }
-    return view;
+  Napi::Value PullBegin(const Napi::CallbackInfo& info) {
+    return wrap_pull(info.Env(), open(info.Env()));
   }
-
-  Napi::Value Provider(const Napi::CallbackInfo& info) {
-    return wrap_provider(info.Env(), view(info.Env(), info[0]));
-  }
-  void DropView(const Napi::CallbackInfo& info) { open(info.Env())->drop_view(info[0].ToString()); }
 
   Napi::Value Info(const Napi::CallbackInfo& info) {
     auto& disk = open(info.Env());
     auto out = Napi::Object::New(info.Env());
-    auto slices = Napi::Array::New(info.Env());
-    uint32_t i = 0;
-    for (const auto& slice : disk->slices()) {
-      auto entry = Napi::Object::New(info.Env());
-      entry.Set("id", slice.id);
-      entry.Set("state", slice.state);
-      entry.Set("pages", static_cast<double>(slice.pages));
-      entry.Set("allocatedBytes", static_cast<double>(slice.allocated_bytes));
-      slices.Set(i++, entry);
-    }
-    out.Set("slices", slices);
-    out.Set("indexBytes", static_cast<double>(disk->index_bytes()));
-    out.Set("spare", Napi::Boolean::New(info.Env(), disk->has_spare()));
+    const Disk::Info now = disk->info();
+    out.Set("top", now.top);
+    out.Set("depth", static_cast<double>(now.depth));
+    out.Set("indexBytes", static_cast<double>(now.index_bytes));
+    out.Set("spare", Napi::Boolean::New(info.Env(), now.spare));
+    out.Set("pages", static_cast<double>(pages_of(disk->size())));
     return out;
   }
 
@@ -322,9 +194,6 @@ class DiskJs : public Napi::ObjectWrap<DiskJs> {
 
   Napi::Value Serve(const Napi::CallbackInfo& info) {
     return ServerJs::Start(info.Env(), info[0], open(info.Env()));
-  }
-  Napi::Value ServeView(const Napi::CallbackInfo& info) {
-    return ServerJs::Start(info.Env(), info[1], view(info.Env(), info[0]));
   }
 
   Napi::Value Close(const Napi::CallbackInfo& info) {
@@ -360,13 +229,20 @@ Napi::Value ReadPage(const Napi::CallbackInfo& info) {
 void Init(Napi::Env env, Napi::Object exports) {
   ServerJs::Init(env);
   DiskJs::Init(env);
-  exports.Set("openDisk", Napi::Function::New(env, &DiskJs::Open));
-  exports.Set("createSlice", Napi::Function::New(env, &DiskJs::CreateSlice));
-  exports.Set("removeSpare", Napi::Function::New(env, &DiskJs::RemoveSpare));
   exports.Set("readPage", Napi::Function::New(env, &ReadPage));
 }
 
 Exports exports_of_blktap(&Init);
 
 }  // namespace
+
+Napi::Value wrap_disk(Napi::Env, std::shared_ptr<Disk> disk) {
+  return DiskJs::Wrap(std::move(disk));
+}
+
+Napi::Value serve_device(Napi::Env env, const Napi::Value& options,
+                         std::shared_ptr<Device> device) {
+  return ServerJs::Start(env, options, std::move(device));
+}
+
 }  // namespace sf

@@ -44,19 +44,29 @@ Status boot_id(std::string* out) {
   return Status::Ok();
 }
 
-Status remove_stale_live(const std::string& directory, const std::string& slice,
-                         const std::string& keep) {
+Status files_of_slice(const std::string& directory, const std::string& slice,
+                      std::vector<std::string>* out) {
   std::unique_ptr<DIR, int (*)(DIR*)> dir(::opendir(directory.c_str()), ::closedir);
   if (dir == nullptr) return file_error("open " + directory);
   const std::string start = slice + ".";
   while (const dirent* entry = ::readdir(dir.get())) {
     const std::string name = entry->d_name;
-    if (name.rfind(start, 0) != 0 || name.size() < 5 ||
-        name.compare(name.size() - 5, 5, ".live") != 0) {
-      continue;
+    if (name.rfind(start, 0) == 0 &&
+        (name.ends_with(".map") || name.ends_with(".live") || name.ends_with(".live-new"))) {
+      out->push_back(name);
     }
+  }
+  return Status::Ok();
+}
+
+Status remove_stale_live(const std::string& directory, const std::string& slice,
+                         const std::string& keep) {
+  std::vector<std::string> names;
+  Status status = files_of_slice(directory, slice, &names);
+  if (!status.ok()) return status;
+  for (const auto& name : names) {
     const std::string path = directory + "/" + name;
-    if (path != keep) ::unlink(path.c_str());
+    if (name.ends_with(".live") && path != keep) ::unlink(path.c_str());
   }
   return Status::Ok();
 }

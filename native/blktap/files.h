@@ -3,6 +3,7 @@
 
 #include <cerrno>
 #include <string>
+#include <vector>
 
 #include "common/status.h"
 
@@ -16,6 +17,9 @@ Status boot_id(std::string* out);
 // Removes SLICE.*.live other than `keep`: maps of an earlier boot, never true again.
 Status remove_stale_live(const std::string& directory, const std::string& slice,
                          const std::string& keep);
+// The names of a slice's files but for .data: maps of all editions, live maps, unfinished ones.
+Status files_of_slice(const std::string& directory, const std::string& slice,
+                      std::vector<std::string>* out);
 bool is_zero_block(const void* block);  // 4096 bytes
 
 }  // namespace sf

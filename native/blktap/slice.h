@@ -6,17 +6,17 @@
 //   sealed  immutable. A slice below the top is never written again, from the instant of the fork;
 //           after persist() seal() writes that into its header. Until then it is not `settled`.
 //
-// Files of slice ID in the disk's folder:
+// Files of slice ID in the store's folder:
 //   ID.data         page p at offset p * 4096, sparse
-//   ID.map          durable map: header, then two bits a page (0 absent, 1 data, 2 zero)
+//   ID.N.map        durable map, edition N: header, then two bits a page (0 absent, 1 data, 2 zero).
+//                   Only a merge makes another edition than 0 (merge.h).
 //   ID.BOOT.live    live map, same layout, until the slice is settled; BOOT is the kernel's boot id
 //
 // Why two maps. A bit must never be durable before its page: after a power cut it would show a hole
 // (zeros) where the old page was. And the kernel writes back whatever is in the page cache in any
 // order. So there are two truths for two accidents:
 //  - The process dies: the page cache lives. Every write goes to .data, then its bits to .live,
-//  both
-//    by pwrite(), before it is acknowledged; the next process reads .live and has lost nothing.
+//    both by pwrite(), before it is acknowledged; the next process reads .live and has lost nothing.
 //  - The power goes: .live is worthless and is never read, because its name has another boot's id.
 //    .map changes only in persist(): (1) snapshot the changed blocks of .live, (2) fdatasync .data,
 //    so every page the snapshot speaks of is on the device, (3) write the snapshot into .map and
@@ -29,8 +29,8 @@
 //    device writes 4 KiB whole (or sector by sector, as a bare disk would).
 //  - After a failed fdatasync the kernel forgets which pages were dirty: the slice answers EIO to
 //    every later persist(), so that a second flush cannot claim what the first one lost.
+//  - A sealed slice keeps no map in memory and no map file open: scan() reads it when it is needed.
 // No file is mapped: a full file system is an error of pwrite(), not a SIGBUS.
-// Left out: merging slices, closing descriptors of slices seldom read.
 #pragma once
 
 #include <atomic>
@@ -41,6 +41,7 @@
 #include <vector>
 
 #include "blktap/data_file.h"
+#include "blktap/map_file.h"
 #include "blktap/slice_format.h"
 #include "common/page.h"
 #include "common/status.h"
@@ -49,18 +50,27 @@ namespace sf {
 
 class Slice {
  public:
+  using Run = std::function<void(PageIndex first, uint64_t count, PageState state)>;
+
   // Writes the files of a new slice and makes them durable. E_EXISTS, E_NO_SPACE, E_IO.
   static Status Create(const std::string& directory, const std::string& id, uint64_t size_bytes,
                        SliceState state);
-  // Opens a slice with the map that is true now: .live of this boot if there is one, else .map.
-  // E_CORRUPT if a file is missing, cut short or fails its checks.
-  static Status Open(const std::string& directory, const std::string& id, uint64_t size_bytes,
-                     std::shared_ptr<Slice>* out);
-  // Removes the files of a slice that was never more than a spare; anything else is left alone.
+  // Opens a slice with the map that is true now: .live of this boot if there is one, else .map of
+  // `edition`. E_CORRUPT if a file is missing, cut short or its header fails its checks.
+  static Status Open(const std::string& directory, const std::string& id, uint32_t edition,
+                     uint64_t size_bytes, std::shared_ptr<Slice>* out);
+  // The same of a sealed slice only, else E_STATE; changes nothing in the folder.
+  static Status OpenSealed(const std::string& directory, const std::string& id, uint32_t edition,
+                           uint64_t size_bytes, std::shared_ptr<Slice>* out);
+  // Removes the files of a slice that was never more than a spare, or half made. Anything else is
+  // left alone, and *removed is false.
   static Status RemoveSpare(const std::string& directory, const std::string& id,
-                            uint64_t size_bytes);
+                            uint64_t size_bytes, bool* removed);
+  // Removes all files of a slice and syncs the folder. The caller knows that nobody needs them.
+  static Status Remove(const std::string& directory, const std::string& id);
 
   const std::string& id() const { return id_; }
+  uint64_t size_bytes() const { return size_bytes_; }
   SliceState state() const { return static_cast<SliceState>(header_.state); }
   bool settled() const { return settled_.load(std::memory_order_acquire); }
   std::string below() const { return header_text(header_.below, sizeof header_.below); }
@@ -68,11 +78,14 @@ class Slice {
     return header_text(header_.below_generation, sizeof header_.below_generation);
   }
   const DataFile& data() const { return data_; }
-  uint64_t pages_marked() const { return pages_marked_.load(std::memory_order_relaxed); }
+  uint32_t edition() const { return edition_.load(std::memory_order_acquire); }
+  // A merge gave it another map. Its pages' bytes, as far as anybody reads them, are the same.
+  void set_edition(uint32_t edition) { edition_.store(edition, std::memory_order_release); }
 
-  // Calls `each` for every run of pages that are not absent; validates the map and, if sealed, its
-  // checksum. Done once, after Open, before anything else.
-  Status scan(const std::function<void(PageIndex, uint64_t, PageState)>& each);
+  // Calls `each` for every run of pages that are not absent, in order; checks the map and, if
+  // sealed, its checksum. Reads the files anew, beside whatever else goes on; of the top of a disk
+  // under way it sees some of what is being written.
+  Status scan(const Run& each) const;
 
   // 0 or an errno. The caller keeps two threads off one page (Disk's page locks).
   int mark(PageIndex first, uint64_t count, PageState state);
@@ -84,24 +97,25 @@ class Slice {
 
  private:
   Slice() = default;
-  std::string path(const char* suffix) const { return directory_ + "/" + id_ + suffix; }
+  static Status OpenAny(const std::string& directory, const std::string& id, uint32_t edition,
+                        uint64_t size_bytes, bool sealed_only, std::shared_ptr<Slice>* out);
+  std::string path(const std::string& suffix) const { return directory_ + "/" + id_ + suffix; }
+  std::string map_path() const { return path(map_suffix(edition())); }
+  Status open_live();
   Status remake_live();
   Status write_header(const DataFile& file, const std::string& name, MapKind kind);
-  Status checksum(const DataFile& file, uint32_t* crc) const;
-  Status scan_blocks(const DataFile& file,
-                     const std::function<Status(uint64_t, const uint8_t*)>& each) const;
 
   std::string directory_;
   std::string id_;
   uint64_t size_bytes_ = 0;
   uint64_t map_bytes_ = 0;
+  std::atomic<uint32_t> edition_{0};
   SliceHeader header_ = {};  // as in force now; below settled, `state` stays kOpen
   DataFile data_;
-  DataFile map_;
-  DataFile live_;
+  DataFile map_;   // until settled
+  DataFile live_;  // until settled
   std::string live_path_;
   std::atomic<bool> settled_{false};
-  std::atomic<uint64_t> pages_marked_{0};  // not counting pages marked again with another state
 
   std::mutex map_mutex_;         // guards live_'s contents and the two below
   std::vector<uint64_t> dirty_;  // one bit a 4 KiB block of live_ that differs from map_

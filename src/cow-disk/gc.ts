@@ -6,9 +6,9 @@ import type { Tree } from './tree.js';
  *
  * A slice is *wanted* if a generation names it or it is a disk's top. One that is not wanted is
  * removed if nothing lies on it, merged with its neighbours if one slice lies on it, punched if
- * several do. Steps of one plan touch different slices, but for the removed ones, which may leave
- * their parent with fewer children: the plan counts on it, and each step is checked again against
- * the tree before it is done. So steps can be done in order, left out, or repeated.
+ * several do. A plan counts on its earlier steps (a removed slice leaves its parent with fewer
+ * children), and each step is checked again against the tree before it is done. So steps are done in
+ * order, and any of them may be left out.
  */
 export type Step =
   /** Files of slices that the journal lists as removed. */

@@ -111,6 +111,11 @@ export class Journal {
     }
   }
 
+  /** Its file, so that a test can make it fail. */
+  get fileForTests(): FileHandle {
+    return this.#file;
+  }
+
   get lengthBytes(): number {
     return this.#length;
   }
@@ -174,7 +179,7 @@ export class Journal {
   ): Promise<void> {
     const fresh = `${this.path}.new`;
     const from = this.#length;
-    const file = await open(fresh, 'w', 0o600);
+    const file = await open(fresh, 'w+', 0o600);
     let adopted = false;
     try {
       let length = 0;
