@@ -31,6 +31,8 @@ export interface RpcServerOptions {
   /** Who answers, for messages: `data plane`. */
   name: string;
   lineLimitBytes: number;
+  /** What a caller may leave unread (default: twice the longest line). */
+  unreadLimitBytes?: number;
   maxConnections?: number;
   maxCalls?: number;
   /** Throws E_ARGUMENT if the parameters do not fit; left out where both ends are trusted. */
@@ -50,7 +52,13 @@ export class RpcServer<M extends MethodTable<M>, Event extends { event: string }
   readonly #sockets = new Set<Socket>();
 
   private constructor(handlers: RpcHandlers<M>, options: RpcServerOptions) {
-    this.#options = { maxConnections: 256, maxCalls: 1024, check: () => {}, ...options };
+    this.#options = {
+      unreadLimitBytes: 2 * options.lineLimitBytes,
+      maxConnections: 256,
+      maxCalls: 1024,
+      check: () => {},
+      ...options,
+    };
     this.#handlers = handlers;
     this.#server = createServer((socket) => this.#accept(socket));
   }
@@ -117,7 +125,7 @@ export class RpcServer<M extends MethodTable<M>, Event extends { event: string }
     if (socket.destroyed) return;
     socket.write(`${JSON.stringify(message)}\n`);
     // A caller that does not read what it asked for.
-    if (socket.writableLength > 2 * this.#options.lineLimitBytes) socket.destroy();
+    if (socket.writableLength > this.#options.unreadLimitBytes) socket.destroy();
   }
 
   async #call(line: string, caller: Caller, calls: number): Promise<Reply> {

@@ -15,8 +15,10 @@ import type {
   StoreUsage,
 } from './store-api.js';
 
-/** Longest line either side takes: a listing of some 100,000 generations. */
-export const CONTROL_LINE_BYTES = 64 * 1024 * 1024;
+/** Longest call: names and a path. */
+export const CONTROL_CALL_BYTES = 64 * 1024;
+/** Longest answer: a listing of as many generations as a store can have. */
+export const CONTROL_ANSWER_BYTES = 128 * 1024 * 1024;
 export const CONTROL_CONNECTIONS = 64;
 export const CONTROL_CALLS = 32;
 

@@ -7,9 +7,10 @@ import { SnowflockError } from '../common/errors.js';
 import type { Logger } from '../common/log.js';
 import { type Caller, RpcClient, RpcServer } from '../common/rpc.js';
 import {
+  CONTROL_ANSWER_BYTES,
+  CONTROL_CALL_BYTES,
   CONTROL_CALLS,
   CONTROL_CONNECTIONS,
-  CONTROL_LINE_BYTES,
   type ControlMethods,
   checkControlCall,
   type ImportTarget,
@@ -142,7 +143,8 @@ export function listenForControl(
     },
     {
       name: `store ${service.directory}`,
-      lineLimitBytes: CONTROL_LINE_BYTES,
+      lineLimitBytes: CONTROL_CALL_BYTES,
+      unreadLimitBytes: 2 * CONTROL_ANSWER_BYTES,
       maxConnections: CONTROL_CONNECTIONS,
       maxCalls: CONTROL_CALLS,
       check: checkControlCall,
@@ -166,7 +168,7 @@ export class RemoteStore implements StoreService {
   static async connect(directory: string): Promise<RemoteStore> {
     const client: Client = await RpcClient.connect(controlSocket(directory), {
       name: `the process that serves ${directory}`,
-      lineLimitBytes: CONTROL_LINE_BYTES,
+      lineLimitBytes: CONTROL_ANSWER_BYTES,
       lost: 'E_SERVER',
     });
     return new RemoteStore(client, directory);

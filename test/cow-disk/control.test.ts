@@ -3,7 +3,7 @@ import { join } from 'node:path';
 import { pino } from 'pino';
 import { expect, test } from 'vitest';
 import { controlSocket, listenForControl, RemoteStore } from '../../src/cow-disk/control.js';
-import { CONTROL_LINE_BYTES } from '../../src/cow-disk/control-protocol.js';
+import { CONTROL_CALL_BYTES } from '../../src/cow-disk/control-protocol.js';
 import { Store } from '../../src/cow-disk/store.js';
 import { StoreServer } from '../../src/disk-server/store-server.js';
 import { cleanup, codeOf, temporary, until } from '../blktap/support.js';
@@ -83,7 +83,7 @@ test.each<[string, unknown]>([
 
 test('a line without end costs its sender the connection', async () => {
   const { directory } = await servedStore();
-  expect(await raw(directory, 'x'.repeat(CONTROL_LINE_BYTES + 1), 1)).toBeNull();
+  expect(await raw(directory, 'x'.repeat(CONTROL_CALL_BYTES + 1), 1)).toBeNull();
   const remote = await connected(directory);
   expect((await remote.list()).disks).toEqual([]);
 });
