@@ -57,7 +57,8 @@ Status Disk::load(const std::string& spare) {
   std::shared_ptr<Slice> slice;
   Status status = Slice::Open(store_->directory(), node_->id, node_->map, chain_.size, &slice);
   if (status.ok() && slice->state() == SliceState::kSpare) {
-    status = Status::Error("E_CORRUPT", "slice " + node_->id + " is a spare, not the top of a disk");
+    status =
+        Status::Error("E_CORRUPT", "slice " + node_->id + " is a spare, not the top of a disk");
   }
   if (status.ok()) status = store_->give_slice(node_, slice);
   if (status.ok()) status = load_top(slice);

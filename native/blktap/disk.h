@@ -20,10 +20,9 @@
 // Locks, in this order:
 //   store.build_mutex   open, detach
 //   flush_mutex_        one persist/settle at a time
-//   gate_               shared: a write of one stretch; exclusive: fork, detach. Guards top_, spare_
-//   page_locks_         one of 256 by stretch: two writes of one stretch
-//   index_lock_         shared: a look-up; exclusive: a change
-//   store.mutex
+//   gate_               shared: a write of one stretch; exclusive: fork, detach. Guards top_,
+//   spare_ page_locks_         one of 256 by stretch: two writes of one stretch index_lock_ shared:
+//   a look-up; exclusive: a change store.mutex
 // A read takes none but index_lock_; it is in a section of the table's read gate (read_gate.h).
 //
 // The last page of a disk whose size is no multiple of 4096 is zeros beyond the disk's end, in
@@ -132,7 +131,7 @@ class Disk final : public Device {
   SliceTable::Number top_number_ = 0;
   NodePtr spare_;
   std::shared_ptr<Slice> spare_slice_;
-  ImagePtr below_;              // of the node below the top; until the next fork
+  ImagePtr below_;  // of the node below the top; until the next fork
   std::string last_generation_;
   bool closed_ = false;
 

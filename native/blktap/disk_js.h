@@ -10,8 +10,7 @@ namespace sf {
 
 Napi::Value wrap_disk(Napi::Env env, std::shared_ptr<Disk> disk);
 // An NBD server with one export; `options` as of ServeOptions in src/cow-disk/native.ts.
-Napi::Value serve_device(Napi::Env env, const Napi::Value& options,
-                         std::shared_ptr<Device> device);
+Napi::Value serve_device(Napi::Env env, const Napi::Value& options, std::shared_ptr<Device> device);
 
 // mergeBegin(), punchBegin() and pullBegin() of src/cow-disk/native.ts.
 Napi::Value begin_merge(Napi::Env env, std::shared_ptr<Store> store, const Napi::Value& options);

@@ -116,8 +116,8 @@ Status scan_map(const DataFile& file, const std::string& path, uint64_t size_byt
       if (state == 0) continue;
       const PageIndex page = block * kPagesPerBlock + i;
       if (state == 3 || page >= pages) {
-        return Status::Error("E_CORRUPT", path + " has an impossible state of page " +
-                                              std::to_string(page));
+        return Status::Error("E_CORRUPT",
+                             path + " has an impossible state of page " + std::to_string(page));
       }
       if (run == 0 || state != run_state || page != run_first + run) {
         end_run();

@@ -56,7 +56,8 @@ Status Slice::OpenAny(const std::string& directory, const std::string& id, uint3
   if (sealed) {
     s->settled_ = true;
     s->map_ = DataFile();
-    if (!sealed_only) ::unlink(s->live_path_.c_str());  // left over from a kill between seal and unlink
+    if (!sealed_only)
+      ::unlink(s->live_path_.c_str());  // left over from a kill between seal and unlink
   } else {
     status = s->open_live();
     if (!status.ok()) return status;

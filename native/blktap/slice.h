@@ -8,7 +8,8 @@
 //
 // Files of slice ID in the store's folder:
 //   ID.data         page p at offset p * 4096, sparse
-//   ID.N.map        durable map, edition N: header, then two bits a page (0 absent, 1 data, 2 zero).
+//   ID.N.map        durable map, edition N: header, then two bits a page (0 absent, 1 data, 2
+//   zero).
 //                   Only a merge makes another edition than 0 (merge.h).
 //   ID.BOOT.live    live map, same layout, until the slice is settled; BOOT is the kernel's boot id
 //
@@ -16,7 +17,8 @@
 // (zeros) where the old page was. And the kernel writes back whatever is in the page cache in any
 // order. So there are two truths for two accidents:
 //  - The process dies: the page cache lives. Every write goes to .data, then its bits to .live,
-//    both by pwrite(), before it is acknowledged; the next process reads .live and has lost nothing.
+//    both by pwrite(), before it is acknowledged; the next process reads .live and has lost
+//    nothing.
 //  - The power goes: .live is worthless and is never read, because its name has another boot's id.
 //    .map changes only in persist(): (1) snapshot the changed blocks of .live, (2) fdatasync .data,
 //    so every page the snapshot speaks of is on the device, (3) write the snapshot into .map and

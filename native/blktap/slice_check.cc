@@ -90,12 +90,12 @@ Status check_slice(const std::string& directory, const std::string& id, uint32_t
                       if (state == PageState::kZero) out->zero_pages += count;
                       if (state == PageState::kZero || no_data || !seek.ok()) return;
                       uint64_t here = 0;
-                      seek = each_data(data, stem + ".data", first * kPageBytes,
-                                       (first + count) * kPageBytes,
-                                       [&](uint64_t from, uint64_t to) {
-                                         here += to - from;
-                                         return Status::Ok();
-                                       });
+                      seek =
+                          each_data(data, stem + ".data", first * kPageBytes,
+                                    (first + count) * kPageBytes, [&](uint64_t from, uint64_t to) {
+                                      here += to - from;
+                                      return Status::Ok();
+                                    });
                       covered += here;
                       out->holes += (count * kPageBytes - here) / kPageBytes;
                     });

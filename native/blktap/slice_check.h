@@ -1,4 +1,5 @@
-// Looking at a slice's files from outside, for `disk check` and repair. Nothing in them is believed.
+// Looking at a slice's files from outside, for `disk check` and repair. Nothing in them is
+// believed.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +16,8 @@ struct SliceCheck {
   uint64_t zero_pages = 0;    // of these, zeros
   uint64_t data_bytes = 0;    // allocated in .data
   uint64_t leaked_bytes = 0;  // data in .data under pages that are not data in the map
-  // Pages that are data in the map and a hole in .data. They read as zeros, which is right for pages
-  // allocated and not written, and of no matter for pages that all slices on this one cover.
+  // Pages that are data in the map and a hole in .data. They read as zeros, which is right for
+  // pages allocated and not written, and of no matter for pages that all slices on this one cover.
   uint64_t holes = 0;
   std::vector<std::string> errors;  // sentences
 };

@@ -29,8 +29,8 @@ Status Slice::Create(const std::string& directory, const std::string& id, uint64
   }
   bool map_made = false;
   if (status.ok()) {
-    status = write_new_map(map_path, make_header(id, size_bytes, state, MapKind::kDurable),
-                           size_bytes);
+    status =
+        write_new_map(map_path, make_header(id, size_bytes, state, MapKind::kDurable), size_bytes);
     map_made = status.code != "E_EXISTS";
   }
   if (status.ok()) status = sync_directory(directory);

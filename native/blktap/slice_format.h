@@ -20,8 +20,9 @@ enum class SliceState : uint32_t { kSpare = 0, kOpen = 1, kSealed = 2 };
 enum class MapKind : uint32_t { kDurable = 0, kLive = 1 };
 
 // Little-endian, at offset 0 of .map and .live files. The store's journal says what lies below
-// what; the two fields on that serve to find a fork that it does not tell of yet. The header fits one 512-byte sector, the unit that a
-// device writes whole or not at all, so a header is old or new after a power cut.
+// what; the two fields on that serve to find a fork that it does not tell of yet. The header fits
+// one 512-byte sector, the unit that a device writes whole or not at all, so a header is old or new
+// after a power cut.
 struct SliceHeader {
   char magic[8];
   uint32_t version;

@@ -62,8 +62,8 @@ Status Store::close() {
   std::lock_guard lock(mutex);
   if (closed_) return Status::Ok();
   if (disks_ > 0 || !merges_.empty()) {
-    return Status::Error("E_IN_USE", "store " + directory_ + ": close its disks and end its " +
-                                         "merges before it");
+    return Status::Error(
+        "E_IN_USE", "store " + directory_ + ": close its disks and end its " + "merges before it");
   }
   closed_ = true;
   lock_.release();
@@ -156,8 +156,8 @@ Status Store::give_slice(const NodePtr& node, std::shared_ptr<Slice> slice) {
   std::lock_guard lock(mutex);
   const auto number = table_->add(slice.get(), node->height);
   if (number == 0) {
-    return Status::Error("E_CAPACITY", "store " + directory_ +
-                                           ": too many slices were opened; open it again");
+    return Status::Error("E_CAPACITY",
+                         "store " + directory_ + ": too many slices were opened; open it again");
   }
   node->numbers.insert(node->numbers.begin(), number);
   node->slice = std::move(slice);
@@ -234,8 +234,8 @@ std::shared_ptr<View> Store::view_if_alive(const NodePtr& node) {
   if (view != nullptr) return view;
   ImagePtr image = node->image.lock();
   if (image == nullptr || node->base == nullptr) return nullptr;
-  view = std::make_shared<View>(Chain{node->size_bytes, node->base, table_}, node,
-                                std::move(image));
+  view =
+      std::make_shared<View>(Chain{node->size_bytes, node->base, table_}, node, std::move(image));
   node->view = view;
   return view;
 }
@@ -288,8 +288,8 @@ Status Store::remove_slice(const std::string& id) {
   return Slice::Remove(directory_, id);
 }
 
-Status Store::slice_info(const SliceRef& ref, uint64_t size_bytes, uint64_t* pages,
-                         uint64_t* zeros, uint64_t* allocated_bytes) {
+Status Store::slice_info(const SliceRef& ref, uint64_t size_bytes, uint64_t* pages, uint64_t* zeros,
+                         uint64_t* allocated_bytes) {
   std::shared_ptr<Slice> slice;
   NodePtr used;
   {

@@ -54,10 +54,10 @@ struct Node {
   uint32_t map = 0;
   uint64_t size_bytes = 0;
   bool shared = false;
-  bool top = false;               // of an open disk
-  std::shared_ptr<Node> parent;   // null: on the base
-  std::shared_ptr<Slice> slice;   // null: not opened yet
-  std::shared_ptr<Base> base;     // null: not opened yet
+  bool top = false;                         // of an open disk
+  std::shared_ptr<Node> parent;             // null: on the base
+  std::shared_ptr<Slice> slice;             // null: not opened yet
+  std::shared_ptr<Base> base;               // null: not opened yet
   std::vector<SliceTable::Number> numbers;  // of slices whose pages are here, its own first
   uint32_t height = 0;
   size_t children = 0;

@@ -1,6 +1,6 @@
 // JavaScript's view of a store and of its views. What is said here of threads: a chain is resolved
-// (nodes are found or made, nothing is read) before a call returns, in the order of the calls; files
-// are opened and maps read on a thread of the pool.
+// (nodes are found or made, nothing is read) before a call returns, in the order of the calls;
+// files are opened and maps read on a thread of the pool.
 #include <algorithm>
 #include <cmath>
 
@@ -251,8 +251,7 @@ Napi::Value CheckSlice(const Napi::CallbackInfo& info) {
   return Task::Run(
       info.Env(),
       [=] {
-        return check_slice(from.directory, from.ref.id, from.ref.map, from.size_bytes,
-                           found.get());
+        return check_slice(from.directory, from.ref.id, from.ref.map, from.size_bytes, found.get());
       },
       [=](Napi::Env env) {
         auto out = Napi::Object::New(env);
@@ -278,8 +277,7 @@ Napi::Value TrimSlice(const Napi::CallbackInfo& info) {
   return Task::Run(
       info.Env(),
       [=] {
-        return trim_slice(from.directory, from.ref.id, from.ref.map, from.size_bytes,
-                          bytes.get());
+        return trim_slice(from.directory, from.ref.id, from.ref.map, from.size_bytes, bytes.get());
       },
       [=](Napi::Env env) { return Napi::Number::New(env, static_cast<double>(*bytes)); });
 }

@@ -6,7 +6,6 @@ export interface ExportPlace {
   uid?: number;
   gid?: number;
   mode?: number;
-  readOnly?: boolean;
 }
 
 /** A disk or a generation that is open. */
@@ -28,9 +27,8 @@ export class Exports {
   async add(name: string, description: string, thing: Servable): Promise<void> {
     try {
       if (this.#served.has(name)) throw new SnowflockError('E_EXISTS', `export ${name} exists`);
-      const { readOnly: _, ...owner } = this.place;
       const options = { socketPath: this.socketOf(name), exportName: name, description };
-      const server = await native(() => thing.device.serve({ ...owner, ...options }));
+      const server = await native(() => thing.device.serve({ ...this.place, ...options }));
       this.#served.set(name, { thing, server });
     } catch (error) {
       await thing.close();

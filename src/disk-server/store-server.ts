@@ -43,6 +43,8 @@ export interface ServePlan extends ExportPlace {
   only?: Exported[];
   /** Also generations without a name, as `disk@id`. */
   unnamed?: boolean;
+  /** Disks can only be read. */
+  readOnly?: boolean;
 }
 
 export class StoreServer implements StoreService {
@@ -319,15 +321,36 @@ export class StoreServer implements StoreService {
     if (this.#exports === undefined) return;
     const name = one.generation === null ? one.disk : `${one.disk}@${one.generation}`;
     if (this.#served.has(name)) return;
-    const [thing, what]: [Servable, string] =
-      one.generation === null
-        ? [await this.#store.openDisk(one.disk), `disk ${one.disk}`]
-        : [
+    const [thing, what] =
+      one.generation !== null
+        ? [
             await this.#store.openGeneration(one.disk, one.generation),
             `generation ${one.generation} of disk ${one.disk}, read-only`,
-          ];
+          ]
+        : this.#plan?.readOnly === true
+          ? [await this.#openReadOnly(one.disk), `disk ${one.disk}, read-only`]
+          : [await this.#store.openDisk(one.disk), `disk ${one.disk}`];
     await this.#exports.add(name, what, thing);
     this.#served.set(name, one);
+  }
+
+  /** What a disk holds: only this process could change it. */
+  async #openReadOnly(disk: string): Promise<Servable> {
+    const { id } = await this.#store.snapshot({ disk, name: newTemporary() });
+    const drop = () => this.#store.removeGeneration({ disk, generation: id });
+    try {
+      const view = await this.#store.openGeneration(disk, id);
+      return {
+        device: view.device,
+        close: async () => {
+          view.close();
+          await drop();
+        },
+      };
+    } catch (error) {
+      await drop().catch(() => undefined); // swept later
+      throw error;
+    }
   }
 
   /** Does `work` while nothing that `concerns` it is exported. E_IN_USE if a client is connected. */

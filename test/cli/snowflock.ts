@@ -9,6 +9,8 @@ const MAIN = join(projectRoot, 'dist/src/cli/main.js');
 export interface Outcome {
   status: number | null;
   stdout: string;
+  /** Standard output as it came. */
+  bytes: Buffer;
   stderr: string;
 }
 
@@ -22,15 +24,15 @@ export function start(args: string[], env: Record<string, string> = {}): ChildPr
 
 /** What a process wrote and how it ended. */
 export async function outcome(child: ChildProcess): Promise<Outcome> {
-  const texts = { stdout: '', stderr: '' };
-  child.stdout?.on('data', (data: Buffer) => {
-    texts.stdout += data.toString('latin1');
-  });
+  const chunks: Buffer[] = [];
+  let stderr = '';
+  child.stdout?.on('data', (data: Buffer) => chunks.push(data));
   child.stderr?.on('data', (data: Buffer) => {
-    texts.stderr += data.toString();
+    stderr += data.toString();
   });
   const [status] = (await once(child, 'close')) as [number | null];
-  return { status, ...texts };
+  const bytes = Buffer.concat(chunks);
+  return { status, stdout: bytes.toString(), bytes, stderr };
 }
 
 /** Runs the tool to its end. */
