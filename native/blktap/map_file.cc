@@ -55,6 +55,22 @@ Status read_header(const DataFile& file, const std::string& path, const std::str
   return check_header(*out, path, id, size_bytes, kind);
 }
 
+Status size_in_header(const std::string& path, uint64_t* size_bytes) {
+  Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW));
+  if (!fd.valid()) {
+    if (errno == ENOENT) return Status::Error("E_CORRUPT", path + " is missing");
+    return file_error("open " + path);
+  }
+  SliceHeader header = {};
+  const ssize_t n = ::pread(fd.get(), &header, sizeof header, 0);
+  if (n < 0) return file_error("read " + path);
+  if (header.size_bytes == 0 || header.size_bytes > kMaxDiskBytes) {
+    return Status::Error("E_CORRUPT", path + " has no header that tells a disk's size");
+  }
+  *size_bytes = header.size_bytes;
+  return Status::Ok();
+}
+
 Status scan_blocks(const DataFile& file, const std::string& path, uint64_t size_bytes,
                    const std::function<Status(uint64_t, const uint8_t*)>& each) {
   constexpr size_t kChunk = 64 * 1024;
@@ -76,6 +92,24 @@ Status scan_blocks(const DataFile& file, const std::string& path, uint64_t size_
       if (!status.ok()) return status;
     }
     at += n;
+  }
+  return Status::Ok();
+}
+
+Status each_data(const DataFile& file, const std::string& path, uint64_t from, uint64_t to,
+                 const std::function<Status(uint64_t, uint64_t)>& each) {
+  while (from < to) {
+    const off_t data = ::lseek(file.fd(), static_cast<off_t>(from), SEEK_DATA);
+    if (data < 0 && errno == ENXIO) break;
+    if (data < 0) return file_error("seek in " + path);
+    if (static_cast<uint64_t>(data) >= to) break;
+    const off_t hole = ::lseek(file.fd(), data, SEEK_HOLE);
+    if (hole < 0) return file_error("seek in " + path);
+    if (hole <= data) break;  // it changes meanwhile
+    const uint64_t end = std::min(to, static_cast<uint64_t>(hole));
+    Status status = each(static_cast<uint64_t>(data), end);
+    if (!status.ok()) return status;
+    from = end;
   }
   return Status::Ok();
 }

@@ -22,10 +22,16 @@ Status write_new_map(const std::string& path, const SliceHeader& header, uint64_
 Status read_header(const DataFile& file, const std::string& path, const std::string& id,
                    uint64_t size_bytes, MapKind kind, SliceHeader* out);
 
+// The disk's size that a map's header tells, for whoever does not know it; nothing else is checked.
+Status size_in_header(const std::string& path, uint64_t* size_bytes);
+
 // Calls `each` with the number and the 4096 bytes of every block that is not all zeros, in order;
 // holes cost nothing.
 Status scan_blocks(const DataFile& file, const std::string& path, uint64_t size_bytes,
                    const std::function<Status(uint64_t, const uint8_t*)>& each);
+// Calls `each` for the areas of a file in [from, to), in bytes, that are no holes.
+Status each_data(const DataFile& file, const std::string& path, uint64_t from, uint64_t to,
+                 const std::function<Status(uint64_t, uint64_t)>& each);
 // The checksum of a sealed header: goes over each block that is not all zeros, after its number.
 uint32_t add_block(uint32_t crc, uint64_t block, const uint8_t* bytes);
 Status map_checksum(const DataFile& file, const std::string& path, uint64_t size_bytes,

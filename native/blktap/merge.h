@@ -23,25 +23,36 @@ class Step {
   virtual void abort() = 0;
 };
 
+// Slices that one clean-up has to itself. No view is opened of the `vanishing` ones meanwhile.
+class Claim {
+ public:
+  ~Claim() { release(); }
+  // E_IN_USE if another clean-up has one of them, if a vanishing one is read or is a disk's top;
+  // E_STATE if one is not sealed; E_CLOSED. Returns when the last read of a vanishing one is over.
+  Status take(const std::shared_ptr<Store>& store, const std::vector<SliceRef>& slices,
+              size_t vanishing);
+  void release();
+
+ private:
+  std::shared_ptr<Store> store_;
+  std::vector<SliceRef> slices_;
+};
+
 // Merges slices [0] .. [n-1], oldest first, each lying on the one before and the only one on it.
 // All are sealed, and only the last may have a generation. One of them stays, whichever needs the
 // fewest pages copied, and takes the last one's place.
 class Merge final : public Step {
  public:
-  static constexpr size_t kMaxRun = 128;  // slices merged at once; it has their data open
-
-  // E_IN_USE if a view of any but the last is alive, or another merge has one of them; E_STATE if
-  // one is not sealed.
   static Status Begin(const std::shared_ptr<Store>& store, std::vector<SliceRef> run,
                       uint64_t size_bytes, std::shared_ptr<Merge>* out);
-  ~Merge() override;
+  ~Merge() override { abort(); }
 
   uint64_t total_bytes() const override { return total_bytes_; }
   Status step(uint64_t most, uint64_t* bytes, bool* done) override;
   void abort() override;
-  // After the last step: the pages are durable, the next edition of the map is written.
+  // After the last step: the pages are durable, the next edition of the map is written. E_STATE.
   Status prepare();
-  // After the journal names that edition.
+  // After the journal names that edition. If removing files fails, all else is done.
   Status apply();
 
   const SliceRef& last() const { return run_.back(); }
@@ -55,33 +66,86 @@ class Merge final : public Step {
 
  private:
   Merge(std::shared_ptr<Store> store, std::vector<SliceRef> run, uint64_t size_bytes);
-  Status claim();
-  void let_go();
   Status load();
   Status copy(size_t from, PageIndex first, uint64_t count);
+  Status source(size_t from, const DataFile** out);
   Status write_map(const std::string& path);
-  void put_in_force(std::vector<std::shared_ptr<Slice>>* dropped);
-  Status punch_zeroes();
-  // Calls `each` for runs of pages from `page` on that one slice of the run holds (its position
-  // plus 1), or that are zeros, until it returns false. Where it stopped.
-  template <typename Each>
-  PageIndex each_run(PageIndex page, const Each& each) const;
+  Status put_in_force(std::vector<std::shared_ptr<Slice>>* dropped);
+  Status remove_files();
+  void give_back();
+  std::string path_of(const SliceRef& slice, const std::string& suffix) const;
 
   const std::shared_ptr<Store> store_;
   const std::vector<SliceRef> run_;
   const uint64_t size_bytes_;
-  std::vector<std::shared_ptr<Slice>> slices_;  // opened for the merge alone
-  SliceIndex union_;                            // position in run_ plus 1
+  Claim claim_;
+  SliceIndex union_;  // which slice has a page: its position in run_ plus 1
   size_t keep_ = 0;
-  Fd keep_data_;  // to write to
+  DataFile keep_data_;             // to write to
+  std::vector<DataFile> sources_;  // by position; opened when needed
+  size_t open_sources_ = 0;
   uint64_t total_bytes_ = 0;
 
   std::mutex mutex_;  // one step, or end, at a time
   PageIndex cursor_ = 0;
   bool copied_ = false;
   bool ended_ = false;
-  bool claimed_ = false;
+  Status sync_failed_;
   bool prepared_ = false;  // also the store's mutex, to change it
 };
+
+// Punches pages of `slice`, which has no generation, that every one of `children` covers. Its map
+// stays as it is: nobody asks it for these pages. What a child covers is taken from its durable
+// map, so that a power cut cannot take the page back from the child.
+class Punch final : public Step {
+ public:
+  static Status Begin(const std::shared_ptr<Store>& store, const SliceRef& slice,
+                      const std::vector<SliceRef>& children, uint64_t size_bytes,
+                      std::shared_ptr<Punch>* out);
+  uint64_t total_bytes() const override { return total_bytes_; }
+  Status step(uint64_t most, uint64_t* bytes, bool* done) override;
+  void abort() override;
+
+ private:
+  Punch(std::string path, uint64_t size_bytes)
+      : path_(std::move(path)), size_bytes_(size_bytes), covered_(pages_of(size_bytes)) {}
+  Status keep_covered(const std::string& map_path, const SliceRef& child);
+
+  const std::string path_;
+  const uint64_t size_bytes_;
+  Claim claim_;
+  DataFile data_;
+  SliceIndex covered_;  // 1: to be punched
+  uint64_t total_bytes_ = 0;
+  std::mutex mutex_;
+  PageIndex cursor_ = 0;
+  bool ended_ = false;
+};
+
+// Calls `each(first, count, entry)` for runs of pages from `page` on whose entry is not kBase, none
+// longer than a leaf, until it returns false; returns the page after the last run it was called
+// with, or the number of pages.
+template <typename Each>
+PageIndex each_run(const SliceIndex& index, PageIndex page, const Each& each) {
+  SliceIndex::Entry entries[SliceIndex::kLeafPages];
+  while (page < index.pages()) {
+    const uint64_t empty = index.base_run(page);
+    if (empty > 0) {
+      page += empty;
+      continue;
+    }
+    const uint64_t n =
+        std::min(SliceIndex::kLeafPages - page % SliceIndex::kLeafPages, index.pages() - page);
+    index.get(page, n, entries);
+    for (uint64_t i = 0, end = 0; i < n; i = end) {
+      end = i + 1;
+      while (end < n && entries[end] == entries[i]) end++;
+      if (entries[i] == SliceIndex::kBase) continue;
+      if (!each(page + i, end - i, entries[i])) return page + end;
+    }
+    page += n;
+  }
+  return index.pages();
+}
 
 }  // namespace sf

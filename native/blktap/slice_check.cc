@@ -18,25 +18,6 @@ const char* state_name(uint32_t state) {
   return state == 0 ? "spare" : state == 1 ? "open" : "sealed";
 }
 
-// Calls `each` for the areas of a file that have bytes, in [from, to).
-Status each_data(const DataFile& file, const std::string& path, uint64_t from, uint64_t to,
-                 const std::function<Status(uint64_t, uint64_t)>& each) {
-  while (from < to) {
-    const off_t data = ::lseek(file.fd(), static_cast<off_t>(from), SEEK_DATA);
-    if (data < 0 && errno == ENXIO) break;
-    if (data < 0) return file_error("seek in " + path);
-    if (static_cast<uint64_t>(data) >= to) break;
-    const off_t hole = ::lseek(file.fd(), data, SEEK_HOLE);
-    if (hole < 0) return file_error("seek in " + path);
-    if (hole <= data) break;  // it changes meanwhile
-    const uint64_t end = std::min(to, static_cast<uint64_t>(hole));
-    Status status = each(static_cast<uint64_t>(data), end);
-    if (!status.ok()) return status;
-    from = end;
-  }
-  return Status::Ok();
-}
-
 uint64_t allocated(const DataFile& file) {
   struct stat st = {};
   return ::fstat(file.fd(), &st) == 0 ? static_cast<uint64_t>(st.st_blocks) * 512 : 0;

@@ -13,6 +13,8 @@
 namespace sf {
 namespace {
 
+constexpr auto kStopLimit = std::chrono::seconds(10);
+
 // Ends chains of any length without recursion: a node's end gives its parent to whoever is ending
 // nodes on this thread.
 void let_go(NodePtr node) {
@@ -59,13 +61,21 @@ Status Store::Open(const std::string& directory, std::shared_ptr<Store>* out) {
 }
 
 Status Store::close() {
-  std::lock_guard lock(mutex);
+  std::vector<NodePtr> nodes;  // let go after the lock
+  std::unique_lock lock(mutex);
   if (closed_) return Status::Ok();
-  if (disks_ > 0 || !merges_.empty()) {
+  // Clean-ups that were told to stop need a moment.
+  if (disks_ == 0) {
+    released_.wait_for(lock, kStopLimit, [&] { return claimed_.empty(); });
+  }
+  if (disks_ > 0 || !claimed_.empty()) {
     return Status::Error(
-        "E_IN_USE", "store " + directory_ + ": close its disks and end its " + "merges before it");
+        "E_IN_USE", "store " + directory_ + ": close its disks and end its clean-ups before it");
   }
   closed_ = true;
+  nodes.swap(buried_nodes_);
+  buried_.clear();
+  buried_bases_.clear();
   lock_.release();
   return Status::Ok();
 }
@@ -184,6 +194,13 @@ Status Store::open_base_of(const NodePtr& node, const OpenBase& open_base) {
 }
 
 Status Store::build(const NodePtr& node, ImagePtr* out) {
+  {
+    std::lock_guard lock(mutex);
+    // Resolved before, and a clean-up was quicker.
+    if (node->merged_away) {
+      return Status::Error("E_IN_USE", "slice " + node->id + " is being cleaned up");
+    }
+  }
   std::vector<NodePtr> todo;
   ImagePtr image;
   auto keep = [](const NodePtr& at, const ImagePtr& made) {
@@ -233,7 +250,10 @@ std::shared_ptr<View> Store::view_if_alive(const NodePtr& node) {
   view = node->view.lock();
   if (view != nullptr) return view;
   ImagePtr image = node->image.lock();
-  if (image == nullptr || node->base == nullptr) return nullptr;
+  if (image == nullptr || node->base == nullptr || node->merged_away ||
+      vanishing_.contains(node->id)) {
+    return nullptr;
+  }
   view =
       std::make_shared<View>(Chain{node->size_bytes, node->base, table_}, node, std::move(image));
   node->view = view;
@@ -244,6 +264,9 @@ Status Store::view(const NodePtr& node, const OpenBase& open_base, std::shared_p
   ImagePtr held;
   Status status = image(node, open_base, &held);
   if (status.ok()) *out = view_if_alive(node);
+  if (status.ok() && *out == nullptr) {
+    return Status::Error("E_IN_USE", "a slice of the generation is being cleaned up");
+  }
   return status;
 }
 
@@ -276,19 +299,63 @@ void Store::release_top(const NodePtr& node) {
   disks_--;
 }
 
+bool Store::in_use(const std::string& id) {
+  NodePtr node;
+  std::lock_guard lock(mutex);
+  node = find(id);
+  return node != nullptr && (node->top || !node->view.expired());
+}
+
+Status Store::check_children(const std::string& id, const std::vector<SliceRef>& children) {
+  std::unordered_set<std::string> known;
+  for (const auto& child : children) known.insert(child.id);
+  std::lock_guard lock(mutex);
+  for (const auto& [other, entry] : nodes_) {
+    const Node* below = entry.raw->parent.get();
+    if (below == nullptr || below->id != id || known.contains(other)) continue;
+    return Status::Error("E_STATE", "slice " + other + " lies on slice " + id + " too");
+  }
+  return Status::Ok();
+}
+
+void Store::bury(std::vector<std::shared_ptr<Slice>> slices) {
+  std::lock_guard lock(mutex);
+  for (auto& slice : slices) buried_.push_back(std::move(slice));
+}
+
+void Store::keep_for_readers(NodePtr node, std::shared_ptr<Base> base) {
+  std::lock_guard lock(mutex);
+  buried_nodes_.push_back(std::move(node));
+  buried_bases_.push_back(std::move(base));
+}
+
+NodePtr Store::cut_loose(const NodePtr& top) {
+  ImagePtr unneeded;
+  NodePtr below;
+  std::lock_guard lock(mutex);
+  below = std::move(top->parent);
+  top->parent = nullptr;
+  top->base = make_zero_base();
+  if (below != nullptr && --below->children < 2 && !below->shared) {
+    unneeded = std::move(below->kept);
+  }
+  set_heights();
+  return below;
+}
+
 Status Store::remove_slice(const std::string& id) {
   NodePtr used;
   {
     std::lock_guard lock(mutex);
     used = find(id);
-    if (used != nullptr || vanishing_.contains(id)) {
+    if (used != nullptr || claimed_.contains(id)) {
       return Status::Error("E_IN_USE", "slice " + id + " of " + directory_ + " is in use");
     }
   }
   return Slice::Remove(directory_, id);
 }
 
-Status Store::slice_info(const SliceRef& ref, uint64_t size_bytes, uint64_t* pages, uint64_t* zeros,
+Status Store::slice_info(const SliceRef& ref, uint64_t* pages, uint64_t* zeros,
                          uint64_t* allocated_bytes) {
   std::shared_ptr<Slice> slice;
   NodePtr used;
@@ -299,7 +366,11 @@ Status Store::slice_info(const SliceRef& ref, uint64_t size_bytes, uint64_t* pag
   }
   if (slice == nullptr) {
     // Not opened as a disk's would be: that makes live maps.
-    Status status = Slice::OpenSealed(directory_, ref.id, ref.map, size_bytes, &slice);
+    uint64_t size_bytes = 0;
+    Status status = size_in_header(directory_ + "/" + ref.id + map_suffix(ref.map), &size_bytes);
+    if (status.ok()) {
+      status = Slice::OpenSealed(directory_, ref.id, ref.map, size_bytes, &slice);
+    }
     if (!status.ok()) return status;
   }
   *pages = *zeros = *allocated_bytes = 0;

@@ -20,12 +20,13 @@
 // long) > a disk's gate > mutex (the nodes; held for moments, also at a fork).
 #pragma once
 
+#include <condition_variable>
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <set>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "blktap/chain.h"
@@ -54,6 +55,7 @@ struct Node {
   uint32_t map = 0;
   uint64_t size_bytes = 0;
   bool shared = false;
+  bool merged_away = false;                 // no place any more
   bool top = false;                         // of an open disk
   std::shared_ptr<Node> parent;             // null: on the base
   std::shared_ptr<Slice> slice;             // null: not opened yet
@@ -73,7 +75,8 @@ class Store : public std::enable_shared_from_this<Store> {
   using OpenBase = std::function<Status(std::shared_ptr<Base>*)>;
 
   static Status Open(const std::string& directory, std::shared_ptr<Store>* out);
-  Status close();  // E_IN_USE while a disk is open or a merge under way. Views stay readable.
+  // E_IN_USE while a disk is open, or if a clean-up goes on for 10 s more. Views stay readable.
+  Status close();
 
   const std::string& directory() const { return directory_; }
   const std::shared_ptr<SliceTable>& table() const { return table_; }
@@ -94,19 +97,29 @@ class Store : public std::enable_shared_from_this<Store> {
   void put_on(const NodePtr& spare, const NodePtr& below, ImagePtr image);
   void release_top(const NodePtr& node);
 
+  // True while a view of this very slice is read, or it is the top of an open disk.
+  bool in_use(const std::string& id);
+  // E_STATE if a slice lies on this one that is not among `children`, as far as they are in use.
+  Status check_children(const std::string& id, const std::vector<SliceRef>& children);
   // Removes the files of a slice that is in no use. E_IN_USE.
   Status remove_slice(const std::string& id);
   // What a slice's map says now. `map` counts only if the slice is not in use here.
-  Status slice_info(const SliceRef& ref, uint64_t size_bytes, uint64_t* pages, uint64_t* zeros,
+  Status slice_info(const SliceRef& ref, uint64_t* pages, uint64_t* zeros,
                     uint64_t* allocated_bytes);
   size_t open_files();
+  // What reads under way did not let go of in time, until the store is closed.
+  void bury(std::vector<std::shared_ptr<Slice>> slices);
+  void keep_for_readers(NodePtr node, std::shared_ptr<Base> base);
+
+  // With build_mutex held: a disk's top lies on nothing from now on. What it lay on until now.
+  NodePtr cut_loose(const NodePtr& top);
 
   std::mutex build_mutex;
   std::mutex mutex;
 
  private:
+  friend class Claim;
   friend class Merge;
-  friend class Punch;
   friend struct Node;
   friend class Disk;
   explicit Store(std::string directory) : directory_(std::move(directory)) {}
@@ -127,10 +140,15 @@ class Store : public std::enable_shared_from_this<Store> {
     std::weak_ptr<Node> node;
   };
   std::unordered_map<std::string, Known> nodes_;  // mutex
-  std::set<std::string> vanishing_;               // mutex: being merged away, or punched
-  std::vector<Merge*> merges_;                    // mutex: under way
-  size_t disks_ = 0;                              // mutex: open
-  bool closed_ = false;                           // mutex
+  std::condition_variable released_;              // of a claim
+  std::unordered_set<std::string> claimed_;       // mutex: one clean-up has them
+  std::unordered_set<std::string> vanishing_;     // mutex: of these, those nobody may read
+  std::vector<std::shared_ptr<Slice>> buried_;    // mutex: reads of them did not end in time
+  std::vector<NodePtr> buried_nodes_;             // likewise
+  std::vector<std::shared_ptr<Base>> buried_bases_;
+  std::vector<Merge*> merges_;  // mutex: under way
+  size_t disks_ = 0;            // mutex: open
+  bool closed_ = false;         // mutex
 };
 
 }  // namespace sf

@@ -106,6 +106,7 @@ class StoreJs : public Napi::ObjectWrap<StoreJs> {
                                          InstanceMethod("mergeBegin", &StoreJs::MergeBegin),
                                          InstanceMethod("punchBegin", &StoreJs::PunchBegin),
                                          InstanceMethod("removeSlice", &StoreJs::RemoveSlice),
+                                         InstanceMethod("inUse", &StoreJs::InUse),
                                          InstanceMethod("sliceInfo", &StoreJs::SliceInfo),
                                          InstanceMethod("openFiles", &StoreJs::OpenFiles),
                                          InstanceMethod("close", &StoreJs::Close),
@@ -121,18 +122,23 @@ class StoreJs : public Napi::ObjectWrap<StoreJs> {
         info.Env(), [=] { return Store::Open(directory, store.get()); },
         [=](Napi::Env) {
           const Napi::Object made = constructor().New({});
-          StoreJs::Unwrap(made)->store_ = std::move(*store);
+          *StoreJs::Unwrap(made)->held_ = std::move(*store);
           return made;
         });
   }
 
  private:
+  const std::shared_ptr<Store>& open(Napi::Env env) {
+    if (*held_ == nullptr) throw js_error(env, Status::Error("E_CLOSED", "the store is closed"));
+    return *held_;
+  }
+
   Napi::Value OpenDisk(const Napi::CallbackInfo& info) {
     Napi::Env env = info.Env();
     const ChainArgument chain = chain_argument(env, info[0], info[1]);
     const std::string spare = text(info[0].As<Napi::Object>(), "spare");
     auto node = std::make_shared<NodePtr>();
-    throw_if(env, store_->resolve(chain.slices, chain.size_bytes, true, node.get()));
+    throw_if(env, open(info.Env())->resolve(chain.slices, chain.size_bytes, true, node.get()));
     auto disk = std::make_shared<std::shared_ptr<Disk>>();
     return Task::Run(
         env,
@@ -146,14 +152,14 @@ class StoreJs : public Napi::ObjectWrap<StoreJs> {
     Napi::Env env = info.Env();
     const ChainArgument chain = chain_argument(env, info[0], info[1]);
     auto node = std::make_shared<NodePtr>();
-    throw_if(env, store_->resolve(chain.slices, chain.size_bytes, false, node.get()));
-    if (auto alive = store_->view_if_alive(*node)) {
+    throw_if(env, open(info.Env())->resolve(chain.slices, chain.size_bytes, false, node.get()));
+    if (auto alive = open(info.Env())->view_if_alive(*node)) {
       return resolved(env, ViewJs::Wrap(std::move(alive)));
     }
     auto view = std::make_shared<std::shared_ptr<View>>();
     return Task::Run(
         env,
-        [=, store = store_, open_base = chain.open_base] {
+        [=, store = open(info.Env()), open_base = chain.open_base] {
           Status status = store->view(*node, open_base, view.get());
           node->reset();
           return status;
@@ -162,31 +168,35 @@ class StoreJs : public Napi::ObjectWrap<StoreJs> {
   }
 
   Napi::Value MergeBegin(const Napi::CallbackInfo& info) {
-    return begin_merge(info.Env(), store_, info[0]);
+    return begin_merge(info.Env(), open(info.Env()), info[0]);
   }
   Napi::Value PunchBegin(const Napi::CallbackInfo& info) {
-    return begin_punch(info.Env(), store_, info[0]);
+    return begin_punch(info.Env(), open(info.Env()), info[0]);
+  }
+
+  Napi::Value InUse(const Napi::CallbackInfo& info) {
+    return Napi::Boolean::New(info.Env(), open(info.Env())->in_use(info[0].ToString()));
   }
 
   Napi::Value RemoveSlice(const Napi::CallbackInfo& info) {
     const std::string id = info[0].ToString();
-    return Task::Run(info.Env(), [store = store_, id] { return store->remove_slice(id); });
+    return Task::Run(info.Env(),
+                     [store = open(info.Env()), id] { return store->remove_slice(id); });
   }
 
-  // sliceInfo(id, map, sizeBytes)
+  // sliceInfo(id, map)
   Napi::Value SliceInfo(const Napi::CallbackInfo& info) {
     SliceRef ref;
     ref.id = info[0].ToString();
     ref.map = info[1].ToNumber().Uint32Value();
-    const auto size = static_cast<uint64_t>(info[2].ToNumber().Int64Value());
     struct Numbers {
       uint64_t pages = 0, zeros = 0, allocated = 0;
     };
     auto found = std::make_shared<Numbers>();
     return Task::Run(
         info.Env(),
-        [=, store = store_] {
-          return store->slice_info(ref, size, &found->pages, &found->zeros, &found->allocated);
+        [=, store = open(info.Env())] {
+          return store->slice_info(ref, &found->pages, &found->zeros, &found->allocated);
         },
         [=](Napi::Env env) {
           auto out = Napi::Object::New(env);
@@ -199,16 +209,22 @@ class StoreJs : public Napi::ObjectWrap<StoreJs> {
 
   Napi::Value OpenFiles(const Napi::CallbackInfo& info) {
     auto out = Napi::Object::New(info.Env());
-    out.Set("open", static_cast<double>(store_->open_files()));
+    out.Set("open", static_cast<double>(open(info.Env())->open_files()));
     out.Set("capacity", Napi::Number::New(info.Env(), INFINITY));
     return out;
   }
 
   Napi::Value Close(const Napi::CallbackInfo& info) {
-    return Task::Run(info.Env(), [store = store_] { return store->close(); });
+    if (*held_ == nullptr) return Task::Run(info.Env(), [] { return Status::Ok(); });
+    return Task::Run(
+        info.Env(), [store = *held_] { return store->close(); },
+        [held = held_](Napi::Env env) {
+          held->reset();
+          return env.Undefined();
+        });
   }
 
-  std::shared_ptr<Store> store_;
+  const std::shared_ptr<std::shared_ptr<Store>> held_ = std::make_shared<std::shared_ptr<Store>>();
 };
 
 // createSlice(directory, id, sizeBytes, spare)

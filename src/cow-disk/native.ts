@@ -42,7 +42,8 @@ export interface SliceCheck {
 /** Oldest first. Of a disk the last is the top, of a view the generation's slice. */
 export interface NativeChain {
   sizeBytes: number;
-  slices: SliceRef[];
+  /** `shared`: several lie on it, so its index is kept while it is used. */
+  slices: (SliceRef & { shared: boolean })[];
   base: { kind: string; path?: string; imageBytes?: number; generation?: string };
 }
 
@@ -64,10 +65,6 @@ export interface NativeStore {
   punchBegin(p: { slice: SliceRef; children: SliceRef[]; sizeBytes: number }): Promise<NativeStep>;
   /** Closes and removes the files of a slice that no disk or view uses any more. E_IN_USE. */
   removeSlice(id: string): Promise<void>;
-  sliceInfo(
-    id: string,
-    map: number,
-  ): Promise<{ pages: number; zeroPages: number; allocatedBytes: number }>;
   openFiles(): { open: number; capacity: number };
   close(): Promise<void>;
 }

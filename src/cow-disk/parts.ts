@@ -22,7 +22,10 @@ export interface StoreParts {
 
 /** The slices from the oldest up to `slice`, and the base, for the native store. */
 export function nativeChain(tree: Tree, slice: string): NativeChain {
-  const slices = [...tree.down(slice)].map(([id, entry]) => ({ id, map: entry.map })).reverse();
+  const slices = [...tree.down(slice)].map(([id, { map }]) => {
+    return { id, map, shared: tree.children(id).size > 1 };
+  });
+  slices.reverse();
   return { sizeBytes: sliceOf(tree, slice).size_bytes, slices, base: nativeBase(tree.base(slice)) };
 }
 

@@ -74,7 +74,6 @@ test('a dropped generation is gone and its slice remembered as unreferenced', as
   const again = await openDisk(directory);
   expect(again.info().generations).toEqual([second]);
   expect(again.info().slices.map((slice) => slice.referenced)).toEqual([false, true, true]);
-  expect(await codeOf(again.fork(first))).toBe('E_EXISTS');
 });
 
 test('bad arguments are refused and leave nothing behind', async () => {
@@ -138,17 +137,20 @@ async function alter(path: string, offset: number, value?: number): Promise<void
 }
 
 const damages: [string, (directory: string, slices: string[]) => Promise<unknown>][] = [
-  ['disk.json cut short', (d) => truncate(join(d, 'disk.json'), 100)],
-  ['disk.json altered', (d) => alter(join(d, 'disk.json'), 60)],
-  ['disk.json empty', (d) => writeFile(join(d, 'disk.json'), '')],
-  ['disk.json of another kind', (d) => writeFile(join(d, 'disk.json'), '{"format":"x"}')],
-  ['sealed header altered', (d, s) => alter(join(d, `${s[0]}.map`), 20)],
-  ['sealed header wiped', (d, s) => truncate(join(d, `${s[0]}.map`), 0)],
-  ['sealed map altered', (d, s) => alter(join(d, `${s[0]}.map`), 4096, 2)],
+  ['journal cut short', (d) => truncate(join(d, 'store.journal'), 50)],
+  ['journal altered', (d) => alter(join(d, 'store.journal'), 60)],
+  ['journal empty', (d) => writeFile(join(d, 'store.journal'), '')],
+  [
+    'journal of another kind',
+    (d) => writeFile(join(d, 'store.journal'), '12345678 {"format":"x"}\n'),
+  ],
+  ['sealed header altered', (d, s) => alter(join(d, `${s[0]}.0.map`), 20)],
+  ['sealed header wiped', (d, s) => truncate(join(d, `${s[0]}.0.map`), 0)],
+  ['sealed map altered', (d, s) => alter(join(d, `${s[0]}.0.map`), 4096, 2)],
   ['sealed data cut short', (d, s) => truncate(join(d, `${s[0]}.data`), MIB - 1)],
   ['data missing', (d, s) => unlink(join(d, `${s[0]}.data`))],
-  ['map missing', (d, s) => unlink(join(d, `${s[1]}.map`))],
-  ['open header altered', (d, s) => alter(join(d, `${s[1]}.map`), 100)],
+  ['map missing', (d, s) => unlink(join(d, `${s[1]}.0.map`))],
+  ['open header altered', (d, s) => alter(join(d, `${s[1]}.0.map`), 100)],
   [
     'impossible page state',
     async (d, s) => {

@@ -1,0 +1,97 @@
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { mkdir } from 'node:fs/promises';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { expect, test } from 'vitest';
+import { checkStore } from '../../src/cow-disk/check.js';
+import { Store } from '../../src/cow-disk/store.js';
+import { cleanup, newSeed, random, temporary } from '../blktap/support.js';
+import { operations, stateOf } from './scenario.js';
+import { openStore } from './store-support.js';
+
+/** What must be there after each operation, by doing them undisturbed. */
+async function expectedStates(): Promise<string[]> {
+  const states = [JSON.stringify({})];
+  for (let count = 1; count <= operations.length; count++) {
+    const folder = await temporary();
+    const directory = join(folder, 'store');
+    await Store.create(directory);
+    const store = await openStore(directory);
+    for (const operation of operations.slice(0, count)) await operation(store, folder);
+    states.push(JSON.stringify(await stateOf(store)));
+    await store.close();
+  }
+  return states;
+}
+
+/** Runs the scenario in a process killed at the `when`th call of `call`; operations it finished. */
+async function killedAt(
+  directory: string,
+  folder: string,
+  call: string,
+  when: number,
+): Promise<{ done: number; killed: boolean }> {
+  const here = fileURLToPath(new URL('.', import.meta.url));
+  const child = spawn(
+    'strace',
+    [
+      ...['-f', '-o', '/dev/null', '-e', `trace=${call}`],
+      ...['-e', `inject=${call}:signal=KILL:when=${when}`],
+      ...[process.execPath, '--import', join(here, '../blktap/ts-loader.mjs')],
+      ...[join(here, 'scenario.ts'), directory, folder],
+    ],
+    // One thread for all calls, so that they are counted in order.
+    { env: { ...process.env, UV_THREADPOOL_SIZE: '1' }, stdio: ['ignore', 'pipe', 'pipe'] },
+  );
+  let [output, errors] = ['', ''];
+  child.stdout.on('data', (chunk: Buffer) => {
+    output += chunk.toString();
+  });
+  child.stderr.on('data', (chunk: Buffer) => {
+    errors += chunk.toString();
+  });
+  const closed = once(child, 'close');
+  cleanup(async () => {
+    if (child.exitCode === null && child.signalCode === null) child.kill('SIGTERM');
+    await closed;
+  });
+  await closed;
+  const killed = child.signalCode === 'SIGKILL';
+  if (!killed) expect(child.exitCode, errors).toBe(0);
+  return { done: output.split('\n').length - 1, killed };
+}
+
+// Transactions are written by fdatasync, slices made and merged by fsync, files removed by unlink.
+for (const call of ['fdatasync', 'fsync', 'unlink']) {
+  test(`killed anywhere in every operation, at ${call}: the store opens, nothing is half done`, async () => {
+    const states = await expectedStates();
+    const rand = random(newSeed(`kill ${call}`));
+    const seen = new Set<number>();
+    for (let when = 1, ended = false; !ended; when += 1 + Math.floor(rand() * 6)) {
+      const folder = await temporary();
+      const directory = join(folder, 'store');
+      await mkdir(join(folder, 'sockets'));
+      await Store.create(directory);
+      const { done, killed } = await killedAt(directory, join(folder, 'sockets'), call, when);
+      ended = !killed;
+      seen.add(done);
+      const found = await checkStore(directory);
+      expect(
+        found.filter((each) => each.severity === 'error'),
+        `${call} ${when}`,
+      ).toEqual([]);
+      const store = await openStore(directory);
+      const state = JSON.stringify(await stateOf(store));
+      expect([states[done], states[done + 1]], `${call} ${when}, ${done} done`).toContain(state);
+      await store.settled();
+      await store.close();
+      const after = await checkStore(directory);
+      expect(
+        after.filter((each) => each.severity !== 'note'),
+        `${call} ${when}`,
+      ).toEqual([]);
+    }
+    expect(seen.size).toBeGreaterThan(3);
+  }, 600_000);
+}
