@@ -346,17 +346,21 @@ Status Merge::apply() {
   return status;
 }
 
-void Merge::abort() {
+void Merge::abort() { end(true); }
+
+void Merge::leave() { end(false); }
+
+void Merge::end(bool undo) {
   std::lock_guard lock(mutex_);
   if (ended_) return;
   ended_ = true;
   {
     std::lock_guard store_lock(store_->mutex);
     std::erase(store_->merges_, this);
-    if (prepared_) ::unlink(path_of(keep(), map_suffix(new_map())).c_str());
+    if (prepared_ && undo) ::unlink(path_of(keep(), map_suffix(new_map())).c_str());
     prepared_ = false;
   }
-  if (keep_data_.valid()) give_back();
+  if (undo && keep_data_.valid()) give_back();
   keep_data_ = DataFile();
   sources_.clear();
   claim_.release();

@@ -52,6 +52,8 @@ class Merge final : public Step {
   void abort() override;
   // After the last step: the pages are durable, the next edition of the map is written. E_STATE.
   Status prepare();
+  // Ends it without a trace or an undoing: nobody knows whether the journal names that edition.
+  void leave();
   // After the journal names that edition. If removing files fails, all else is done.
   Status apply();
 
@@ -72,6 +74,7 @@ class Merge final : public Step {
   Status write_map(const std::string& path);
   Status put_in_force(std::vector<std::shared_ptr<Slice>>* dropped);
   Status remove_files();
+  void end(bool undo);
   void give_back();
   std::string path_of(const SliceRef& slice, const std::string& suffix) const;
 

@@ -20,6 +20,7 @@ class StepJs : public Napi::ObjectWrap<StepJs> {
                                                      InstanceMethod("abort", &StepJs::Abort),
                                                      InstanceMethod("prepare", &StepJs::Prepare),
                                                      InstanceMethod("apply", &StepJs::Apply),
+                                                     InstanceMethod("leave", &StepJs::Leave),
                                                      InstanceMethod("detach", &StepJs::Detach),
                                                  }));
   }
@@ -37,6 +38,15 @@ class StepJs : public Napi::ObjectWrap<StepJs> {
   }
 
  private:
+  Napi::Value Leave(const Napi::CallbackInfo& info) {
+    expect(info.Env(), merge_)->leave();
+    return info.Env().Undefined();
+  }
+  template <typename T>
+  const std::shared_ptr<T>& expect(Napi::Env env, const std::shared_ptr<T>& step) {
+    if (step == nullptr) throw js_error(env, Status::Error("E_STATE", "no step of this work"));
+    return step;
+  }
   // step(maxBytes)
   Napi::Value DoStep(const Napi::CallbackInfo& info) {
     const double most = info[0].ToNumber().DoubleValue();
@@ -47,7 +57,10 @@ class StepJs : public Napi::ObjectWrap<StepJs> {
     };
     auto result = std::make_shared<Result>();
     return Task::Run(
-        info.Env(), [=, step = step_] { return step->step(bytes, &result->bytes, &result->done); },
+        info.Env(),
+        [=, step = expect(info.Env(), step_)] {
+          return step->step(bytes, &result->bytes, &result->done);
+        },
         [=](Napi::Env env) {
           auto out = Napi::Object::New(env);
           out.Set("bytes", static_cast<double>(result->bytes));
@@ -55,16 +68,15 @@ class StepJs : public Napi::ObjectWrap<StepJs> {
           return out;
         });
   }
+  // What the work holds (slices, files) goes with it, not when this object is collected.
   Napi::Value Abort(const Napi::CallbackInfo& info) {
-    return Task::Run(info.Env(), [step = step_] {
-      step->abort();
+    merge_.reset();
+    pull_.reset();
+    return Task::Run(info.Env(), [step = std::move(step_)]() mutable {
+      if (step != nullptr) step->abort();
+      step.reset();
       return Status::Ok();
     });
-  }
-  template <typename T>
-  const std::shared_ptr<T>& expect(Napi::Env env, const std::shared_ptr<T>& step) {
-    if (step == nullptr) throw js_error(env, Status::Error("E_STATE", "no step of this work"));
-    return step;
   }
   Napi::Value Prepare(const Napi::CallbackInfo& info) {
     auto merge = expect(info.Env(), merge_);

@@ -206,20 +206,22 @@ export class Cleaner {
     const refs = slices.map((id) => ({ id, map: sliceOf(tree, id).map }));
     const sizeBytes = sliceOf(tree, slices[0] ?? '').size_bytes;
     const merge = await native(() => store.mergeBegin({ slices: refs, sizeBytes }));
-    let applied = false;
+    let committed = false;
     try {
       if (!(await this.#run('merge', merge))) return false;
       const { keep, map, remove } = await native(() => merge.prepare());
-      applied = await gate.alone(async () => {
-        if (this.#closed.signal.aborted || !mergeable(tree, slices)) return false;
+      await gate.alone(async () => {
+        if (this.#closed.signal.aborted || !mergeable(tree, slices)) return;
         await ledger.commit((now) => merged(now, slices, keep, map));
+        committed = true;
         await native(() => merge.apply());
-        return true;
       });
-      if (applied) for (const id of remove) ledger.gone(id);
-      return applied;
+      if (committed) for (const id of remove) ledger.gone(id);
+      return committed;
     } finally {
-      if (!applied && !slices.some((id) => tree.removed.has(id))) merge.abort();
+      // Of a broken journal nobody knows whether it names the merged map: the next owner sees.
+      if (!committed && ledger.journal.broken) merge.leave();
+      await native(() => merge.abort()); // after apply() it only lets go
     }
   }
 
@@ -236,9 +238,11 @@ export class Cleaner {
         sizeBytes: sliceOf(tree, slice).size_bytes,
       }),
     );
-    const done = await this.#run('punch', punch);
-    if (done) this.#punched.set(slice, this.#onTop(current));
-    else punch.abort();
+    try {
+      if (await this.#run('punch', punch)) this.#punched.set(slice, this.#onTop(current));
+    } finally {
+      await native(() => punch.abort());
+    }
     return false;
   }
 

@@ -44,7 +44,7 @@ export async function flatten(
         check();
         detached = await cutLoose(ledger, disk, pull);
       } finally {
-        if (!detached) pull.abort();
+        await native(() => pull.abort()); // also lets go of the disk
       }
       if (detached) return;
     }

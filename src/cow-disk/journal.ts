@@ -111,6 +111,11 @@ export class Journal {
     }
   }
 
+  /** It is not known whether the last append, which failed, is there for the next owner. */
+  get broken(): boolean {
+    return this.#broken !== undefined;
+  }
+
   /** Its file, so that a test can make it fail. */
   get fileForTests(): FileHandle {
     return this.#file;

@@ -73,12 +73,15 @@ export interface NativeStep {
   totalBytes: number;
   /** Does about `maxBytes` of work on a pool thread. */
   step(maxBytes: number): Promise<{ bytes: number; done: boolean }>;
-  abort(): void;
+  /** Gives back what the steps took, unless it was put in force, and lets go of all it holds. */
+  abort(): Promise<void>;
 }
 
 export interface NativeMerge extends NativeStep {
   /** After the last step: syncs, writes the next edition of the map. Nothing is visible yet. */
   prepare(): Promise<{ keep: string; map: number; remove: string[] }>;
+  /** Ends it as it is: nobody knows whether the journal names the new edition. */
+  leave(): void;
   /** After the journal names it: readers go on in the slice that stays, the others' files go. */
   apply(): Promise<void>;
 }

@@ -348,7 +348,7 @@ export class Store implements StoreApi {
       await native(() => addon().createSlice(this.directory, id, size_bytes, false));
       await work(id);
     } catch (error) {
-      if (!this.#parts.ledger.tree.slices.has(id)) {
+      if (!this.#parts.ledger.tree.slices.has(id) && !this.#parts.ledger.journal.broken) {
         const made = [`${id}.data`, `${id}.0.map`];
         await removeFiles(this.directory, made).catch(() => undefined); // else when next opened
       }

@@ -83,12 +83,15 @@ for (const call of ['fdatasync', 'fsync', 'unlink']) {
       ).toEqual([]);
       const store = await openStore(directory);
       const state = JSON.stringify(await stateOf(store));
-      expect([states[done], states[done + 1]], `${call} ${when}, ${done} done`).toContain(state);
+      const [before = '', after = ''] = [states[done], states[done + 1]];
+      // A snapshot that was never reported may be there without its name.
+      const unnamed = after.replace(/@(\w+)"/g, (all) => (before.includes(all) ? all : '@null"'));
+      expect([before, after, unnamed], `${call} ${when}, ${done} done`).toContain(state);
       await store.settled();
       await store.close();
-      const after = await checkStore(directory);
+      const left = await checkStore(directory);
       expect(
-        after.filter((each) => each.severity !== 'note'),
+        left.filter((each) => each.severity !== 'note'),
         `${call} ${when}`,
       ).toEqual([]);
     }
