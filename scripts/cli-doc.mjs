@@ -14,6 +14,7 @@ function help(path) {
       ...process.env,
       COLUMNS: '96',
       SNOWFLOCK_SOCKET: '',
+      SNOWFLOCK_STORE: '',
       SNOWFLOCK_IMAGES: '.cache/images', // what it is in the project's folder
     },
   });
@@ -54,12 +55,14 @@ const text = `# Command line
 
 Made from \`--help\` by \`scripts/cli-doc.mjs\`. Data goes to stdout, messages and progress to stderr.
 \`--json\` prints data, and errors, as JSON. Folders that begin with \`.cache\` are in the project's folder.
-Sizes may have a unit: \`512\` is MiB, so is \`512M\`; \`4G\` is GiB (defaults are shown in bytes).
+Sizes may have a unit: \`512\` is MiB, so is \`512M\`; \`4G\` is GiB (defaults are shown in bytes). Those of
+disks may be any number of bytes: \`1000001B\`.
 
 | variable | what |
 | --- | --- |
 | \`SNOWFLOCK_SOCKET\` | the default of \`--socket\` |
 | \`SNOWFLOCK_IMAGES\` | the default of \`--dir\` of \`snowflock image\`, and where the demo and benches look |
+| \`SNOWFLOCK_STORE\` | where disks are that are named without a folder, instead of \`/var/lib/snowflock/disks\` |
 | \`SNOWFLOCK_LOG\` | how much the daemon logs: trace, debug, info (the default), warn, error |
 
 ## Exit status
@@ -67,7 +70,7 @@ Sizes may have a unit: \`512\` is MiB, so is \`512M\`; \`4G\` is GiB (defaults a
 | status | meaning |
 | --- | --- |
 | 0 | done |
-| 1 | done, but the answer is no: a clone joined with another status than 0, the demo's check failed |
+| 1 | done, but the answer is no: a clone joined with another status than 0, the demo's check failed, \`disk check\` found lost space and no errors |
 ${statuses}
 
 \`exec\` ends with the status of the program it ran, 128 + the signal's number if one ended it.

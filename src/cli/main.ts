@@ -6,6 +6,7 @@ import { Command, InvalidArgumentError } from 'commander';
 import { projectRoot } from '../common/native.js';
 import { addClusterCommands } from './cluster.js';
 import { addDemoCommand } from './demo.js';
+import { addDiskCommands } from './disk.js';
 import { addImageCommands } from './image.js';
 import { reportError } from './output.js';
 import { addVmCommands } from './vm.js';
@@ -24,7 +25,9 @@ const JSON_OUTPUT = ['--json', 'data and errors as JSON'] as const;
 function shareOptions(command: Command): void {
   for (const child of command.commands) {
     if (child.commands.length === 0 && child.name() !== 'demo') {
-      child.option(...SOCKET).option(...JSON_OUTPUT);
+      // `disk` needs no daemon, and `disk serve --socket` is its own.
+      if (command.name() !== 'disk') child.option(...SOCKET);
+      child.option(...JSON_OUTPUT);
     }
     shareOptions(child);
   }
@@ -41,13 +44,15 @@ const program = new Command('snowflock')
   .hook('preAction', (_program, command) => {
     if (command.name() === 'demo') return;
     const { socket, json } = command.opts<{ socket?: string; json?: boolean }>();
-    if (socket !== undefined) program.setOptionValue('socket', socket);
+    if (socket !== undefined && command.parent?.name() !== 'disk')
+      program.setOptionValue('socket', socket);
     if (json === true) program.setOptionValue('json', true);
   });
 
 addVmCommands(program);
 addImageCommands(program);
 addClusterCommands(program);
+addDiskCommands(program);
 addDemoCommand(program);
 shareOptions(program);
 

@@ -1,8 +1,8 @@
-import { createInterface } from 'node:readline/promises';
 import { type Command, InvalidArgumentError } from 'commander';
 import { type CloneResult, type ForkRecord, SnowflockClient } from '../api/client.js';
 import { exec } from '../api/exec.js';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
+import { confirm } from './confirm.js';
 import { ms, note, parseSize, printJson, table } from './output.js';
 
 export const DEFAULT_RAM_BYTES = 512 * 2 ** 20;
@@ -137,7 +137,7 @@ export function addVmCommands(program: Command): void {
     .option('--yes', 'do not ask')
     .action(async (vm: string, o: { yes?: boolean }) => {
       const { client } = context();
-      if (o.yes !== true) await confirm(`End VM ${vm} and all its clones?`);
+      await confirm(`End VM ${vm} and all its clones?`, o.yes);
       await client.kill(vm);
       note(`ended ${vm}`);
     });
@@ -220,14 +220,4 @@ function ends(clones: CloneResult[]): (string | number)[][] {
     clone.end === null ? '-' : (clone.end.status ?? clone.end.reason),
     clone.end?.message ?? '',
   ]);
-}
-
-async function confirm(question: string): Promise<void> {
-  if (!process.stdin.isTTY) {
-    throw new SnowflockError('E_ARGUMENT', `${question} Not on a terminal: say --yes`);
-  }
-  const reader = createInterface({ input: process.stdin, output: process.stderr });
-  const answer = await reader.question(`${question} [y/N] `);
-  reader.close();
-  if (!/^y(es)?$/i.test(answer.trim())) throw new SnowflockError('E_INTERRUPTED', 'not confirmed');
 }

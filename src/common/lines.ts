@@ -10,21 +10,24 @@ export function readLines(
   limitBytes: number,
   onLine: (line: string) => void,
 ): void {
-  let pending = '';
+  // What has no end yet, in pieces: joined once, and never searched twice.
+  let pieces: string[] = [];
+  let length = 0;
   // Not setEncoding(): Node refuses it on the socket of an upgraded HTTP connection.
   const decoder = new StringDecoder('utf8');
   stream.on('data', (chunk: Buffer) => {
-    pending += decoder.write(chunk);
+    const text = decoder.write(chunk);
     let start = 0;
-    for (;;) {
-      const end = pending.indexOf('\n', start);
-      if (end < 0) break;
-      onLine(pending.slice(start, end));
-      start = end + 1;
+    for (let end = text.indexOf('\n'); end >= 0; end = text.indexOf('\n', start)) {
+      const line = pieces.join('') + text.slice(start, end);
+      [pieces, length, start] = [[], 0, end + 1];
+      onLine(line);
     }
-    pending = pending.slice(start);
-    if (pending.length > limitBytes) {
-      pending = '';
+    if (start === text.length) return;
+    pieces.push(text.slice(start));
+    length += text.length - start;
+    if (length > limitBytes) {
+      [pieces, length] = [[], 0];
       stream.destroy(new Error(`line longer than ${limitBytes} bytes`));
     }
   });

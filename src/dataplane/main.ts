@@ -6,7 +6,7 @@ import { setPriority } from 'node:os';
 import { parseArgs } from 'node:util';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
 import { createLogger } from '../common/log.js';
-import { RpcServer } from './rpc.js';
+import { type DataplaneServer, listenForSfld } from './rpc.js';
 import { Dataplane } from './service.js';
 
 const log = createLogger('dataplane');
@@ -28,7 +28,7 @@ async function main(): Promise<void> {
     if (value === undefined) throw new SnowflockError('E_ARGUMENT', `--${name} is missing`);
     return value;
   };
-  let server: RpcServer | undefined;
+  let server: DataplaneServer | undefined;
   const dataplane = new Dataplane(
     {
       memtapSocket: need('memtap-socket'),
@@ -39,7 +39,7 @@ async function main(): Promise<void> {
     log,
     (event) => server?.broadcast(event),
   );
-  server = await RpcServer.listen(need('socket'), dataplane.handlers);
+  server = await listenForSfld(need('socket'), dataplane.handlers);
   log.info('ready');
   const end = (): void => {
     void (async () => {

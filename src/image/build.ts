@@ -2,6 +2,7 @@ import { createHash } from 'node:crypto';
 import { mkdir, mkdtemp, readdir, rename, rm, writeFile } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
+import { run } from '../common/run.js';
 import { placeDebianTree } from './debian.js';
 import { makeExt4 } from './ext4.js';
 import { withLock } from './lock.js';
@@ -21,7 +22,6 @@ import {
   findPackages,
 } from './packages.js';
 import { compilePrograms, compilerVersions, guestSources } from './programs.js';
-import { run } from './run.js';
 
 /** Raised whenever the builder itself makes another image from the same inputs. */
 const BUILDER_VERSION = 1;

@@ -1,8 +1,8 @@
 import { chmod, copyFile, mkdir, rm, symlink, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { projectRoot } from '../common/native.js';
+import { run } from '../common/run.js';
 import { placePrograms } from './minimal.js';
-import { run } from './run.js';
 
 /** What the fuller image has beside the base system. */
 const PACKAGES = [

@@ -1,7 +1,7 @@
 import { lstat, open, readdir, readlink, rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
-import { run } from './run.js';
+import { run } from '../common/run.js';
 
 export interface Ext4Options {
   /** File to make. */
@@ -20,7 +20,8 @@ export interface Ext4Options {
   signal?: AbortSignal | undefined;
 }
 
-const FEATURES =
+/** Those that kernels of the last ten years mount. */
+export const EXT4_FEATURES =
   'none,has_journal,ext_attr,dir_index,filetype,extent,64bit,flex_bg,sparse_super,large_file,' +
   'huge_file,dir_nlink,extra_isize,metadata_csum';
 
@@ -74,7 +75,7 @@ export async function makeExt4(options: Ext4Options): Promise<void> {
     'mke2fs',
     [
       ...['-q', '-F', '-t', 'ext4', '-b', '4096', '-I', '256', '-m', '0', '-N', '131072'],
-      ...['-J', 'size=16', '-O', FEATURES, '-L', options.label, '-U', uuid],
+      ...['-J', 'size=16', '-O', EXT4_FEATURES, '-L', options.label, '-U', uuid],
       ...['-E', `hash_seed=${uuid},root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1`],
       ...['-M', '/', disk],
     ],

@@ -11,10 +11,10 @@ import {
 import { basename, dirname, join } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
 import { projectRoot } from '../common/native.js';
+import { run } from '../common/run.js';
 import { cpioArchive } from './cpio.js';
 import { extractVmlinux } from './kernel.js';
 import { resolveModules } from './modules.js';
-import { run } from './run.js';
 
 /**
  * Modules the initramfs loads: what QEMU's machines with virtio-mmio and with PCI need, and the

@@ -2,7 +2,7 @@ import { createHash } from 'node:crypto';
 import { mkdir, mkdtemp, readFile, rename, rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
-import { run } from './run.js';
+import { run } from '../common/run.js';
 
 /** A Debian package as the local apt lists know it: what `apt-get download` would fetch. */
 export interface DebianPackage {

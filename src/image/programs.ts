@@ -1,7 +1,7 @@
 import { readdir, readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { projectRoot } from '../common/native.js';
-import { run } from './run.js';
+import { run } from '../common/run.js';
 
 const folders = { agent: 'guest/agent', init: 'guest/init', tool: 'guest/tool' } as const;
 export const guestFolders = ['guest', 'bindings/c', 'examples'] as const;

@@ -7,7 +7,7 @@ import type { Logger } from '../common/log.js';
 import { projectRoot } from '../common/native.js';
 import { within } from '../common/timeout.js';
 import type { DataplaneEvent, Method, Params, Result } from '../dataplane/protocol.js';
-import { RpcClient } from '../dataplane/rpc.js';
+import { connectToDataplane, type DataplaneClient } from '../dataplane/rpc.js';
 
 export interface SupervisorOptions {
   socket: string;
@@ -38,7 +38,7 @@ export class DataplaneSupervisor extends EventEmitter<{ event: [DataplaneEvent] 
   readonly #options: SupervisorOptions;
   readonly #log: Logger;
   readonly #restore: (call: DataplaneSupervisor['call']) => Promise<void>;
-  #client: RpcClient | undefined;
+  #client: DataplaneClient | undefined;
   #up: Promise<void> = Promise.resolve();
   #closed = false;
   #pauseMs = RESTART_PAUSE_MIN_MS;
@@ -148,9 +148,9 @@ export class DataplaneSupervisor extends EventEmitter<{ event: [DataplaneEvent] 
     this.#up.catch(() => {});
   }
 
-  async #takeOverOrStart(): Promise<RpcClient> {
+  async #takeOverOrStart(): Promise<DataplaneClient> {
     try {
-      return await RpcClient.connect(this.#options.socket);
+      return await connectToDataplane(this.#options.socket);
     } catch {
       // Nothing listens there: the normal case at start and after a crash.
     }
@@ -172,7 +172,7 @@ export class DataplaneSupervisor extends EventEmitter<{ event: [DataplaneEvent] 
     const limit = Date.now() + CONNECT_LIMIT_MS;
     for (;;) {
       try {
-        return await Promise.race([died, RpcClient.connect(this.#options.socket)]);
+        return await Promise.race([died, connectToDataplane(this.#options.socket)]);
       } catch (error) {
         if (child.exitCode !== null || child.signalCode !== null || Date.now() > limit) throw error;
         await new Promise((resolve) => setTimeout(resolve, 5));

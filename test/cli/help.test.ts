@@ -65,7 +65,7 @@ function faultOf(args: string[], whole: boolean): string | undefined {
     }
     // What follows a program to run is the program's own.
     if (places > 1 && command.positionals.most === Number.POSITIVE_INFINITY) break;
-    if (word.startsWith('-')) {
+    if (word.startsWith('-') && word !== '-') {
       const takesValue = command.options.get(word.split('=')[0] ?? '');
       if (takesValue === undefined) return `${name} has no option ${word}`;
       if (takesValue && !word.includes('=') && ++i >= args.length) return `${word} lacks its value`;

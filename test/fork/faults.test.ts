@@ -1,13 +1,13 @@
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { RpcClient } from '../../src/dataplane/rpc.js';
+import { connectToDataplane } from '../../src/dataplane/rpc.js';
 import { startDaemonOn, type TestbedDaemon } from '../../src/testbed/daemons.js';
 import { Lab, sh, until } from './lab.js';
 
 const HASH = 'echo 3 > /proc/sys/vm/drop_caches; md5sum /dev/shm/data /root/data';
 
 async function dataplanePid(daemon: TestbedDaemon): Promise<number> {
-  const client = await RpcClient.connect(join(daemon.host.dirs.run, 'dataplane.sock'));
+  const client = await connectToDataplane(join(daemon.host.dirs.run, 'dataplane.sock'));
   try {
     return (await client.call('ping', {})).pid;
   } finally {

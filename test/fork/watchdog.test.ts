@@ -1,7 +1,7 @@
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { newGenerationId } from '../../src/common/ids.js';
-import { RpcClient } from '../../src/dataplane/rpc.js';
+import { connectToDataplane } from '../../src/dataplane/rpc.js';
 import { QmpClient } from '../../src/hypervisor/qemu/qmp.js';
 import type { VmRecord } from '../../src/sfld/records.js';
 import { Lab, sh, until } from './lab.js';
@@ -30,7 +30,7 @@ describe('the watchdog', () => {
     const [record] = lab.records();
     if (!record?.hypervisor) throw new Error('the VM has a process');
 
-    const caller = await RpcClient.connect(join(host.dirs.run, 'dataplane.sock'));
+    const caller = await connectToDataplane(join(host.dirs.run, 'dataplane.sock'));
     const generation = newGenerationId();
     await caller.call('vm.fork_begin', {
       vm,

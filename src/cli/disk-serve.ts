@@ -1,0 +1,68 @@
+import type { Command } from 'commander';
+import { InvalidArgumentError } from 'commander';
+import { SnowflockError } from '../common/errors.js';
+import { createLogger } from '../common/log.js';
+import { nbdUri } from '../cow-disk/transfer.js';
+import { parseOwner } from '../disk-server/owner.js';
+import { serveStore } from '../disk-server/serve.js';
+import type { Exported } from '../disk-server/store-server.js';
+import { diskSize, parseStoreOrDisk } from './disk-names.js';
+
+interface Options {
+  socket?: string;
+  socketOwner?: string;
+  socketMode?: number;
+  all?: boolean;
+  readOnly?: boolean;
+  gcRate?: number;
+}
+
+export function addDiskServeCommand(disk: Command, json: () => boolean): void {
+  disk
+    .command('serve')
+    .description('serve disks by NBD until SIGINT or SIGTERM, and all other commands on the store')
+    .argument('<what...>', 'a store, or STORE/DISK[@GENERATION] of one store')
+    .option('--socket <path>', 'where to listen (default: STORE/nbd.sock)')
+    .option('--socket-owner <user>', 'who may connect: USER or USER:GROUP (default: who serves)')
+    .option('--socket-mode <mode>', 'mode of the socket, octal (default: 600)', octal)
+    .option('--all', 'also generations that have no name, as DISK@ID')
+    .option('--read-only', 'disks can only be read')
+    .option('--gc-rate <size>', 'clean-up copies at most this much a second', diskSize)
+    .action(async (names: string[], o: Options) => {
+      const places = names.map(parseStoreOrDisk);
+      const stores = new Set(places.map(({ store }) => store));
+      const [store = ''] = stores;
+      if (stores.size !== 1) {
+        throw new SnowflockError(
+          'E_ARGUMENT',
+          `one process serves one store; these are ${stores.size}: ${[...stores].join(', ')}`,
+        );
+      }
+      const only = places.flatMap(({ disk: name, generation }): Exported[] =>
+        name === null ? [] : [{ disk: name, generation }],
+      );
+      const owner = o.socketOwner === undefined ? {} : await parseOwner(o.socketOwner);
+      await serveStore(
+        store,
+        {
+          ...owner,
+          ...(o.socketMode === undefined ? {} : { mode: o.socketMode }),
+          ...(o.socket === undefined ? {} : { socketPath: o.socket }),
+          ...(only.length === places.length ? { only } : {}),
+          unnamed: o.all === true,
+          readOnly: o.readOnly === true,
+          ...(o.gcRate === undefined ? {} : { gc_bytes_per_s: o.gcRate }),
+        },
+        createLogger('disk-serve'),
+        ({ name, socket }) => {
+          const uri = nbdUri({ socket, export_name: name });
+          process.stdout.write(`${json() ? JSON.stringify({ export: name, uri }) : uri}\n`);
+        },
+      );
+    });
+}
+
+function octal(text: string): number {
+  if (!/^0?[0-7]{3}$/.test(text)) throw new InvalidArgumentError('must be octal, e.g. 660.');
+  return Number.parseInt(text, 8);
+}

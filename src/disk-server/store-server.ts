@@ -1,0 +1,440 @@
+/**
+ * The owner of a store: its calls, and its exports.
+ *
+ * A command opens one for itself; `disk serve` opens one that has exports and answers on the control
+ * socket. States: open -> (serve) -> closed.
+ *
+ * - An export holds its disk or generation open. What must not be open (a disk that is removed, rolled
+ *   back or committed) is withdrawn first, if no client is connected to it, and exported again after.
+ * - Disks and generations named `in-progress-…` belong to an import or export under way in this
+ *   process. They are not listed, and removed when the store is served or imported into next: a
+ *   process that died left them.
+ * - Changes of exports are done one after the other; calls of the store that change no export do not
+ *   wait for them.
+ */
+import { randomBytes } from 'node:crypto';
+import { mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { SnowflockError } from '../common/errors.js';
+import type { ImportTarget, OpenView, StoreService } from '../cow-disk/control-protocol.js';
+import { originOf } from '../cow-disk/lineage.js';
+import { Store, type StoreOptions } from '../cow-disk/store.js';
+import type {
+  CreateDisk,
+  DiskEntry,
+  GenerationEntry,
+  StoreListing,
+  StoreTask,
+  StoreUsage,
+} from '../cow-disk/store-api.js';
+import { type ExportPlace, Exports, type Servable } from './exports.js';
+
+const IN_PROGRESS = /^in-progress-[0-9a-f]{16}$/;
+
+/** One disk, or one generation (id or name) of it. */
+export interface Exported {
+  disk: string;
+  generation: string | null;
+}
+
+export interface ServePlan extends ExportPlace {
+  /** Undefined: all disks and named generations, those made later too. */
+  only?: Exported[];
+  /** Also generations without a name, as `disk@id`. */
+  unnamed?: boolean;
+  /** Disks can only be read. */
+  readOnly?: boolean;
+}
+
+export class StoreServer implements StoreService {
+  readonly directory: string;
+  readonly #store: Store;
+  #exports: Exports | undefined;
+  #plan: ServePlan | undefined;
+  /** The folder of the socket of a store that is not served. */
+  #private: string | undefined;
+  #turn: Promise<unknown> = Promise.resolve();
+  readonly #served = new Map<string, Exported>();
+  readonly #imports = new Map<string, { name: string; size_bytes: number }>();
+  #swept = false;
+
+  private constructor(store: Store, directory: string) {
+    this.#store = store;
+    this.directory = directory;
+  }
+
+  /** E_IN_USE, E_NOT_FOUND, E_CORRUPT. */
+  static async open(directory: string, options: StoreOptions = {}): Promise<StoreServer> {
+    return new StoreServer(await Store.open(directory, options), directory);
+  }
+
+  /** Exports what the plan says. On an error nothing is exported. */
+  serve(plan: ServePlan): Promise<void> {
+    return this.#inTurn(async () => {
+      await this.#sweep();
+      this.#exports = new Exports(plan);
+      this.#plan = plan;
+      try {
+        for (const one of this.#wanted(await this.list(), plan)) await this.#add(one);
+      } catch (error) {
+        this.#plan = undefined;
+        await this.#exports.close().catch(() => undefined);
+        throw error;
+      }
+    });
+  }
+
+  /** What is exported, in order. */
+  exported(): (Exported & { socket: string; name: string })[] {
+    return [...this.#served].map(([name, one]) => ({
+      ...one,
+      name,
+      socket: this.#exports?.socketOf(name) ?? '',
+    }));
+  }
+
+  async createDisk(p: CreateDisk): Promise<DiskEntry> {
+    checkFree(p.name);
+    return this.#shown(await this.#store.createDisk(p));
+  }
+
+  async clone(p: { disk: string; generation: string; name: string }): Promise<DiskEntry> {
+    checkFree(p.name);
+    return this.#shown(await this.#store.clone(p));
+  }
+
+  async snapshot(p: { disk: string; name?: string }): Promise<GenerationEntry> {
+    if (p.name !== undefined) checkFree(p.name);
+    const made = await this.#store.snapshot(p);
+    if (this.#plan !== undefined && wantsGeneration(this.#plan, made)) {
+      await this.#inTurn(() => this.#add({ disk: made.disk, generation: made.name ?? made.id }));
+    }
+    return made;
+  }
+
+  removeGeneration(p: { disk: string; generation: string }): Promise<void> {
+    return this.#inTurn(async () => {
+      const found = await this.#generation(p);
+      await this.#withdrawn(
+        (one) =>
+          one.disk === p.disk &&
+          one.generation !== null &&
+          (one.generation === found.id || one.generation === found.name),
+        () => this.#store.removeGeneration(p),
+      );
+    });
+  }
+
+  removeDisk(p: { disk: string }): Promise<void> {
+    return this.#inTurn(() =>
+      this.#withdrawn(
+        (one) => one.disk === p.disk,
+        () => this.#store.removeDisk(p),
+      ),
+    );
+  }
+
+  rollback(p: { disk: string; generation: string }): Promise<void> {
+    return this.#inTurn(() =>
+      this.#withdrawn(
+        (one) => one.disk === p.disk && one.generation === null,
+        () => this.#store.rollback(p),
+      ),
+    );
+  }
+
+  commit(p: { disk: string; discard?: boolean }): Promise<{ origin: string }> {
+    return this.#inTurn(async () => {
+      const listing = await this.#store.list();
+      const disk = listing.disks.find((one) => one.name === p.disk);
+      const origin = disk === undefined ? undefined : originOf(listing, disk)?.disk;
+      return this.#withdrawn(
+        (one) => one.disk === p.disk || (one.disk === origin && one.generation === null),
+        () => this.#store.commit(p),
+      );
+    });
+  }
+
+  flatten(p: { disk: string; rate_bytes_per_s?: number }): Promise<void> {
+    return this.#store.flatten(p);
+  }
+
+  async list(): Promise<StoreListing> {
+    const listing = await this.#store.list();
+    return {
+      directory: listing.directory,
+      disks: listing.disks
+        .filter((disk) => !IN_PROGRESS.test(disk.name))
+        .map((disk) => this.#withExports(disk)),
+      generations: listing.generations.filter((one) => !IN_PROGRESS.test(one.name ?? '')),
+    };
+  }
+
+  usage(): Promise<StoreUsage> {
+    return this.#store.usage();
+  }
+
+  async tasks(): Promise<StoreTask[]> {
+    const imports = [...this.#imports.values()].map(
+      ({ name, size_bytes }): StoreTask => ({
+        kind: 'import',
+        disk: name,
+        done_bytes: 0,
+        total_bytes: size_bytes,
+        error: null,
+      }),
+    );
+    return [...(await this.#store.tasks()), ...imports];
+  }
+
+  settled(): Promise<void> {
+    return this.#store.settled();
+  }
+
+  async beginImport(p: { name: string; size_bytes: number }): Promise<ImportTarget> {
+    checkFree(p.name);
+    const { exports, temporary } = await this.#inTurn(async () => {
+      await this.#sweep();
+      if ((await this.#store.list()).disks.some((disk) => disk.name === p.name)) {
+        throw new SnowflockError('E_EXISTS', `${this.directory} has a disk ${p.name} already`);
+      }
+      const temporary = newTemporary();
+      const exports = await this.#anyExports();
+      await this.#store.createDisk({ name: temporary, size_bytes: p.size_bytes });
+      try {
+        await exports.add(temporary, `import of ${p.name}`, await this.#store.openDisk(temporary));
+      } catch (error) {
+        await this.#store.removeDisk({ disk: temporary });
+        throw error;
+      }
+      this.#imports.set(temporary, p);
+      return { exports, temporary };
+    });
+    let open = true;
+    const abandon = () =>
+      this.#inTurn(async () => {
+        if (!open) return;
+        open = false;
+        this.#imports.delete(temporary);
+        await exports.remove(temporary).catch(() => undefined); // what could not be synced goes
+        await this.#store.removeDisk({ disk: temporary });
+      });
+    return {
+      socket: exports.socketOf(temporary),
+      export_name: temporary,
+      size_bytes: p.size_bytes,
+      abandon,
+      finish: async () => {
+        const made = await this.#inTurn(async () => {
+          if (!open) throw new SnowflockError('E_STATE', `the import of ${p.name} has ended`);
+          await exports.remove(temporary); // closing a disk makes it durable
+          // In one transaction the disk gets its name: as a clone of what was imported.
+          const whole = await this.#store.snapshot({ disk: temporary });
+          const disk = await this.#store.clone({
+            disk: temporary,
+            generation: whole.id,
+            name: p.name,
+          });
+          open = false;
+          this.#imports.delete(temporary);
+          await this.#store.removeDisk({ disk: temporary });
+          return disk;
+        });
+        return this.#shown(made);
+      },
+    };
+  }
+
+  async openView(p: { disk: string; generation: string | null }): Promise<OpenView> {
+    await this.#inTurn(() => this.#sweep());
+    const passing =
+      p.generation === null
+        ? await this.#store.snapshot({ disk: p.disk, name: newTemporary() })
+        : undefined;
+    const drop = async () => {
+      if (passing === undefined) return;
+      await this.#store.removeGeneration({ disk: p.disk, generation: passing.id });
+    };
+    try {
+      const found = passing ?? (await this.#generation({ ...p, generation: p.generation ?? '' }));
+      const name = newTemporary();
+      const exports = await this.#inTurn(() => this.#anyExports());
+      const view = await this.#store.openGeneration(p.disk, found.id);
+      await exports.add(name, `${p.disk}@${found.name ?? found.id}, read-only`, view);
+      let open = true;
+      return {
+        socket: exports.socketOf(name),
+        export_name: name,
+        size_bytes: found.size_bytes,
+        close: async () => {
+          if (!open) return;
+          open = false;
+          await exports.remove(name);
+          await drop();
+        },
+      };
+    } catch (error) {
+      await drop().catch(() => undefined); // swept later
+      throw error;
+    }
+  }
+
+  /** Ends the exports (their clients see the connection end), makes all durable, gives the store up. */
+  async close(): Promise<void> {
+    await this.#turn.catch(() => undefined);
+    try {
+      await this.#exports?.close();
+    } finally {
+      this.#served.clear();
+      if (this.#private !== undefined) await rm(this.#private, { recursive: true, force: true });
+      await this.#store.close();
+    }
+  }
+
+  #inTurn<T>(work: () => Promise<T>): Promise<T> {
+    const turn = this.#turn.then(work, work);
+    this.#turn = turn.catch(() => undefined);
+    return turn;
+  }
+
+  /** The exports, on a socket of their own if the store is not served. */
+  async #anyExports(): Promise<Exports> {
+    if (this.#exports === undefined) {
+      this.#private = await mkdtemp(join(tmpdir(), 'snowflock-'));
+      this.#exports = new Exports({ socketPath: join(this.#private, 'nbd') });
+    }
+    return this.#exports;
+  }
+
+  #wanted(listing: StoreListing, plan: ServePlan): Exported[] {
+    if (plan.only !== undefined) return plan.only;
+    return [
+      ...listing.disks.map((disk) => ({ disk: disk.name, generation: null })),
+      ...listing.generations
+        .filter((one) => wantsGeneration(plan, one))
+        .map((one) => ({ disk: one.disk, generation: one.name ?? one.id })),
+    ];
+  }
+
+  async #add(one: Exported): Promise<void> {
+    if (this.#exports === undefined) return;
+    const name = one.generation === null ? one.disk : `${one.disk}@${one.generation}`;
+    if (this.#served.has(name)) return;
+    const [thing, what] =
+      one.generation !== null
+        ? [
+            await this.#store.openGeneration(one.disk, one.generation),
+            `generation ${one.generation} of disk ${one.disk}, read-only`,
+          ]
+        : this.#plan?.readOnly === true
+          ? [await this.#openReadOnly(one.disk), `disk ${one.disk}, read-only`]
+          : [await this.#store.openDisk(one.disk), `disk ${one.disk}`];
+    await this.#exports.add(name, what, thing);
+    this.#served.set(name, one);
+  }
+
+  /** What a disk holds: only this process could change it. */
+  async #openReadOnly(disk: string): Promise<Servable> {
+    const { id } = await this.#store.snapshot({ disk, name: newTemporary() });
+    const drop = () => this.#store.removeGeneration({ disk, generation: id });
+    try {
+      const view = await this.#store.openGeneration(disk, id);
+      return {
+        device: view.device,
+        close: async () => {
+          view.close();
+          await drop();
+        },
+      };
+    } catch (error) {
+      await drop().catch(() => undefined); // swept later
+      throw error;
+    }
+  }
+
+  /** Does `work` while nothing that `concerns` it is exported. E_IN_USE if a client is connected. */
+  async #withdrawn<T>(concerns: (one: Exported) => boolean, work: () => Promise<T>): Promise<T> {
+    const exports = this.#exports;
+    const away = [...this.#served].filter(([, one]) => concerns(one));
+    for (const [name] of away) {
+      const clients = exports?.connections(name) ?? 0;
+      if (clients > 0) {
+        throw new SnowflockError(
+          'E_IN_USE',
+          `export ${name} has ${clients} NBD client${clients > 1 ? 's' : ''} connected`,
+        );
+      }
+    }
+    for (const [name] of away) {
+      this.#served.delete(name);
+      await exports?.remove(name);
+    }
+    try {
+      return await work();
+    } finally {
+      const { disks, generations } = await this.#store.list();
+      for (const [, one] of away) {
+        const exists =
+          one.generation === null
+            ? disks.some((disk) => disk.name === one.disk)
+            : generations.some(
+                (gen) => gen.disk === one.disk && (gen.name ?? gen.id) === one.generation,
+              );
+        if (exists) await this.#add(one);
+      }
+    }
+  }
+
+  async #shown(disk: DiskEntry): Promise<DiskEntry> {
+    if (this.#plan !== undefined && this.#plan.only === undefined) {
+      await this.#inTurn(() => this.#add({ disk: disk.name, generation: null }));
+    }
+    return this.#withExports(disk);
+  }
+
+  #withExports(disk: DiskEntry): DiskEntry {
+    const socket = this.#served.has(disk.name) ? this.#exports?.socketOf(disk.name) : undefined;
+    if (socket === undefined) return disk;
+    return { ...disk, open: true, exports: [{ socket, name: disk.name }] };
+  }
+
+  /** E_NOT_FOUND. */
+  async #generation(p: { disk: string; generation: string }): Promise<GenerationEntry> {
+    const found = (await this.#store.list()).generations.find(
+      (one) => one.disk === p.disk && (one.id === p.generation || one.name === p.generation),
+    );
+    if (found === undefined) {
+      throw new SnowflockError('E_NOT_FOUND', `disk ${p.disk} has no generation ${p.generation}`);
+    }
+    return found;
+  }
+
+  /** Removes what imports and exports of dead processes left. */
+  async #sweep(): Promise<void> {
+    if (this.#swept) return;
+    const { disks, generations } = await this.#store.list();
+    for (const one of generations) {
+      if (!IN_PROGRESS.test(one.name ?? '')) continue;
+      await this.#store.removeGeneration({ disk: one.disk, generation: one.id });
+    }
+    for (const disk of disks) {
+      if (IN_PROGRESS.test(disk.name)) await this.#store.removeDisk({ disk: disk.name });
+    }
+    this.#swept = true;
+  }
+}
+
+function wantsGeneration(plan: ServePlan, one: GenerationEntry): boolean {
+  if (plan.only !== undefined) return false;
+  return one.name === null ? plan.unnamed === true : !IN_PROGRESS.test(one.name);
+}
+
+function newTemporary(): string {
+  return `in-progress-${randomBytes(8).toString('hex')}`;
+}
+
+function checkFree(name: string): void {
+  if (!IN_PROGRESS.test(name)) return;
+  throw new SnowflockError('E_ARGUMENT', `names like ${name} are kept for imports under way`);
+}

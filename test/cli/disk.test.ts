@@ -1,0 +1,283 @@
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { existsSync, readdirSync, watch } from 'node:fs';
+import { mkdir, readFile, stat, writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { expect, test } from 'vitest';
+import type {
+  DiskEntry,
+  GenerationEntry,
+  StoreListing,
+  StoreUsage,
+} from '../../src/cow-disk/store-api.js';
+import { cleanup, execute, temporary } from '../blktap/support.js';
+import { outcome, serve, snowflock, snowflockJson, start } from './snowflock.js';
+
+const MIB = 2 ** 20;
+
+async function newStore(): Promise<string> {
+  return join(await temporary(), 's');
+}
+
+async function list(store: string): Promise<StoreListing> {
+  return snowflockJson<StoreListing>(['disk', 'ls', store]);
+}
+
+async function served(args: string[], exports: number) {
+  const serving = await serve(args, exports);
+  cleanup(async () => {
+    serving.kill('SIGKILL'); // does nothing if it has ended
+    await serving.ended;
+  });
+  return serving;
+}
+
+test('create, snapshot, clone: ls shows clones below what they were made from', async () => {
+  const store = await newStore();
+  expect((await snowflock(['disk', 'create', `${store}/web`, '--size', '64M'])).stdout).toBe(
+    'web\n',
+  );
+  await snowflock(['disk', 'snapshot', `${store}/web`, '--name', 'before']);
+  await snowflock(['disk', 'clone', `${store}/web@before`, 'copy']);
+  await snowflock(['disk', 'snapshot', `${store}/copy`, '--name', 'mine']);
+  const { stdout } = await snowflock(['disk', 'ls', store]);
+  const names = stdout.split('\n').map((line) => line.replace(/(?<=\S) {2}.*/, ''));
+  expect(names).toEqual(['NAME', 'web', '└─@before', '  └─copy', '    └─@mine', '']);
+  const entry = await snowflockJson<DiskEntry>(['disk', 'info', `${store}/copy`]);
+  expect(entry).toMatchObject({ name: 'copy', size_bytes: 64 * MIB, open: false });
+});
+
+test('a name without a folder is in $SNOWFLOCK_STORE', async () => {
+  const store = await newStore();
+  const env = { SNOWFLOCK_STORE: store };
+  await snowflock(['disk', 'create', 'web', '--size', '1000001B'], { env });
+  const listing = JSON.parse((await snowflock(['disk', 'ls', '--json'], { env })).stdout);
+  expect(listing).toMatchObject({
+    directory: store,
+    disks: [{ name: 'web', size_bytes: 1000001 }],
+  });
+});
+
+test('wrong use ends with the status of its error and makes nothing', async () => {
+  const store = await newStore();
+  const status = async (...args: string[]) => (await snowflock(['disk', ...args])).status;
+  expect(await status('create', `${store}/.web`, '--size', '1M')).toBe(2);
+  expect(await status('create', `${store}/web`)).toBe(2);
+  expect(await status('create', `${store}/web@x`, '--size', '1M')).toBe(2);
+  expect(await status('create', `${store}/web`, '--size', '0')).toBe(2);
+  expect(await status('create', `${store}/none/web`, '--size', '1M')).toBe(2);
+  expect(await status('ls', store)).toBe(4);
+  expect(existsSync(store)).toBe(false);
+  // A folder of other files is never made a store.
+  await mkdir(store);
+  await writeFile(join(store, 'letter'), 'dear');
+  expect(await status('create', `${store}/web`, '--size', '1M')).toBe(2);
+  expect(readdirSync(store)).toEqual(['letter']);
+});
+
+test('a disk exists once, and what does not exist is not found', async () => {
+  const store = await newStore();
+  await snowflock(['disk', 'create', `${store}/web`, '--size', '1M']);
+  const again = await snowflock(['disk', 'create', `${store}/web`, '--size', '1M', '--json']);
+  expect(again.status).toBe(5);
+  expect(JSON.parse(again.stderr)).toMatchObject({ error: { code: 'E_EXISTS' } });
+  expect((await snowflock(['disk', 'info', `${store}/web@none`])).status).toBe(4);
+  expect((await snowflock(['disk', 'rm', `${store}/none`, '--yes'])).status).toBe(4);
+});
+
+test('nothing is removed without a terminal or --yes', async () => {
+  const store = await newStore();
+  await snowflock(['disk', 'create', `${store}/web`, '--size', '1M']);
+  await snowflock(['disk', 'snapshot', `${store}/web`, '--name', 'a']);
+  for (const args of [
+    ['rm', 'web'],
+    ['rm', 'web@a'],
+    ['rollback', 'web@a'],
+  ]) {
+    const [verb = '', what = ''] = args;
+    expect((await snowflock(['disk', verb, `${store}/${what}`])).status).toBe(2);
+  }
+  const listing = await list(store);
+  expect(listing.disks).toHaveLength(1);
+  expect(listing.generations).toHaveLength(1);
+  expect((await snowflock(['disk', 'rm', `${store}/web`, '--yes'])).status).toBe(0);
+  expect((await list(store)).disks).toEqual([]);
+});
+
+test('rollback gives back what the generation holds', async () => {
+  const store = await newStore();
+  const pattern = Buffer.alloc(MIB, 'ab');
+  await snowflock(['disk', 'import', '-', `${store}/web`, '--size', '1M'], { input: pattern });
+  await snowflock(['disk', 'snapshot', `${store}/web`, '--name', 'a']);
+  const serving = await served([store], 2);
+  await execute('qemu-io', ['-f', 'raw', '-c', 'write -P 1 0 1M', serving.uris.get('web') ?? '']);
+  serving.kill('SIGTERM');
+  expect((await serving.ended).status).toBe(0);
+  expect((await snowflock(['disk', 'rollback', `${store}/web@a`, '--yes'])).status).toBe(0);
+  const { bytes } = await snowflock(['disk', 'export', `${store}/web`, '-']);
+  expect(bytes.equals(pattern)).toBe(true);
+});
+
+test('a served store takes all commands; new disks and snapshots are exported at once', async () => {
+  const store = await newStore();
+  await snowflock(['disk', 'create', `${store}/web`, '--size', '4M']);
+  const serving = await served([store], 1);
+  expect((await stat(join(store, 'store.sock'))).mode & 0o777).toBe(0o600);
+  const uri = serving.uris.get('web') ?? '';
+  await execute('qemu-io', ['-f', 'raw', '-c', 'write -P 7 1M 1M', uri]);
+  await snowflock(['disk', 'snapshot', `${store}/web`, '--name', 'one']);
+  await execute('qemu-io', ['-f', 'raw', '-c', 'write -P 8 1M 1M', uri]);
+  const clone = await snowflockJson<DiskEntry>(['disk', 'clone', `${store}/web@one`, 'copy']);
+  const [place] = clone.exports;
+  const of = (name: string) => uri.replaceAll(/(?<=\/\/\/|sock\.)web/g, name);
+  expect(place).toMatchObject({ name: 'copy' });
+  await execute('qemu-io', ['-f', 'raw', '-c', 'read -P 7 1M 1M', of('copy')]);
+  await execute('qemu-io', ['-r', '-f', 'raw', '-c', 'read -P 7 1M 1M', of('web@one')]);
+  await execute('qemu-io', ['-f', 'raw', '-c', 'read -P 8 1M 1M', uri]);
+  expect((await snowflock(['disk', 'flatten', `${store}/copy`])).status).toBe(0);
+  expect((await snowflock(['disk', 'gc', store])).status).toBe(0);
+  const check = await snowflock(['disk', 'check', store]);
+  expect(check.status).toBe(5);
+  expect(check.stderr).toContain('disk serve');
+  serving.kill('SIGINT');
+  expect((await serving.ended).status).toBe(0);
+  expect(existsSync(join(store, 'store.sock'))).toBe(false);
+  expect((await snowflock(['disk', 'check', store])).status).toBe(0);
+});
+
+test('a disk with a client connected is not removed; without one it is', async () => {
+  const store = await newStore();
+  await snowflock(['disk', 'create', `${store}/web`, '--size', '4M']);
+  const serving = await served([store], 1);
+  const script = [
+    'import nbd, sys',
+    'h = nbd.NBD()',
+    'h.connect_uri(sys.argv[1])',
+    'print("in", flush=True)',
+    'sys.stdin.read()',
+  ].join('\n');
+  const client = spawn('/usr/bin/python3', ['-c', script, serving.uris.get('web') ?? ''], {
+    stdio: ['pipe', 'pipe', 'inherit'],
+  });
+  const gone = once(client, 'exit');
+  cleanup(async () => {
+    client.kill('SIGKILL');
+    await gone;
+  });
+  await once(client.stdout, 'data');
+  const refused = await snowflock(['disk', 'rm', `${store}/web`, '--yes', '--json']);
+  expect(JSON.parse(refused.stderr)).toMatchObject({ error: { code: 'E_IN_USE' } });
+  await execute('nbdinfo', ['--size', serving.uris.get('web') ?? '']);
+  client.stdin.end();
+  await gone;
+  // The server sees the connection end a moment later.
+  for (;;) {
+    const { status } = await snowflock(['disk', 'rm', `${store}/web`, '--yes']);
+    if (status === 0) break;
+    expect(status).toBe(5);
+  }
+  expect((await list(store)).disks).toEqual([]);
+});
+
+test('a service manager is told when the exports can be used', async () => {
+  const store = await newStore();
+  await snowflock(['disk', 'create', `${store}/web`, '--size', '1M']);
+  const script = [
+    'import socket,sys',
+    's=socket.socket(socket.AF_UNIX,socket.SOCK_DGRAM)',
+    's.bind(sys.argv[1])',
+    'print("bound",flush=True)',
+    'print(s.recv(99).decode(),flush=True)',
+    'print(s.recv(99).decode(),flush=True)',
+  ].join('\n');
+  const path = join(await temporary(), 'notify');
+  const manager = spawn('/usr/bin/python3', ['-c', script, path], {
+    stdio: ['ignore', 'pipe', 'inherit'],
+  });
+  const told = outcome(manager);
+  cleanup(async () => {
+    manager.kill('SIGKILL');
+    await told;
+  });
+  await once(manager.stdout, 'data');
+  const serving = await serve([store], 1, { NOTIFY_SOCKET: path });
+  serving.kill('SIGTERM');
+  expect((await serving.ended).status).toBe(0);
+  expect((await told).stdout).toBe('bound\nREADY=1\nSTOPPING=1\n');
+});
+
+test('an import that is interrupted leaves nothing', async () => {
+  const store = await newStore();
+  await snowflock(['disk', 'create', `${store}/web`, '--size', '1M']);
+  const before = readdirSync(store).filter((name) => name.endsWith('.data')).length;
+  const begun = new Promise<void>((resolve) => {
+    const watcher = watch(store, (_event, name) => {
+      if (name?.endsWith('.data') !== true) return;
+      watcher.close();
+      resolve();
+    });
+  });
+  const child = start(['disk', 'import', '-', `${store}/half`, '--size', '64M']);
+  const ended = outcome(child);
+  child.stdin?.on('error', () => undefined);
+  child.stdin?.write(Buffer.alloc(MIB, 1)); // and never the rest
+  await begun;
+  child.kill('SIGINT');
+  expect((await ended).status).toBe(130);
+  const { disks } = await list(store);
+  expect(disks.map((disk) => disk.name)).toEqual(['web']);
+  await snowflock(['disk', 'gc', store]);
+  expect(readdirSync(store).filter((name) => name.endsWith('.data')).length).toBe(before);
+});
+
+test('commit gives the origin what the clone holds', async () => {
+  const store = await newStore();
+  const [old, now] = [Buffer.alloc(MIB, 'old'), Buffer.alloc(MIB, 'new')];
+  await snowflock(['disk', 'import', '-', `${store}/web`, '--size', '1M'], { input: old });
+  await snowflock(['disk', 'clone', `${store}/web`, 'next']);
+  const serving = await served([`${store}/next`], 1);
+  const file = join(await temporary(), 'new');
+  await writeFile(file, now);
+  await execute('nbdcopy', ['--flush', file, serving.uris.get('next') ?? '']);
+  expect([...serving.uris.keys()]).toEqual(['next']);
+  const done = await snowflockJson<{ origin: string }>([
+    'disk',
+    'commit',
+    `${store}/next`,
+    '--yes',
+  ]);
+  expect(done.origin).toBe('web');
+  serving.kill('SIGTERM');
+  await serving.ended;
+  const { bytes } = await snowflock(['disk', 'export', `${store}/web`, '-']);
+  expect(bytes.equals(now)).toBe(true);
+  expect((await list(store)).disks.map((disk) => disk.name)).toEqual(['web']);
+});
+
+test('a generation is served read-only', async () => {
+  const store = await newStore();
+  await snowflock(['disk', 'create', `${store}/web`, '--size', '1M']);
+  const made = await snowflockJson<GenerationEntry>(['disk', 'snapshot', `${store}/web`]);
+  const serving = await served([`${store}/web@${made.id}`], 1);
+  const uri = serving.uris.get(`web@${made.id}`) ?? '';
+  const { stdout } = await execute('nbdinfo', ['--json', uri]);
+  expect(JSON.parse(stdout)).toMatchObject({ exports: [{ is_read_only: true }] });
+});
+
+test('a disk served read-only cannot be written, and leaves no generation', async () => {
+  const store = await newStore();
+  const held = Buffer.alloc(MIB, 'held');
+  await snowflock(['disk', 'import', '-', `${store}/web`, '--size', '1M'], { input: held });
+  const serving = await served([store, '--read-only'], 1);
+  const uri = serving.uris.get('web') ?? '';
+  await expect(execute('qemu-io', ['-f', 'raw', '-c', 'write 0 4k', uri])).rejects.toThrow(
+    /Permission denied/,
+  );
+  const file = join(await temporary(), 'copy');
+  await execute('nbdcopy', [uri, file]);
+  expect((await readFile(file)).equals(held)).toBe(true);
+  serving.kill('SIGTERM');
+  expect((await serving.ended).status).toBe(0);
+  const usage = await snowflockJson<StoreUsage>(['disk', 'du', store]);
+  expect(usage.generations).toEqual([]);
+});
