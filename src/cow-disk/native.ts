@@ -73,7 +73,8 @@ export interface NativeStep {
   totalBytes: number;
   /** Does about `maxBytes` of work on a pool thread. */
   step(maxBytes: number): Promise<{ bytes: number; done: boolean }>;
-  abort(): void;
+  /** Resolves when what the steps took is given back, where that is safe. */
+  abort(): Promise<void>;
 }
 
 export interface NativeMerge extends NativeStep {
