@@ -104,7 +104,9 @@ test('no page changes while runs are merged under readers, writers and forks', a
   const read = async () => {
     while (running) {
       for (const [i, view] of views.entries()) {
-        expect(hash(contents(view.provider(), PAGES))).toBe(images[kept[i] ?? 0]);
+        expect(hash(contents(view.provider(), PAGES).subarray(0, BYTES))).toBe(
+          images[kept[i] ?? 0],
+        );
         await new Promise((resolve) => setImmediate(resolve));
       }
       expect(hash(await (await clone.client()).read(0, BYTES))).toBe(cloned);
@@ -189,10 +191,7 @@ test('a generation that is read is not merged away, nor what another merge has',
 test('an aborted merge leaves everything as it was, and its space free', async () => {
   const { bare, disk, images } = await grow(2, random(newSeed('abort')), (i) => [200, 100][i] ?? 0);
   const before = await names(bare);
-  const allocated = async () =>
-    (await Promise.all(disk.below.map(({ id, map }) => bare.store.sliceInfo(id, map)))).map(
-      (info) => info.allocatedBytes,
-    );
+  const allocated = async () => Promise.all(disk.below.map((slice) => bare.allocated(slice)));
   const space = await allocated();
   for (const prepared of [false, true]) {
     const merge = await bare.store.mergeBegin({ slices: disk.below, sizeBytes: BYTES });
@@ -205,7 +204,7 @@ test('an aborted merge leaves everything as it was, and its space free', async (
     await merge.abort();
     expect(await names(bare)).toEqual(before);
     expect(await allocated()).toEqual(space);
-    await expectImages(bare, disk.below, images);
+    expect(hash(await bare.image(disk.below))).toBe(images[1]);
     expect(await codeOf(merge.step(1))).toBe('E_STATE');
   }
 });
@@ -233,14 +232,18 @@ for (const until of ['step', 'prepare', 'apply'] as const) {
     await ended;
     const { keep, map } = JSON.parse(line.toString()) as { keep: string; map: number };
     bare.store = await addon().openStore(bare.directory);
-    if (until !== 'apply') await expectImages(bare, disk.below, images);
+    // Of the slices in the run only the last may have a generation.
+    const kept = async (chain: SliceRef[]) => {
+      expect(hash(await bare.image(chain.slice(0, -1)))).toBe(images[2]);
+      expect(hash(await bare.image(chain))).toBe(images[3]);
+    };
+    if (until !== 'apply') await kept(disk.below);
     if (until !== 'step') {
-      const merged = [{ id: keep, map }, ...disk.below.slice(3)];
-      await expectImages(bare, merged, images.slice(2));
+      await kept([{ id: keep, map }, ...disk.below.slice(3)]);
     }
     if (until === 'apply') return;
     // What the killed one left does not stand in the way.
-    await expectImages(bare, await bare.merge(disk.below, 0, 3), images.slice(2));
+    await kept(await bare.merge(disk.below, 0, 3));
   });
 }
 
@@ -298,9 +301,9 @@ test('pages that all slices on one cover are punched out of it, and only those',
   await root.native.settle();
   expect(await punch(children)).toBe(0);
   await clone.native.settle();
-  const { allocatedBytes } = await bare.store.sliceInfo(slice.id, 0);
+  const allocatedBytes = await bare.allocated(slice);
   expect(await punch(children)).toBe(50 * PAGE);
-  expect((await bare.store.sliceInfo(slice.id, 0)).allocatedBytes).toBe(allocatedBytes - 50 * PAGE);
+  expect(await bare.allocated(slice)).toBe(allocatedBytes - 50 * PAGE);
   expect(await punch(children)).toBe(0);
   expect(await reads()).toBe(before);
 });

@@ -1,18 +1,19 @@
-import { mkdtemp, rm } from 'node:fs/promises';
+import { mkdtemp, rm, stat } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import {
   addon,
   type NativeChain,
   type NativeDisk,
+  type NativeServer,
   type NativeStep,
   type NativeStore,
   type NativeView,
   type SliceRef,
 } from '../../src/cow-disk/native.js';
 import { newSliceId } from '../../src/cow-disk/slice-files.js';
-import type { NbdClient } from '../blktap/nbd-client.js';
-import { cleanup, connectTo, contents, newGeneration, PAGE } from '../blktap/support.js';
+import { NbdClient } from '../blktap/nbd-client.js';
+import { cleanup, connectTo, newGeneration, PAGE } from '../blktap/support.js';
 
 export const NONE = { kind: 'none' } as const;
 let sockets = 0;
@@ -43,12 +44,21 @@ export class Bare {
     return bare;
   }
 
+  /** Bytes that a slice's pages take. */
+  async allocated({ id }: SliceRef): Promise<number> {
+    return (await stat(join(this.directory, `${id}.data`))).blocks * 512;
+  }
+
   get pages(): number {
     return Math.ceil(this.sizeBytes / PAGE);
   }
 
   chain(slices: SliceRef[], base = this.base): NativeChain {
-    return { sizeBytes: this.sizeBytes, slices: [...slices], base };
+    return {
+      sizeBytes: this.sizeBytes,
+      slices: slices.map((s) => ({ ...s, shared: false })),
+      base,
+    };
   }
 
   async slice(spare = false): Promise<SliceRef> {
@@ -73,13 +83,21 @@ export class Bare {
     return this.store.openView(this.chain(slices), replica);
   }
 
-  /** All bytes of a generation. */
+  /** All bytes of a generation. By NBD: a provider would be in use until it is collected. */
   async image(slices: SliceRef[], replica?: unknown): Promise<Buffer> {
     const view = await this.view(slices, replica);
+    const socketPath = join(this.directory, `nbd${sockets++}`);
+    const server = view.serve({ socketPath });
+    view.close();
     try {
-      return contents(view.provider(), this.pages);
+      const client = await NbdClient.connect(socketPath);
+      try {
+        return await client.read(0, this.sizeBytes);
+      } finally {
+        await client.close();
+      }
     } finally {
-      view.close();
+      await server.close();
     }
   }
 
@@ -102,6 +120,7 @@ export class Bare {
 export class BareDisk {
   #closed = false;
   #client: NbdClient | undefined;
+  #server: NativeServer | undefined;
 
   constructor(
     readonly of: Bare,
@@ -119,7 +138,7 @@ export class BareDisk {
     if (this.#client === undefined) {
       const socketPath = join(this.of.directory, `nbd${sockets++}`);
       const server = this.native.serve({ socketPath });
-      cleanup(() => server.close());
+      this.#server = server;
       this.#client = await connectTo(socketPath);
     }
     return this.#client;
@@ -144,6 +163,7 @@ export class BareDisk {
     if (this.#closed) return;
     this.#closed = true;
     await this.#client?.close();
+    await this.#server?.close();
     await this.native.close();
   }
 }
