@@ -125,7 +125,14 @@ test('no page changes while runs are merged under readers, writers and forks', a
       expect(await client.read(look, 9000)).toEqual(top.subarray(look, look + 9000));
     }
   };
-  const busy = [read(), write()];
+  let failed = false;
+  const stop = (error: unknown) => {
+    failed = true;
+    running = false;
+    throw error;
+  };
+  const busy = Promise.all([read().catch(stop), write().catch(stop)]);
+  busy.catch(() => undefined); // looked at below
   let chain = disk.chain;
   for (let from = 0; from < 4; from++) {
     chain = await bare.merge(chain, from, from + 6);
@@ -134,9 +141,9 @@ test('no page changes while runs are merged under readers, writers and forks', a
     chain = disk.chain;
   }
   const rounds_then = rounds;
-  while (rounds < rounds_then + 2) await new Promise((resolve) => setImmediate(resolve));
+  while (rounds < rounds_then + 2 && !failed) await new Promise((resolve) => setImmediate(resolve));
   running = false;
-  await Promise.all(busy);
+  await busy;
   await expectImages(
     bare,
     chain,
