@@ -1,5 +1,5 @@
 import { once } from 'node:events';
-import { readdir, readFile, stat } from 'node:fs/promises';
+import { stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { expect, test } from 'vitest';
 import { Disk } from '../../src/cow-disk/disk.js';
@@ -138,34 +138,6 @@ test('names that cannot be, are there already, or are too many are refused', asy
   await disk.serve({ server, exportName: 'one more' });
   await server.close();
   expect(await add({ exportName: 'late' })).toBe('E_CLOSED');
-});
-
-async function workers(): Promise<number> {
-  const names = (await readdir('/proc/self/task')).map((id) =>
-    readFile(`/proc/self/task/${id}/comm`, 'utf8').catch(() => ''),
-  );
-  return (await Promise.all(names)).filter((name) => name === 'nbd-worker\n').length;
-}
-
-test('a thousand exports share a bounded number of workers, and idle ones cost none', async () => {
-  const folder = await temporary();
-  const disk = await unservedDisk(folder, 'disk');
-  const socketPath = join(folder, 'nbd');
-  const server = await newServer(socketPath);
-  for (let i = 0; i < 1000; i++) await disk.serve({ server, exportName: `export ${i}` });
-  const raw = await rawNbd(socketPath);
-  raw.socket.write(FLAGS);
-  expect((await raw.ask(OPT.list, NONE)).length).toBe(1000 + 1);
-  expect(await workers()).toBe(0);
-  const clients = [];
-  for (let i = 0; i < 200; i++) clients.push(await connectTo(socketPath, `export ${i}`));
-  for (let round = 0; round < 5; round++) {
-    await Promise.all(clients.map((client) => client.flush()));
-  }
-  expect(await workers()).toBeGreaterThan(0);
-  expect(await workers()).toBeLessThanOrEqual(64);
-  await server.close();
-  expect(await workers()).toBe(0);
 });
 
 test('an export has as many connections as it may; who comes later is told so', async () => {

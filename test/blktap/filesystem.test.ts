@@ -1,48 +1,12 @@
 // A file system made, filled, changed and checked through the server: nbdfuse shows the export as a
 // file, and what works on that file are e2fsprogs, with no kernel support for NBD.
-import { spawn } from 'node:child_process';
-import { once } from 'node:events';
-import { access, mkdir, rm, writeFile } from 'node:fs/promises';
+import { mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { expect, test } from 'vitest';
-import { cleanup, execute, newDisk, newGeneration, newServer, temporary, uri } from './support.js';
+import { mountExport } from './nbdfuse.js';
+import { execute, newDisk, newGeneration, newServer, temporary, uri } from './support.js';
 
 const MIB = 2 ** 20;
-
-/** The export as a file, until `unmount`. */
-async function mountExport(from: string): Promise<{ file: string; unmount(): Promise<void> }> {
-  const folder = await temporary();
-  const [mountpoint, ready] = [join(folder, 'mnt'), join(folder, 'pid')];
-  await mkdir(mountpoint);
-  const command = ['--pidfile', ready, join(mountpoint, 'disk'), from];
-  const child = spawn('nbdfuse', command, { stdio: ['ignore', 'inherit', 'inherit'] });
-  const ended = once(child, 'exit');
-  let mounted = true;
-  const unmount = async () => {
-    if (!mounted) return;
-    mounted = false;
-    await execute('umount', [mountpoint]);
-    expect(await ended).toEqual([0, null]);
-  };
-  cleanup(async () => {
-    if (child.exitCode === null) {
-      await execute('umount', ['--lazy', mountpoint]).catch(() => undefined);
-      child.kill('SIGKILL');
-      await ended;
-    }
-    await rm(mountpoint, { recursive: true, force: true });
-  });
-  const isReady = () =>
-    access(ready).then(
-      () => true,
-      () => false,
-    );
-  while (!(await isReady())) {
-    if (child.exitCode !== null) throw new Error(`nbdfuse ended with ${child.exitCode}`);
-    await new Promise((resolve) => setTimeout(resolve, 5));
-  }
-  return { file: join(mountpoint, 'disk'), unmount };
-}
 
 async function debugfs(file: string, lines: string[]): Promise<string> {
   const script = join(await temporary(), 'script');
