@@ -111,7 +111,7 @@ Status Slice::Open(const std::string& directory, const std::string& id, uint64_t
   s->dirty_.assign((s->map_bytes_ / kPageBytes + 63) / 64, 0);
   if (s->state() == SliceState::kSealed) {
     s->settled_ = true;
-    ::unlink(s->live_path_.c_str());  // left over from a kill between seal and unlink
+    status = s->finish_seal();
   } else if (::access(s->live_path_.c_str(), F_OK) == 0) {
     SliceHeader live = {};
     status = open_file(s->live_path_, O_RDWR, s->map_bytes_, &s->live_);
@@ -119,7 +119,7 @@ Status Slice::Open(const std::string& directory, const std::string& id, uint64_t
       status = read_header(s->live_, s->live_path_, id, size_bytes, MapKind::kLive, &live);
     }
     if (!status.ok()) return status;
-    s->header_dirty_ = live.state != s->header_.state;
+    s->header_dirty_ = true;  // .map may say the same, and say it in the page cache alone
     s->header_ = live;
     // Which blocks .map lacks is not known any more: all that hold anything.
     status = s->scan_blocks(s->live_, [&](uint64_t block, const uint8_t*) {
@@ -129,9 +129,20 @@ Status Slice::Open(const std::string& directory, const std::string& id, uint64_t
     if (!status.ok()) return status;
   } else {
     status = s->remake_live();
-    if (!status.ok()) return status;
   }
+  if (!status.ok()) return status;
   *out = std::move(s);
+  return Status::Ok();
+}
+
+// A kill between the sealed header and the end of its sync leaves it in the page cache alone, and
+// .live, which goes last. Written again, since a sync that failed has made the old page look clean.
+Status Slice::finish_seal() {
+  if (::access(live_path_.c_str(), F_OK) != 0) return Status::Ok();
+  const int error = map_.write(0, &header_, sizeof header_);
+  if (error != 0) return file_error("write header of " + path(".map"), error);
+  if (::fdatasync(map_.fd()) != 0) return file_error("sync " + path(".map"));
+  ::unlink(live_path_.c_str());
   return Status::Ok();
 }
 

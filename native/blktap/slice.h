@@ -29,6 +29,9 @@
 //    device writes 4 KiB whole (or sector by sector, as a bare disk would).
 //  - After a failed fdatasync the kernel forgets which pages were dirty: the slice answers EIO to
 //    every later persist(), so that a second flush cannot claim what the first one lost.
+//  - What a process finds in .map may be the unsynced work of one that was killed: it is synced
+//  before
+//    anything is built on it (finish_seal, header_dirty_ and all blocks dirty after Open).
 // No file is mapped: a full file system is an error of pwrite(), not a SIGBUS.
 // Left out: merging slices, closing descriptors of slices seldom read.
 #pragma once
@@ -86,6 +89,7 @@ class Slice {
   Slice() = default;
   std::string path(const char* suffix) const { return directory_ + "/" + id_ + suffix; }
   Status remake_live();
+  Status finish_seal();
   Status write_header(const DataFile& file, const std::string& name, MapKind kind);
   Status checksum(const DataFile& file, uint32_t* crc) const;
   Status scan_blocks(const DataFile& file,

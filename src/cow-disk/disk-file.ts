@@ -111,17 +111,22 @@ export async function writeDiskFile(directory: string, body: DiskFile): Promise<
       await file.close();
     }
     await rename(fresh, path);
-    const folder = await open(directory, 'r');
-    try {
-      await folder.sync();
-    } finally {
-      await folder.close();
-    }
+    await syncFolder(directory);
   } catch (error) {
     const code = (error as NodeJS.ErrnoException).code;
     const full = code === 'ENOSPC' || code === 'EDQUOT';
     throw new SnowflockError(full ? 'E_NO_SPACE' : 'E_IO', `cannot write ${path}: ${code}`, {
       cause: error,
     });
+  }
+}
+
+/** Makes the names in a folder durable. */
+export async function syncFolder(directory: string): Promise<void> {
+  const folder = await open(directory, 'r');
+  try {
+    await folder.sync();
+  } finally {
+    await folder.close();
   }
 }

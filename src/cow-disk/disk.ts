@@ -1,9 +1,15 @@
 import { randomBytes } from 'node:crypto';
 import { mkdir, readdir, rm, stat } from 'node:fs/promises';
-import { join } from 'node:path';
+import { dirname, join, resolve } from 'node:path';
 import { isDeepStrictEqual } from 'node:util';
 import { SnowflockError } from '../common/errors.js';
-import { type DiskFile, readDiskFile, type SliceEntry, writeDiskFile } from './disk-file.js';
+import {
+  type DiskFile,
+  readDiskFile,
+  type SliceEntry,
+  syncFolder,
+  writeDiskFile,
+} from './disk-file.js';
 import {
   addon,
   type NativeDisk,
@@ -113,7 +119,7 @@ export class Disk {
       throw new SnowflockError('E_ARGUMENT', `disk size ${sizeBytes} is more than 64 TiB`);
     }
     const base = await describeBase(options.base ?? { kind: 'none' }, sizeBytes);
-    await mkdir(directory, { recursive: true, mode: 0o700 });
+    await makeFolder(directory);
     if ((await readdir(directory)).some((name) => name === 'disk.json')) {
       throw new SnowflockError('E_EXISTS', `${directory} holds a disk already`);
     }
@@ -166,6 +172,8 @@ export class Disk {
       try {
         // Read again under the lock: its last owner may have changed it since.
         if (isDeepStrictEqual(file, await readDiskFile(directory))) {
+          // A killed owner may have renamed disk.json and not synced the folder.
+          await syncFolder(directory);
           await disk.#recover();
           return disk;
         }
@@ -387,6 +395,17 @@ export class Disk {
       await native(() => addon().removeSpare(this.directory, id, this.#sizeBytes));
     }
     if (this.#spare === null) await this.#renew();
+  }
+}
+
+/** Makes a folder, with those above it, whose names outlive a power cut. */
+async function makeFolder(directory: string): Promise<void> {
+  const first = await mkdir(directory, { recursive: true, mode: 0o700 });
+  if (first === undefined) return;
+  const top = dirname(resolve(first));
+  for (let above = resolve(directory); above !== top; ) {
+    above = dirname(above);
+    await syncFolder(above);
   }
 }
 
