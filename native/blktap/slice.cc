@@ -55,13 +55,12 @@ Status Slice::OpenAny(const std::string& directory, const std::string& id, uint3
   if (!status.ok()) return status;
   if (sealed) {
     s->settled_ = true;
+    status = sealed_only ? Status::Ok() : s->finish_seal();
     s->map_ = DataFile();
-    if (!sealed_only)
-      ::unlink(s->live_path_.c_str());  // left over from a kill between seal and unlink
   } else {
     status = s->open_live();
-    if (!status.ok()) return status;
   }
+  if (!status.ok()) return status;
   *out = std::move(s);
   return Status::Ok();
 }
@@ -78,13 +77,24 @@ Status Slice::open_live() {
   if (live.state == static_cast<uint32_t>(SliceState::kSealed)) {
     return Status::Error("E_CORRUPT", live_path_ + " says sealed, which no live map does");
   }
-  header_dirty_ = live.state != header_.state;
+  header_dirty_ = true;  // .map may say the same, and say it in the page cache alone
   header_ = live;
   // Which blocks .map lacks is not known any more: all that hold anything.
   return scan_blocks(live_, live_path_, size_bytes_, [&](uint64_t block, const uint8_t*) {
     dirty_[block / 64] |= uint64_t{1} << (block % 64);
     return Status::Ok();
   });
+}
+
+// A kill between the sealed header and the end of its sync leaves it in the page cache alone, and
+// .live, which goes last. Written again, since a sync that failed has made the old page look clean.
+Status Slice::finish_seal() {
+  if (::access(live_path_.c_str(), F_OK) != 0) return Status::Ok();
+  const int error = map_.write(0, &header_, sizeof header_);
+  if (error != 0) return file_error("write header of " + map_path(), error);
+  if (::fdatasync(map_.fd()) != 0) return file_error("sync " + map_path());
+  ::unlink(live_path_.c_str());
+  return Status::Ok();
 }
 
 // After a power cut, and for a slice just made: .live begins as a copy of .map. It gets its name

@@ -32,6 +32,8 @@
 //  - After a failed fdatasync the kernel forgets which pages were dirty: the slice answers EIO to
 //    every later persist(), so that a second flush cannot claim what the first one lost.
 //  - A sealed slice keeps no map in memory and no map file open: scan() reads it when it is needed.
+//  - What a process finds in .map may be unsynced work of one that was killed: it is synced before
+//    anything is built on it (finish_seal; header_dirty_ and all blocks dirty after Open).
 // No file is mapped: a full file system is an error of pwrite(), not a SIGBUS.
 #pragma once
 
@@ -108,6 +110,7 @@ class Slice {
   std::string map_path() const { return path(map_suffix(edition())); }
   Status open_live();
   Status remake_live();
+  Status finish_seal();
   Status write_header(const DataFile& file, const std::string& name, MapKind kind);
 
   std::string directory_;

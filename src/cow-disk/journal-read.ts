@@ -18,6 +18,8 @@ const PREFIX_BYTES = 9; // the checksum and a space
 
 export interface JournalText {
   header: Header;
+  /** The last whole line, line feed included. */
+  lastLine: Buffer;
   /** Where the next line belongs. */
   validBytes: number;
   /** Behind that: a last line cut short by a power cut. */
@@ -88,6 +90,7 @@ async function readLines(
   let header: Header | undefined;
   let lines = 0;
   let validBytes = 0;
+  let lastLine: Buffer = Buffer.alloc(0);
   let bad: { damage: string; line: Buffer } | undefined;
   const corrupt = (number: number, what: string) =>
     new SnowflockError('E_CORRUPT', `${path} line ${number} ${what}`);
@@ -112,6 +115,7 @@ async function readLines(
     if (header === undefined) header = value as Header;
     else take(value as Transaction);
     validBytes += line.length + 1;
+    lastLine = line;
   };
 
   const chunk = Buffer.allocUnsafe(CHUNK_BYTES);
@@ -154,5 +158,10 @@ async function readLines(
   if (bad !== undefined && holdsWholeLine(bad.line)) {
     throw corrupt(lines, 'is followed by something else than a line feed');
   }
-  return { header, validBytes, tornBytes: size - validBytes };
+  return {
+    header,
+    lastLine: Buffer.concat([lastLine, Buffer.from('\n')]),
+    validBytes,
+    tornBytes: size - validBytes,
+  };
 }

@@ -1,6 +1,6 @@
 import { randomBytes } from 'node:crypto';
-import { access, type FileHandle, link, open, rename, rm } from 'node:fs/promises';
-import { join } from 'node:path';
+import { access, type FileHandle, link, mkdir, open, rename, rm } from 'node:fs/promises';
+import { dirname, join, resolve } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
 import type { Header, Transaction } from './entries.js';
 import { journalLine, MAX_JOURNAL_BYTES, MAX_LINE_BYTES, readJournal } from './journal-read.js';
@@ -91,19 +91,23 @@ export class Journal {
   }
 
   /**
-   * Replays the journal into `take` and cuts a torn last line off. To be called by the owner of
-   * store.lock. E_NOT_FOUND, E_CORRUPT (nothing is changed), E_IO.
+   * Replays the journal into `take` and cuts a torn last line off. What was read is durable when it
+   * resolves. To be called by the owner of store.lock. E_NOT_FOUND, E_CORRUPT (nothing is changed),
+   * E_IO.
    */
   static async open(directory: string, take: (transaction: Transaction) => void): Promise<Journal> {
     const path = join(directory, JOURNAL);
-    const { header, validBytes, tornBytes } = await readJournal(path, take);
+    const { header, lastLine, validBytes, tornBytes } = await readJournal(path, take);
     let file: FileHandle | undefined;
     try {
       file = await open(path, 'r+');
-      if (tornBytes > 0) {
-        await file.truncate(validBytes);
-        await file.datasync();
-      }
+      if (tornBytes > 0) await file.truncate(validBytes);
+      // An owner that was killed may have appended the last line, or put a rewritten journal in
+      // place, and not have synced it. The line is written again: a sync of it that failed has made
+      // the old bytes look clean.
+      await writeAll(file, lastLine, validBytes - lastLine.length);
+      await file.datasync();
+      await syncFolder(directory);
       return new Journal(directory, file, header, validBytes);
     } catch (error) {
       await file?.close();
@@ -235,6 +239,20 @@ async function writeAll(file: FileHandle, data: Buffer, position: number): Promi
   for (let done = 0; done < data.length; ) {
     const { bytesWritten } = await file.write(data, done, data.length - done, position + done);
     done += bytesWritten;
+  }
+}
+
+/**
+ * Makes a folder, and those above it that are missing; their names outlive a power cut. The folder
+ * above is synced in any case: one that was killed may have made this one.
+ */
+export async function makeFolder(directory: string): Promise<void> {
+  const path = resolve(directory);
+  const first = await mkdir(path, { recursive: true, mode: 0o700 });
+  const top = dirname(first === undefined ? path : resolve(first));
+  for (let above = path; above !== top; ) {
+    above = dirname(above);
+    await syncFolder(above);
   }
 }
 

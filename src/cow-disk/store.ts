@@ -1,4 +1,3 @@
-import { mkdir } from 'node:fs/promises';
 import { SnowflockError } from '../common/errors.js';
 import { newGenerationId } from '../common/ids.js';
 import { Cleaner } from './cleaner.js';
@@ -7,7 +6,7 @@ import { Disk, type DiskOwner } from './disk.js';
 import { checkDiskName, ID, MAX_GENERATIONS, MAX_SLICES } from './entries.js';
 import { flatten } from './flatten.js';
 import { Gate } from './gate.js';
-import { Journal } from './journal.js';
+import { Journal, makeFolder } from './journal.js';
 import { Ledger } from './ledger.js';
 import { diskEntry, generationEntry } from './listing.js';
 import { addon, native } from './native.js';
@@ -75,7 +74,7 @@ export class Store implements StoreApi {
 
   /** Makes an empty store in `directory`, which is created if missing. E_EXISTS, E_NO_SPACE, E_IO. */
   static async create(directory: string): Promise<void> {
-    await mkdir(directory, { recursive: true, mode: 0o700 }).catch((error: unknown) => {
+    await makeFolder(directory).catch((error: unknown) => {
       const { code } = error as NodeJS.ErrnoException;
       throw new SnowflockError('E_IO', `cannot make ${directory}: ${code}`, { cause: error });
     });
