@@ -54,8 +54,12 @@ async function hangingImage(): Promise<{ path: string; hang(): void; resume(): v
   });
   while (!(await exists(socket))) await new Promise((resolve) => setTimeout(resolve, 5));
   const { file } = await mountExport(`nbd+unix:///?socket=${socket}`);
-  cleanup(() => child.kill('SIGCONT')); // whatever reads it must end before it is unmounted
-  return { path: file, hang: () => child.kill('SIGSTOP'), resume: () => child.kill('SIGCONT') };
+  const resume = () => child.kill('SIGCONT');
+  const hang = () => {
+    child.kill('SIGSTOP');
+    cleanup(resume); // before the disks are closed, which wait for their reads
+  };
+  return { path: file, hang, resume };
 }
 
 test('a thousand exports that nobody uses cost no thread', async () => {
