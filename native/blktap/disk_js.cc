@@ -93,7 +93,6 @@ class DiskJs : public Napi::ObjectWrap<DiskJs> {
     out.Set("depth", static_cast<double>(now.depth));
     out.Set("indexBytes", static_cast<double>(now.index_bytes));
     out.Set("spare", Napi::Boolean::New(info.Env(), now.spare));
-    out.Set("pages", static_cast<double>(pages_of(disk->size())));
     return out;
   }
 

@@ -100,7 +100,7 @@ export interface NativeDisk {
   settle(): Promise<void>;
   attachSpare(id: string): Promise<void>;
   pullBegin(): Promise<NativePull>;
-  info(): { top: string; depth: number; indexBytes: number; spare: boolean; pages: number };
+  info(): { top: string; depth: number; indexBytes: number; spare: boolean };
   stats(): NativeStats;
   /** What an NBD server serves. */
   device(): unknown;

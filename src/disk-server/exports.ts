@@ -1,25 +1,24 @@
 import { SnowflockError } from '../common/errors.js';
-import { type NativeServer, native, type ServeOptions } from '../cow-disk/native.js';
-
-export interface ExportPlace {
-  socketPath: string;
-  uid?: number;
-  gid?: number;
-  mode?: number;
-}
+import {
+  type ListenOptions,
+  NbdServer,
+  type ServedExport,
+  type SharedServer,
+} from '../cow-disk/nbd-server.js';
 
 /** A disk or a generation that is open. */
 export interface Servable {
-  readonly device: { serve(options: ServeOptions): NativeServer };
+  serve(options: SharedServer): Promise<ServedExport>;
   close(): Promise<void> | void;
 }
 
-/** The NBD server of a store: its exports by name. */
+/** The NBD server of a store: its exports by name. It listens from its first export on. */
 export class Exports {
-  readonly place: ExportPlace;
-  readonly #served = new Map<string, { thing: Servable; server: NativeServer }>();
+  readonly place: ListenOptions;
+  #server: Promise<NbdServer> | undefined;
+  readonly #served = new Map<string, { thing: Servable; served: ServedExport }>();
 
-  constructor(place: ExportPlace) {
+  constructor(place: ListenOptions) {
     this.place = place;
   }
 
@@ -27,17 +26,23 @@ export class Exports {
   async add(name: string, description: string, thing: Servable): Promise<void> {
     try {
       if (this.#served.has(name)) throw new SnowflockError('E_EXISTS', `export ${name} exists`);
-      const options = { socketPath: this.socketOf(name), exportName: name, description };
-      const server = await native(() => thing.device.serve({ ...this.place, ...options }));
-      this.#served.set(name, { thing, server });
+      const server = await this.listen();
+      const served = await thing.serve({ server, exportName: name, description });
+      this.#served.set(name, { thing, served });
     } catch (error) {
       await thing.close();
       throw error;
     }
   }
 
-  socketOf(name: string): string {
-    return `${this.place.socketPath}.${name}`;
+  listen(): Promise<NbdServer> {
+    if (this.#server === undefined) {
+      this.#server = NbdServer.start(this.place);
+      this.#server.catch(() => {
+        this.#server = undefined; // the next export tries again
+      });
+    }
+    return this.#server;
   }
 
   has(name: string): boolean {
@@ -49,7 +54,7 @@ export class Exports {
   }
 
   connections(name: string): number {
-    return this.#served.get(name)?.server.stats().connections ?? 0;
+    return this.#served.get(name)?.served.connections() ?? 0;
   }
 
   /** Ends the export, its connections, and closes what it served. */
@@ -57,12 +62,14 @@ export class Exports {
     const found = this.#served.get(name);
     if (found === undefined) return;
     this.#served.delete(name);
-    await native(() => found.server.close());
+    await found.served.close();
     await found.thing.close();
   }
 
   async close(): Promise<void> {
     const done = await Promise.allSettled(this.names().map((name) => this.remove(name)));
+    const server = await this.#server?.catch(() => undefined);
+    await server?.close();
     const failed = done.find((one) => one.status === 'rejected');
     if (failed !== undefined) throw failed.reason;
   }

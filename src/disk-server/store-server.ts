@@ -19,6 +19,7 @@ import { join } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
 import type { ImportTarget, OpenView, StoreService } from '../cow-disk/control-protocol.js';
 import { originOf } from '../cow-disk/lineage.js';
+import type { ListenOptions } from '../cow-disk/nbd-server.js';
 import { Store, type StoreOptions } from '../cow-disk/store.js';
 import type {
   CreateDisk,
@@ -28,7 +29,7 @@ import type {
   StoreTask,
   StoreUsage,
 } from '../cow-disk/store-api.js';
-import { type ExportPlace, Exports, type Servable } from './exports.js';
+import { Exports, type Servable } from './exports.js';
 
 const IN_PROGRESS = /^in-progress-[0-9a-f]{16}$/;
 
@@ -38,7 +39,7 @@ export interface Exported {
   generation: string | null;
 }
 
-export interface ServePlan extends ExportPlace {
+export interface ServePlan extends ListenOptions {
   /** Undefined: all disks and named generations, those made later too. */
   only?: Exported[];
   /** Also generations without a name, as `disk@id`. */
@@ -90,7 +91,7 @@ export class StoreServer implements StoreService {
     return [...this.#served].map(([name, one]) => ({
       ...one,
       name,
-      socket: this.#exports?.socketOf(name) ?? '',
+      socket: this.#exports?.place.socketPath ?? '',
     }));
   }
 
@@ -221,7 +222,7 @@ export class StoreServer implements StoreService {
         await this.#store.removeDisk({ disk: temporary });
       });
     return {
-      socket: exports.socketOf(temporary),
+      socket: exports.place.socketPath,
       export_name: temporary,
       size_bytes: p.size_bytes,
       abandon,
@@ -264,7 +265,7 @@ export class StoreServer implements StoreService {
       await exports.add(name, `${p.disk}@${found.name ?? found.id}, read-only`, view);
       let open = true;
       return {
-        socket: exports.socketOf(name),
+        socket: exports.place.socketPath,
         export_name: name,
         size_bytes: found.size_bytes,
         close: async () => {
@@ -341,7 +342,7 @@ export class StoreServer implements StoreService {
     try {
       const view = await this.#store.openGeneration(disk, id);
       return {
-        device: view.device,
+        serve: (options) => view.serve(options),
         close: async () => {
           view.close();
           await drop();
@@ -394,7 +395,7 @@ export class StoreServer implements StoreService {
   }
 
   #withExports(disk: DiskEntry): DiskEntry {
-    const socket = this.#served.has(disk.name) ? this.#exports?.socketOf(disk.name) : undefined;
+    const socket = this.#served.has(disk.name) ? this.#exports?.place.socketPath : undefined;
     if (socket === undefined) return disk;
     return { ...disk, open: true, exports: [{ socket, name: disk.name }] };
   }

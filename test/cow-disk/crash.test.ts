@@ -268,7 +268,9 @@ test('a bit reaches the map only after its page is synced, and before the reply'
   const mapDirty = new Map<string, boolean>();
   let maps = 0;
   for (const line of (await readFile(log, 'utf8')).split('\n')) {
-    const call = /(pwrite64|pwritev|fdatasync|fsync)\(\d+<.*\/([0-9a-f]{32})\.(?:\d+\.)?(\w+)/.exec(line);
+    const call = /(pwrite64|pwritev|fdatasync|fsync)\(\d+<.*\/([0-9a-f]{32})\.(?:\d+\.)?(\w+)/.exec(
+      line,
+    );
     if (call === null) continue;
     const [, name, slice = '', kind] = call;
     if (line.includes('resumed')) continue;
