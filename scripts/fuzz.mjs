@@ -130,7 +130,7 @@ if (values.replay !== undefined) {
   args.push(resolve(values.replay));
 } else if (values.minimize !== undefined) {
   mkdirSync(resolve(values.minimize), { recursive: true });
-  args.push('-merge=1', resolve(values.minimize), ...folders);
+  args.push('-merge=1', '-use_counters=0', resolve(values.minimize), ...folders);
 } else {
   args.push(`-max_total_time=${seconds}`, '-print_final_stats=1', ...folders);
 }
