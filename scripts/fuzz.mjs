@@ -10,6 +10,7 @@ import { dirname, join, relative, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 
+const LIBFUZZER_INTERRUPTED = 72;
 const TARGETS = ['nbd', 'slice', 'replica'];
 const USAGE = `npm run fuzz -- ${TARGETS.join('|')} [options]
   --time S       seconds to run (60)
@@ -80,7 +81,7 @@ function run(command, args, env = {}) {
     });
     child.on('close', (status, signal) => {
       child = undefined;
-      done(signal === null ? status : 130);
+      done(signal === null && status !== LIBFUZZER_INTERRUPTED ? status : 130);
     });
   });
 }
