@@ -81,12 +81,16 @@ Status Replica::Open(const std::string& path, const std::string& generation, uin
   struct stat st = {};
   if (::fstat(r->map_.get(), &st) != 0) return Status::Errno("E_IO", "stat " + map_path);
   const bool fresh = st.st_size == 0;
+  struct stat data = {};
+  if (::fstat(r->data_.get(), &data) != 0) return Status::Errno("E_IO", "stat " + path);
   if (fresh) {
     if (::ftruncate(r->map_.get(), static_cast<off_t>(r->map_bytes_)) != 0 ||
         ::ftruncate(r->data_.get(), static_cast<off_t>(pages * kPageBytes)) != 0) {
       return Status::Errno("E_IO", "size " + path);
     }
-  } else if (static_cast<size_t>(st.st_size) != r->map_bytes_) {
+  } else if (static_cast<size_t>(st.st_size) != r->map_bytes_ ||
+             static_cast<uint64_t>(data.st_size) != pages * kPageBytes) {
+    // A VM that maps data cut short would die of SIGBUS.
     return Status::Error("E_REPLICA_MISMATCH", "replica " + path + " has another size");
   }
   void* map = ::mmap(nullptr, r->map_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, r->map_.get(), 0);
@@ -106,8 +110,14 @@ Status Replica::Open(const std::string& path, const std::string& generation, uin
   r->present_words_ = reinterpret_cast<std::atomic<uint64_t>*>(r->map_base_ + kPageBytes);
   r->zero_words_ = reinterpret_cast<std::atomic<uint64_t>*>(r->map_base_ + kPageBytes + bits);
   for (size_t i = 0; i < (pages + 63) / 64; i++) {
-    r->present_ += static_cast<uint64_t>(std::popcount(r->present_words_[i].load()));
-    r->zero_ += static_cast<uint64_t>(std::popcount(r->zero_words_[i].load()));
+    const uint64_t present = r->present_words_[i].load();
+    const uint64_t zero = r->zero_words_[i].load();
+    const uint64_t left = pages - i * 64;
+    if (left < 64 && ((present | zero) >> left) != 0) {
+      return Status::Error("E_CORRUPT", map_path + " speaks of pages beyond the end");
+    }
+    r->present_ += static_cast<uint64_t>(std::popcount(present));
+    r->zero_ += static_cast<uint64_t>(std::popcount(zero & ~present));  // as state() has it
   }
   if (medium == Medium::kMemory) {
     void* data = ::mmap(nullptr, pages * kPageBytes, PROT_READ | PROT_WRITE,
