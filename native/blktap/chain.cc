@@ -89,6 +89,19 @@ uint64_t chain_extent(const Chain& chain, const SliceIndex& index, uint64_t off,
   return at - off;
 }
 
+uint64_t base_mask(const SliceIndex& index, PageIndex first) {
+  static_assert(SliceIndex::kLeafPages == 64);
+  if (index.base_run(first) >= SliceIndex::kLeafPages) return ~uint64_t{0};
+  const uint64_t count = std::min(SliceIndex::kLeafPages, index.pages() - first);
+  std::array<SliceIndex::Entry, SliceIndex::kLeafPages> entries;
+  index.get(first, count, entries.data());
+  uint64_t mask = 0;
+  for (uint64_t i = 0; i < count; i++) {
+    if (entries[i] == SliceIndex::kBase) mask |= uint64_t{1} << i;
+  }
+  return mask;
+}
+
 ReadResult View::read(PageIndex page, uint8_t* out) {
   if (page >= pages()) return ReadResult::kError;
   const SliceIndex::Entry entry = index_.get(page);

@@ -80,9 +80,12 @@ void chain_missing(const Chain& chain, const SliceIndex& index, uint64_t off, ui
 uint64_t chain_extent(const Chain& chain, const SliceIndex& index, uint64_t off, uint64_t limit,
                       bool* hole);
 
+// Which of the 64 pages from `first` (a multiple of 64) are the base's.
+uint64_t base_mask(const SliceIndex& index, PageIndex first);
+
 // The image of one instant. It stays readable, unchanged, while the disk goes on, and after the
 // disk is closed. read() of a page that a replica base has not got yet is kAbsent.
-class View final : public PageProvider, public Device {
+class View final : public PageProvider, public Device, public PageUser {
  public:
   View(Chain chain, SliceIndex index) : chain_(std::move(chain)), index_(std::move(index)) {}
 
@@ -105,6 +108,7 @@ class View final : public PageProvider, public Device {
   uint64_t extent(uint64_t off, uint64_t limit, bool* hole) const override {
     return chain_extent(chain_, index_, off, limit, hole);
   }
+  uint64_t needs(PageIndex first) const override { return base_mask(index_, first); }
 
  private:
   const Chain chain_;

@@ -46,6 +46,7 @@ Status Disk::Open(Spec spec, std::shared_ptr<Disk>* out) {
   }
   Status status = disk->load(spec);
   if (!status.ok()) return status;
+  disk->chain_.base->add_user(disk);
   *out = std::move(disk);
   return Status::Ok();
 }
@@ -253,6 +254,20 @@ void Disk::missing(uint64_t off, uint64_t len, Access access, std::vector<PageIn
 uint64_t Disk::extent(uint64_t off, uint64_t limit, bool* hole) const {
   std::shared_lock lock(index_lock_);
   return chain_extent(chain_, index_, off, limit, hole);
+}
+
+uint64_t Disk::needs(PageIndex first) const {
+  std::shared_lock gate(gate_);
+  uint64_t mask = 0;
+  {
+    std::shared_lock lock(index_lock_);
+    mask = base_mask(index_, first);
+  }
+  for (const auto& [generation, view] : views_) {
+    if (mask == ~uint64_t{0}) break;
+    mask |= view->needs(first);
+  }
+  return mask;
 }
 
 int Disk::count_error(int error) {

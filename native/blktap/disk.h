@@ -39,7 +39,7 @@ struct DiskStats {
   std::atomic<uint64_t> io_errors{0}, no_space_errors{0};
 };
 
-class Disk final : public Device {
+class Disk final : public Device, public PageUser {
  public:
   struct SliceSpec {
     std::string id;
@@ -94,6 +94,7 @@ class Disk final : public Device {
                std::vector<PageIndex>* out) const override;
   void want(PageIndex page, std::function<void(const Status&)> done) override;
   uint64_t extent(uint64_t off, uint64_t limit, bool* hole) const override;
+  uint64_t needs(PageIndex first) const override;  // those of the base, for itself and its views
 
  private:
   explicit Disk(uint64_t pages) : index_(pages) {}

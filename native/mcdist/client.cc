@@ -109,17 +109,21 @@ void Client::want(PageIndex page, Urgency urgency) {
   (void)!::write(wake_.get(), &one, sizeof one);
 }
 
-void Client::prefetch(PageIndex first, uint64_t pages) {
-  if (first >= replica_->pages()) return;
+bool Client::prefetch(PageIndex first, uint64_t pages) {
+  if (first >= replica_->pages()) return true;
   pages = std::min(pages, replica_->pages() - first);
   std::lock_guard lock(mutex_);
-  if (lost_ || closing_) return;
+  if (lost_ || closing_) return true;  // whoever waits hears of it from the replica
   busy(now_ns());
-  if (!requester_.prefetch(first, pages)) return count(counters_.prefetch_dropped, pages);
-  if (wake_pending_) return;
+  if (!requester_.prefetch(first, pages)) {
+    count(counters_.prefetch_dropped, pages);
+    return false;
+  }
+  if (wake_pending_) return true;
   wake_pending_ = true;
   const uint64_t one = 1;
   (void)!::write(wake_.get(), &one, sizeof one);
+  return true;
 }
 
 void Client::set_server(const sockaddr_in& server) {
