@@ -30,18 +30,18 @@ class Notifier {
     if (gone_ || pending_) return;
     pending_ = true;
     auto* self = new std::weak_ptr<Notifier>(self_);
-    function_.NonBlockingCall(self, [](Napi::Env env, Napi::Function function,
-                                       std::weak_ptr<Notifier>* weak) {
-      const std::unique_ptr<std::weak_ptr<Notifier>> owned(weak);
-      const auto notifier = weak->lock();
-      if (notifier == nullptr) return;
-      {
-        std::lock_guard inner(notifier->mutex_);
-        notifier->pending_ = false;
-        if (notifier->gone_ || static_cast<napi_env>(env) == nullptr) return;
-      }
-      function.Call({});
-    });
+    function_.NonBlockingCall(
+        self, [](Napi::Env env, Napi::Function function, std::weak_ptr<Notifier>* weak) {
+          const std::unique_ptr<std::weak_ptr<Notifier>> owned(weak);
+          const auto notifier = weak->lock();
+          if (notifier == nullptr) return;
+          {
+            std::lock_guard inner(notifier->mutex_);
+            notifier->pending_ = false;
+            if (notifier->gone_ || static_cast<napi_env>(env) == nullptr) return;
+          }
+          function.Call({});
+        });
   }
 
   // No call comes after it. On the JavaScript thread.

@@ -124,9 +124,9 @@ uint64_t Prefetcher::budget(Clock::time_point now) {
 
 Prefetcher::Clock::time_point Prefetcher::ask(Clock::time_point now) {
   if (under_way_ > 0 && now - heard_ > kStall) {
-    end(State::kFailed, Status::Error("E_SOURCE_LOST", "prefetch of " + replica_->path() +
-                                                           ": no page came for " +
-                                                           std::to_string(kStall.count()) + " s"));
+    end(State::kFailed,
+        Status::Error("E_SOURCE_LOST", "prefetch of " + replica_->path() + ": no page came for " +
+                                           std::to_string(kStall.count()) + " s"));
     return Clock::time_point::max();
   }
   // arrived() wakes it.
@@ -222,8 +222,7 @@ void Prefetcher::arrived(uint64_t run, PageIndex page, const Status& status) {
 }
 
 void Prefetcher::sample(uint64_t bytes, Clock::time_point now) const {
-  bytes_per_s_ =
-      bytes_per_s_ * std::exp(-seconds(now - sampled_)) + static_cast<double>(bytes);
+  bytes_per_s_ = bytes_per_s_ * std::exp(-seconds(now - sampled_)) + static_cast<double>(bytes);
   sampled_ = now;
 }
 

@@ -8,15 +8,21 @@
 //   failed: the source is gone, a replica cannot store pages, or pages were refused. The pages that
 //         are here stay.
 // Invariants:
-//  - Bytes asked for since start() <= rate x time since start() + burst. A page that turns out to be
-//    zero costs nothing: it came as a few bytes. Pages asked for again after a loss are not counted.
-//  - At most kWindowPages are asked for and not here. The fetcher has a window of its own below that.
-//  - Whatever is waited for goes first: at the client and the server by its urgency, and here no new
+//  - Bytes asked for since start() <= rate x time since start() + burst. A page that turns out to
+//  be
+//    zero costs nothing: it came as a few bytes. Pages asked for again after a loss are not
+//    counted.
+//  - At most kWindowPages are asked for and not here. The fetcher has a window of its own below
+//  that.
+//  - Whatever is waited for goes first: at the client and the server by its urgency, and here no
+//  new
 //    pages are asked for while somebody waits for one, up to kMaxYields turns.
-//  - One thread for all prefetchers of the process, which takes them in turns; it never blocks on the
+//  - One thread for all prefetchers of the process, which takes them in turns; it never blocks on
+//  the
 //    network or on a file.
 //  - After close() nothing is asked for, and nobody is called.
-// Left out: an order other than by number (a clone reads what its siblings read; it comes by itself).
+// Left out: an order other than by number (a clone reads what its siblings read; it comes by
+// itself).
 #pragma once
 
 #include <chrono>

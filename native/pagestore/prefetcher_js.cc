@@ -53,7 +53,8 @@ class PrefetcherJs : public Napi::ObjectWrap<PrefetcherJs> {
 
  private:
   Prefetcher& open(Napi::Env env) {
-    if (prefetcher_ == nullptr) throw js_error(env, Status::Error("E_CLOSED", "prefetch is closed"));
+    if (prefetcher_ == nullptr)
+      throw js_error(env, Status::Error("E_CLOSED", "prefetch is closed"));
     return *prefetcher_;
   }
   void Start(const Napi::CallbackInfo& info) {

@@ -95,9 +95,10 @@ Status Replica::Open(const std::string& path, const std::string& generation, uin
     header->pages = pages;
     header->medium = static_cast<uint32_t>(medium);
     std::memcpy(header->generation, generation.c_str(), generation.size() + 1);
-    std::memcpy(header->magic, kReplicaMagic, sizeof kReplicaMagic);  // last: marks the header as whole
-  } else if (std::memcmp(header->magic, kReplicaMagic, sizeof kReplicaMagic) != 0 || header->pages != pages ||
-             header->medium != static_cast<uint32_t>(medium) ||
+    std::memcpy(header->magic, kReplicaMagic,
+                sizeof kReplicaMagic);  // last: marks the header as whole
+  } else if (std::memcmp(header->magic, kReplicaMagic, sizeof kReplicaMagic) != 0 ||
+             header->pages != pages || header->medium != static_cast<uint32_t>(medium) ||
              std::strncmp(header->generation, generation.c_str(), sizeof header->generation) != 0) {
     return Status::Error("E_REPLICA_MISMATCH", "replica " + path + " is of another generation");
   }
@@ -135,6 +136,8 @@ Replica::~Replica() {
   if (data_map_ != nullptr) ::munmap(data_map_, pages_ * kPageBytes);
   if (map_base_ != nullptr) ::munmap(map_base_, map_bytes_);
 }
+
+void Replica::unlock() { ::flock(map_.get(), LOCK_UN); }
 
 void Replica::count_bits() {
   for (size_t i = 0; i < (pages_ + kWordPages - 1) / kWordPages; i++) {
@@ -382,8 +385,7 @@ void Replica::set_fetcher(PageFetcher* fetcher) {
     std::lock_guard inner(mutex_);
     failed_ = Status::Ok();
     for (auto& entry : waiters_) {
-      pages.emplace_back(entry.first,
-                         entry.second.urgent ? Urgency::kFault : Urgency::kPrefetch);
+      pages.emplace_back(entry.first, entry.second.urgent ? Urgency::kFault : Urgency::kPrefetch);
     }
   }
   for (const auto& [page, urgency] : pages) fetcher->want(page, urgency);

@@ -59,9 +59,12 @@ class Replica final : public PageProvider {
 
   // Every page is present or zero: no source is needed any more, now or when it is opened again.
   bool complete() const { return complete_.load(std::memory_order_acquire); }
-  // Calls `done` once when it is complete; at once, on this thread, if it is already. One at a time:
-  // the next call replaces it, nullptr takes it back and waits for a call under way.
+  // Calls `done` once when it is complete; at once, on this thread, if it is already. One at a
+  // time: the next call replaces it, nullptr takes it back and waits for a call under way.
   void on_complete(std::function<void()> done);
+
+  // Its owner has ended what fills it: another process may open it. Who reads it here reads on.
+  void unlock();
 
   // Makes what is here now durable. Blocks; nothing to do for kMemory.
   Status sync();
@@ -73,7 +76,8 @@ class Replica final : public PageProvider {
   // Asks for a page nobody waits for yet.
   void prefetch(PageIndex page);
   // Asks for the absent ones of a run, which nobody waits for yet, and counts them in `*asked`.
-  // `done` is called for each, once, as that of want(). Error: the source is gone, nothing is asked.
+  // `done` is called for each, once, as that of want(). Error: the source is gone, nothing is
+  // asked.
   using PageDone = std::function<void(PageIndex, const Status&)>;
   Status prefetch(PageIndex first, uint64_t count, const PageDone& done, uint64_t* asked);
 

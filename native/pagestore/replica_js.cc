@@ -106,6 +106,8 @@ class ReplicaJs : public Napi::ObjectWrap<ReplicaJs> {
   }
   void Close(const Napi::CallbackInfo&) {
     forget_completion();
+    // Handles given out live until they are collected; the files are free now.
+    if (replica_ != nullptr) replica_->unlock();
     replica_.reset();
   }
   Napi::Value Handle(const Napi::CallbackInfo& info) {

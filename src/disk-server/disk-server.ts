@@ -8,14 +8,14 @@ export interface PageServer<Options extends object, Result> {
   serve(options: Options & { generation: string; provider: unknown }): Result;
 }
 
-/** Offers a disk's generation to other hosts. */
-export function exportGeneration<Options extends object, Result>(
+/** Offers a disk's generation to other hosts, by a page server that is there already. */
+export async function exportGeneration<Options extends object, Result>(
   server: PageServer<Options, Result>,
-  disk: Disk,
+  disk: Pick<Disk, 'provider'>,
   generation: string,
   options: Options,
-): Result {
-  return server.serve({ ...options, generation, provider: disk.provider(generation) });
+): Promise<Result> {
+  return server.serve({ ...options, generation, provider: await disk.provider(generation) });
 }
 
 /**

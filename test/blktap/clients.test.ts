@@ -135,7 +135,7 @@ test('a generation is handed to a page server with its options', async () => {
     serve: (options: { generation: string; provider: unknown; key: Buffer }) => options,
   };
   const key = Buffer.alloc(32, 1);
-  const given = exportGeneration(server, disk, generation, { key });
+  const given = await exportGeneration(server, disk, generation, { key });
   expect(given).toMatchObject({ generation, key });
   expect(contents(given.provider, 256)[4096]).toBe(9);
 });
