@@ -39,9 +39,9 @@ class PrefetchLoop;
 class Prefetcher {
  public:
   using Clock = std::chrono::steady_clock;
-  static constexpr uint64_t kWindowPages = 1024;
+  static constexpr uint64_t kWindowPages = 256;
   // Pages of one turn: what a fault that comes just after it may have to wait behind.
-  static constexpr uint64_t kBatchPages = 256;
+  static constexpr uint64_t kBatchPages = 64;
   static constexpr unsigned kMaxYields = 10;
   static constexpr unsigned kMaxPageErrors = 16;  // in a row
   static constexpr std::chrono::milliseconds kTick{5};
