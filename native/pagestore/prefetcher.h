@@ -39,6 +39,7 @@ class PrefetchLoop;
 class Prefetcher {
  public:
   using Clock = std::chrono::steady_clock;
+  // More was not faster, and a fault waited longer (docs/mcdist.md).
   static constexpr uint64_t kWindowPages = 256;
   // Pages of one turn: what a fault that comes just after it may have to wait behind.
   static constexpr uint64_t kBatchPages = 64;

@@ -80,6 +80,8 @@ const operations = {
     return serve(p.name, p.directory, { replica: remote.replica });
   },
   prefetch: (p: { name: string; rate: number }) => get(remotes, p.name).prefetch(p.rate),
+  pause: (p: { name: string }) => get(remotes, p.name).events.pausePrefetch(),
+  resume: (p: { name: string }) => get(remotes, p.name).events.resumePrefetch(),
   reconnect: (p: { name: string }) => get(remotes, p.name).reconnect(),
   stats(p: { name: string }) {
     const { prefetch, ...stats } = get(remotes, p.name).stats();
@@ -89,12 +91,19 @@ const operations = {
   diskStats: (p: { name: string }) => get(disks, p.name).stats(),
   serverStats: (p: { name: string }) => get(published, p.name).stats(),
   /** Resolves once the stats say so. The test's own time-out bounds it. */
-  async until(p: { name: string; state?: string; present?: number; complete?: boolean }) {
+  async until(p: {
+    name: string;
+    state?: string;
+    present?: number;
+    complete?: boolean;
+    underWay?: number;
+  }) {
     for (;;) {
       const stats: RemoteReplicaStats = get(remotes, p.name).stats();
       const here = stats.present + stats.zero;
       if (
         (p.state === undefined || stats.prefetch?.state === p.state) &&
+        (p.underWay === undefined || stats.prefetch?.underWay === p.underWay) &&
         (p.present === undefined || here >= p.present) &&
         (p.complete === undefined || completed.has(p.name) === p.complete)
       ) {

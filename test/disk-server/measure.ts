@@ -61,6 +61,29 @@ try {
       await receiver.call('call', { name: `replica${name}`, method: 'close' });
     }
   }
+  for (let round = 0; round < rounds; round++) {
+    // Nobody waits: the prefetcher beside one range given to the client at once.
+    const [name, bare] = [`alone${round}`, `bare${round}`];
+    await startReceiver(net, receiver, generation, server, { pages, name });
+    await receiver.call('prefetcher', { name: 'alone', replica: `replica${name}` });
+    await receiver.call('call', { name: 'alone', method: 'start', args: [0] });
+    await receiver.call('reached', { name: `replica${name}`, counter: 'present', least: pages });
+    const done = await receiver.call<PrefetchProgress>('call', {
+      name: 'alone',
+      method: 'progress',
+    });
+    await receiver.call('call', { name: 'alone', method: 'close' });
+    await receiver.call('close', { name: `client${name}` });
+    await startReceiver(net, receiver, generation, server, { pages, name: bare });
+    const took = await receiver.call<number>('prefetchAll', {
+      name: `client${bare}`,
+      replica: `replica${bare}`,
+      count: pages,
+    });
+    await receiver.call('close', { name: `client${bare}` });
+    const alone = (mib / done.elapsedMs) * 1000;
+    console.log(`alone: ${alone.toFixed(0)} MiB/s, bare client: ${(mib / took).toFixed(0)} MiB/s`);
+  }
   for (const rate of rates) {
     const label = rate === null ? 'no prefetch' : rate === 0 ? 'no limit' : `${rate / 1e6} MB/s`;
     const at = speed.get(rate) ?? [];

@@ -103,6 +103,28 @@ test('a prefetch leaves out what every disk over the replica has overwritten', a
   same(await one.read(100 * PAGE, PAGE), Buffer.alloc(PAGE, 1));
 });
 
+test('a paused prefetch asks for nothing until it is resumed; demand goes on', async () => {
+  const lab = await Lab.make(2048);
+  const host = await lab.net.host();
+  await lab.remote(host, { prefetch: 8 << 20 });
+  const client = await lab.clone(host);
+  await host.call('until', { name: 'remote', present: 100 });
+  await host.call('pause', { name: 'remote' });
+  await host.call('until', { name: 'remote', state: 'paused', underWay: 0 });
+  const paused = await lab.stats(host);
+  for (let page = 2000; page < 2040; page++)
+    same(await client.read(page * PAGE, PAGE), lab.page(page));
+  const after = await lab.stats(host);
+  expect(after.present).toBe(paused.present + 40);
+  expect(after.prefetch?.askedBytes).toBe(paused.prefetch?.askedBytes);
+  await host.call('resume', { name: 'remote' });
+  await host.call('prefetch', { name: 'remote', rate: UNLIMITED }); // the new rate of the same one
+  await host.call('until', { name: 'remote', complete: true });
+  await host.call('until', { name: 'remote', state: 'done' });
+  // What was read meanwhile was not asked for again.
+  expect((await lab.stats(host)).prefetch?.askedBytes).toBe((2048 - 40) * PAGE);
+});
+
 test('a source killed half way: absent pages are EIO in time, all others go on; then it comes back', async () => {
   const lab = await Lab.make(4096);
   const host = await lab.net.host();

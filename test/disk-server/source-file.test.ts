@@ -1,11 +1,7 @@
 import { chmod, stat, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { expect, test } from 'vitest';
-import {
-  readSourceFile,
-  type Source,
-  writeSourceFile,
-} from '../../src/disk-server/source-file.js';
+import { readSourceFile, type Source, writeSourceFile } from '../../src/disk-server/source-file.js';
 import { codeOf, temporary } from '../blktap/support.js';
 
 const source: Source = {
