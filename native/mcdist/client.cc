@@ -62,8 +62,9 @@ Status Client::Open(const Options& options, std::shared_ptr<Replica> replica,
   if (!client->timer_.valid() || !client->wake_.valid()) {
     return Status::Errno("E_INTERNAL", "timerfd or eventfd");
   }
-  client->thread_ = std::thread([raw = client.get()] { raw->run(); });
+  // Before the thread: a source that is refused at once would be forgotten, and waited for.
   client->replica_->set_fetcher(client.get());
+  client->thread_ = std::thread([raw = client.get()] { raw->run(); });
   *out = std::move(client);
   return Status::Ok();
 }
