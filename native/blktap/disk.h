@@ -47,7 +47,7 @@ struct DiskStats {
   std::atomic<uint64_t> io_errors{0}, no_space_errors{0};
 };
 
-class Disk final : public Device {
+class Disk final : public Device, public PageUser {
  public:
   struct ForkResult {
     std::string slice;  // the slice that was sealed
@@ -92,12 +92,15 @@ class Disk final : public Device {
   void want(PageIndex page, std::function<void(const Status&)> done) override;
   Extent extent(uint64_t off, uint64_t limit) const override;
   void cache(uint64_t off, uint64_t len) override;
+  // Also for the generations below it, of which the oldest needs most.
+  uint64_t needs(PageIndex first) const override;
 
  private:
   friend class Pull;
   Disk(NodePtr top, std::shared_ptr<SwitchBase> base);
   Status load(const std::string& spare);
   Status load_top(const std::shared_ptr<Slice>& slice);
+  Status find_root();
   Status recover_spare(const std::shared_ptr<Slice>& slice);
   void lookup(Stretch* stretch) const;
   uint64_t untouched_run(PageIndex page) const;
@@ -139,6 +142,9 @@ class Disk final : public Device {
   NodePtr spare_;
   std::shared_ptr<Slice> spare_slice_;
   ImagePtr below_;  // of the node below the top; until the next fork
+  // Of the oldest slice, if that is not the top and the base fills: whatever its pages are, nobody
+  // above reads those of the base. It may lag behind merges, and then tells of fewer.
+  ImagePtr root_;
   std::string last_generation_;
   bool closed_ = false;
 

@@ -200,6 +200,7 @@ Status Pull::detach(bool* forked) {
   Disk& disk = *disk_;
   const auto store = disk.store_;
   ImagePtr image;
+  ImagePtr root;
   NodePtr below;
   std::shared_ptr<Base> base;  // all let go when no read is about to use them
   {
@@ -211,6 +212,7 @@ Status Pull::detach(bool* forked) {
       return Status::Ok();
     }
     image = std::move(disk.below_);
+    root = std::move(disk.root_);
     base = disk.base_->clear();
     disk.last_generation_.clear();
     below = store->cut_loose(top_);
