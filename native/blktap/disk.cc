@@ -28,7 +28,10 @@ Disk::Disk(NodePtr top, std::shared_ptr<SwitchBase> base)
       node_(std::move(top)),
       index_(pages_of(chain_.size)) {}
 
-Disk::~Disk() { store_->release_top(node_); }
+Disk::~Disk() {
+  user_->leave();
+  store_->release_top(node_);
+}
 
 std::string Disk::name() const { return "disk on slice " + node_->id; }
 
@@ -46,7 +49,7 @@ Status Disk::Open(NodePtr top, const std::string& spare, const Store::OpenBase& 
   status = disk->load(spare);
   if (status.ok()) status = disk->find_root();
   if (!status.ok()) return status;
-  disk->base_->add_user(disk);
+  disk->base_->add_user(disk->user_);
   *out = std::move(disk);
   return status;
 }
@@ -216,6 +219,7 @@ Status Disk::close() {
     if (closed_) return Status::Ok();
     closed_ = true;
   }
+  user_->leave();
   const Status status = settle();
   ImagePtr unneeded;
   NodePtr spare;

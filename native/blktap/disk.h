@@ -31,6 +31,7 @@
 
 #include <atomic>
 #include <mutex>
+#include <shared_mutex>
 #include <string>
 
 #include "blktap/rwlock.h"
@@ -47,7 +48,7 @@ struct DiskStats {
   std::atomic<uint64_t> io_errors{0}, no_space_errors{0};
 };
 
-class Disk final : public Device, public PageUser {
+class Disk final : public Device {
  public:
   struct ForkResult {
     std::string slice;  // the slice that was sealed
@@ -92,11 +93,30 @@ class Disk final : public Device, public PageUser {
   void want(PageIndex page, std::function<void(const Status&)> done) override;
   Extent extent(uint64_t off, uint64_t limit) const override;
   void cache(uint64_t off, uint64_t len) override;
-  // Also for the generations below it, of which the oldest needs most.
-  uint64_t needs(PageIndex first) const override;
 
  private:
   friend class Pull;
+  // What the disk is for a replica below it. Apart from it, so that a prefetch that just asks does
+  // not keep a closed disk alive.
+  class User final : public PageUser {
+   public:
+    explicit User(const Disk* disk) : disk_(disk) {}
+    uint64_t needs(PageIndex first) const override {
+      std::shared_lock lock(lock_);
+      return disk_ == nullptr ? 0 : disk_->needs(first);
+    }
+    void leave() {
+      std::unique_lock lock(lock_);
+      disk_ = nullptr;
+    }
+
+   private:
+    mutable RwLock lock_;  // before the disk's gate_
+    const Disk* disk_;
+  };
+  // Which of 64 pages of the base may be read, here or in a generation below: the oldest of them
+  // needs most.
+  uint64_t needs(PageIndex first) const;
   Disk(NodePtr top, std::shared_ptr<SwitchBase> base);
   Status load(const std::string& spare);
   Status load_top(const std::shared_ptr<Slice>& slice);
@@ -125,6 +145,7 @@ class Disk final : public Device, public PageUser {
 
   const std::shared_ptr<Store> store_;
   const std::shared_ptr<SwitchBase> base_;  // chain_'s
+  const std::shared_ptr<User> user_ = std::make_shared<User>(this);
   Chain chain_;
   std::string recovered_;
   DiskStats stats_;

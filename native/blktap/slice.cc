@@ -78,6 +78,8 @@ Status Slice::open_live() {
   if (live.state == static_cast<uint32_t>(SliceState::kSealed)) {
     return Status::Error("E_CORRUPT", live_path_ + " says sealed, which no live map does");
   }
+  status = check_covered(map_, map_path(), live_, live_path_, size_bytes_);
+  if (!status.ok()) return status;
   header_dirty_ = live.state != header_.state;
   header_ = live;
   // Which blocks .map lacks is not known any more: all that hold anything.

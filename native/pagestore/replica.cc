@@ -108,17 +108,20 @@ Status Replica::Open(const std::string& path, const std::string& generation, uin
     return Status::Error("E_REPLICA_MISMATCH", "replica " + path + " has another size");
   }
   const bool cut = st.st_size < bytes;
-  if (cut && ::ftruncate(r->data_.get(), bytes) != 0) return Status::Errno("E_IO", "size " + path);
   r->present_words_ = reinterpret_cast<std::atomic<uint64_t>*>(r->map_base_ + kPageBytes);
   r->zero_words_ = reinterpret_cast<std::atomic<uint64_t>*>(r->map_base_ + kPageBytes + bits);
   if (medium == Medium::kDisk) {
     const Status status = r->check_boot();
     if (!status.ok()) return status;
   }
-  r->count_bits();
+  if (!r->count_bits()) {
+    return Status::Error("E_CORRUPT", map_path + " speaks of pages beyond the end");
+  }
+  // Not made longer: pages that were there would become zeros. A VM that maps it would die.
   if (cut && r->present_ > 0) {
     return Status::Error("E_CORRUPT", "replica " + path + " is shorter than its map says");
   }
+  if (cut && ::ftruncate(r->data_.get(), bytes) != 0) return Status::Errno("E_IO", "size " + path);
   if (medium == Medium::kMemory) {
     void* data = ::mmap(nullptr, pages * kPageBytes, PROT_READ | PROT_WRITE,
                         MAP_SHARED | MAP_NORESERVE, r->data_.get(), 0);
@@ -139,12 +142,17 @@ Replica::~Replica() {
 
 void Replica::unlock() { ::flock(map_.get(), LOCK_UN); }
 
-void Replica::count_bits() {
+bool Replica::count_bits() {
   for (size_t i = 0; i < (pages_ + kWordPages - 1) / kWordPages; i++) {
-    present_ += static_cast<uint64_t>(std::popcount(present_words_[i].load()));
-    zero_ += static_cast<uint64_t>(std::popcount(zero_words_[i].load()));
+    const uint64_t present = present_words_[i].load();
+    const uint64_t zero = zero_words_[i].load();
+    const uint64_t left = pages_ - i * kWordPages;
+    if (left < kWordPages && ((present | zero) >> left) != 0) return false;
+    present_ += static_cast<uint64_t>(std::popcount(present));
+    zero_ += static_cast<uint64_t>(std::popcount(zero & ~present));  // as state() has it
   }
   complete_ = all_known();
+  return true;
 }
 
 // A page can be both if it was filled while it was told to be zero, hence not by the counts alone.

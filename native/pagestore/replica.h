@@ -115,7 +115,7 @@ class Replica final : public PageProvider {
   Status write_page(PageIndex page, const uint8_t* data);
   void wake(PageIndex page);
   void end_waiters(PageIndex page, const Status& status);
-  void count_bits();
+  bool count_bits();  // false: there are bits beyond the last page
   void check_complete();
   bool all_known() const;
   // Of replica_durable.cc: kDisk's part of Open.

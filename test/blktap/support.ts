@@ -1,7 +1,7 @@
 import { execFile, spawn } from 'node:child_process';
 import { createHash, randomBytes } from 'node:crypto';
 import { once } from 'node:events';
-import { mkdtemp, readdir, rm, stat } from 'node:fs/promises';
+import { access, mkdtemp, readdir, rm, stat } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
@@ -11,7 +11,7 @@ import { afterEach, expect } from 'vitest';
 import { asSnowflockError } from '../../src/common/errors.js';
 import { loadAddon } from '../../src/common/native.js';
 import { Disk, type ReplicaHandle } from '../../src/cow-disk/disk.js';
-import { addon } from '../../src/cow-disk/native.js';
+import { addon, type SliceCheck } from '../../src/cow-disk/native.js';
 import { type ListenOptions, NbdServer } from '../../src/cow-disk/nbd-server.js';
 import { NbdClient } from './nbd-client.js';
 
@@ -54,6 +54,14 @@ export async function allocatedBytes(directory: string): Promise<number> {
     if (name.endsWith('.data')) bytes += (await stat(join(directory, name))).blocks * 512;
   }
   return bytes;
+}
+
+/** What the slice that is written to holds. */
+export async function topSlice(disk: Disk): Promise<SliceCheck> {
+  await disk.flush();
+  const { sizeBytes, slices } = disk.info();
+  const id = slices.at(-1)?.id ?? '';
+  return addon().checkSlice({ directory: disk.directory, id, map: 0, sizeBytes });
 }
 
 export async function openDisk(
@@ -145,6 +153,13 @@ export function newReplica(path: string, generation: string, pages: number): Tes
   const replica = new Replica(path, generation, pages, 'disk');
   cleanup(() => replica.close());
   return replica;
+}
+
+export function exists(path: string): Promise<boolean> {
+  return access(path).then(
+    () => true,
+    () => false,
+  );
 }
 
 /** Waits, without a fixed time, until `ready` says so. The test's own time-out bounds it. */
