@@ -133,6 +133,9 @@ class ReplicaBase final : public Base {
   void want(PageIndex page, std::function<void(const Status&)> done) override {
     replica_->want(page, std::move(done));
   }
+  void add_user(std::weak_ptr<const PageUser> user) override {
+    replica_->add_user(std::move(user));
+  }
 
  private:
   // Zeros are put into `out`; `data(offset, bytes, into)` is called for each run of other pages.

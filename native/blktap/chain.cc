@@ -78,4 +78,17 @@ uint32_t chain_depth(const Chain& chain, uint32_t top, SliceIndex::Entry entry) 
   return top - std::min(top, chain.slices->height(entry)) + 1;
 }
 
+uint64_t base_mask(const SliceIndex& index, PageIndex first) {
+  static_assert(SliceIndex::kLeafPages == 64);
+  if (index.base_run(first) >= SliceIndex::kLeafPages) return ~uint64_t{0};
+  const uint64_t count = std::min(SliceIndex::kLeafPages, index.pages() - first);
+  std::array<SliceIndex::Entry, SliceIndex::kLeafPages> entries;
+  index.get(first, count, entries.data());
+  uint64_t mask = 0;
+  for (uint64_t i = 0; i < count; i++) {
+    if (entries[i] == SliceIndex::kBase) mask |= uint64_t{1} << i;
+  }
+  return mask;
+}
+
 }  // namespace sf

@@ -97,4 +97,7 @@ void chain_cache(const Chain& chain, const SliceIndex& index, uint64_t off, uint
 // count as the top's. The caller holds chain.slices->shape() shared.
 uint32_t chain_depth(const Chain& chain, uint32_t top, SliceIndex::Entry entry);
 
+// Which of the 64 pages from `first` (a multiple of 64) are the base's.
+uint64_t base_mask(const SliceIndex& index, PageIndex first);
+
 }  // namespace sf
