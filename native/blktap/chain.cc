@@ -31,7 +31,7 @@ int read_stretch(const Chain& chain, const Stretch& stretch, uint64_t off, size_
       error = chain.base->read(off, n, out, mode, zero);
     } else {
       *zero = false;
-      error = chain.slices->at(entry).data().read(off, n, out, mode);
+      error = chain.slices->at(entry).read(off, n, out, mode);
     }
     if (error != 0) return error;
     off += n;
@@ -97,8 +97,8 @@ ReadResult View::read(PageIndex page, uint8_t* out) {
     if (result == ReadResult::kAbsent) chain_.base->want(page, [](const Status&) {});
     return result;
   }
-  const DataFile& file = chain_.slices->at(entry).data();
-  if (file.read(page * kPageBytes, kPageBytes, out, ReadMode::kBlock) != 0) {
+  const Slice& slice = chain_.slices->at(entry);
+  if (slice.read(page * kPageBytes, kPageBytes, out, ReadMode::kBlock) != 0) {
     return ReadResult::kError;
   }
   return is_zero_page(out) ? ReadResult::kZero : ReadResult::kData;

@@ -22,17 +22,22 @@ DataFile::DataFile(Fd fd) : fd_(std::move(fd)) {
 }
 
 int DataFile::read(uint64_t off, size_t len, uint8_t* out, ReadMode mode) const {
+  return read_file(fd_.get(), nowait_, off, len, out, mode);
+}
+
+int read_file(int fd, DataFile::Nowait nowait, uint64_t off, size_t len, uint8_t* out,
+              ReadMode mode) {
   int flags = 0;
   if (mode == ReadMode::kNowait) {
-    if (nowait_ == Nowait::kRefused) return EAGAIN;
-    if (nowait_ == Nowait::kFlag) flags = RWF_NOWAIT;
+    if (nowait == DataFile::Nowait::kRefused) return EAGAIN;
+    if (nowait == DataFile::Nowait::kFlag) flags = RWF_NOWAIT;
   }
   size_t done = 0;
   while (done < len) {
     iovec part = {out + done, len - done};
-    const ssize_t n =
-        flags == 0 ? ::pread(fd_.get(), out + done, len - done, static_cast<off_t>(off + done))
-                   : ::preadv2(fd_.get(), &part, 1, static_cast<off_t>(off + done), flags);
+    const ssize_t n = flags == 0
+                          ? ::pread(fd, out + done, len - done, static_cast<off_t>(off + done))
+                          : ::preadv2(fd, &part, 1, static_cast<off_t>(off + done), flags);
     if (n < 0) {
       if (errno == EINTR) continue;
       return errno;

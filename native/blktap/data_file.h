@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 
 #include "common/fd.h"
 
@@ -18,20 +19,28 @@ enum class ReadMode : uint8_t {
 
 class DataFile {
  public:
+  // What a file can do for a read that must not sleep.
+  enum class Nowait : uint8_t { kRefused, kFlag, kMemory };
+
   DataFile() = default;
   explicit DataFile(Fd fd);
 
   int fd() const { return fd_.get(); }
   bool valid() const { return fd_.valid(); }
+  Nowait nowait() const { return nowait_; }
+  Fd take() { return std::move(fd_); }
   // 0 or an errno. A file that ends before `len` bytes is EIO, never zeros.
   int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode) const;
   int write(uint64_t off, const void* data, size_t len) const;
   int writev(uint64_t off, iovec* parts, int count) const;  // alters `parts`
 
  private:
-  enum class Nowait : uint8_t { kRefused, kFlag, kMemory };
   Fd fd_;
   Nowait nowait_ = Nowait::kRefused;
 };
+
+// DataFile::read for whoever has only the descriptor.
+int read_file(int fd, DataFile::Nowait nowait, uint64_t off, size_t len, uint8_t* out,
+              ReadMode mode);
 
 }  // namespace sf

@@ -57,7 +57,7 @@ Status Disk::load(const Spec& spec) {
   for (size_t i = 0; i < spec.slices.size(); i++) {
     const bool top = i + 1 == spec.slices.size();
     std::shared_ptr<Slice> slice;
-    Status status = Slice::Open(directory_, spec.slices[i].id, chain_.size, &slice);
+    Status status = Slice::Open(directory_, spec.slices[i].id, chain_.size, &slice, file_errors_);
     if (!status.ok()) return status;
     // disk.json names a slice as sealed only after it was settled.
     if (top ? slice->state() == SliceState::kSpare : !slice->settled()) {
@@ -74,7 +74,7 @@ Status Disk::load(const Spec& spec) {
     }
   }
   if (!spec.spare.empty()) {
-    Status status = Slice::Open(directory_, spec.spare, chain_.size, &spare_);
+    Status status = Slice::Open(directory_, spec.spare, chain_.size, &spare_, file_errors_);
     if (status.ok() && spare_->state() != SliceState::kSpare) status = recover_spare();
     if (!status.ok()) return status;
   }
@@ -147,7 +147,7 @@ Status Disk::fork(const std::string& generation, bool wait, bool* busy, ForkResu
 
 Status Disk::attach_spare(const std::string& id) {
   std::shared_ptr<Slice> slice;
-  Status status = Slice::Open(directory_, id, chain_.size, &slice);
+  Status status = Slice::Open(directory_, id, chain_.size, &slice, file_errors_);
   if (!status.ok()) return status;
   if (slice->state() != SliceState::kSpare) {
     return Status::Error("E_STATE", "slice " + id + " is not a spare");
@@ -224,17 +224,15 @@ Status Disk::close() {
 
 Status Disk::last_error() {
   std::lock_guard lock(error_mutex_);
-  return last_error_;
+  return last_error_.ok() ? file_errors_->last() : last_error_;
 }
 
 std::vector<Disk::SliceInfo> Disk::slices() {
   std::vector<SliceInfo> out;
   std::shared_lock gate(gate_);
   for (const auto& slice : chain_.slices->all()) {
-    struct stat st = {};
-    const bool known = ::fstat(slice->data().fd(), &st) == 0;
     out.push_back({slice->id(), state_name(*slice, slice == top_), slice->pages_marked(),
-                   known ? static_cast<uint64_t>(st.st_blocks) * 512 : 0});
+                   slice->allocated_bytes()});
   }
   return out;
 }

@@ -19,7 +19,7 @@
 //   gate_               shared: a write of one stretch; exclusive: fork. Guards top_, spare_
 //   page_locks_         one of 256 by stretch: two writes of one stretch
 //   index_lock_         shared: a look-up; exclusive: a change
-// Left out: merging, closing descriptors of slices seldom read.
+// Left out: merging.
 #pragma once
 
 #include <atomic>
@@ -82,7 +82,7 @@ class Disk final : public Device {
   std::vector<SliceInfo> slices();
   size_t index_bytes() const { return index_.bytes(); }
   DiskStats& stats() { return stats_; }
-  Status last_error();
+  Status last_error();  // of a flush, else of a slice's file
 
   uint64_t size() const override { return chain_.size; }
   bool writable() const override { return true; }
@@ -120,6 +120,7 @@ class Disk final : public Device {
 
   std::mutex error_mutex_;
   Status last_error_;  // of the last flush that failed
+  std::shared_ptr<FileErrors> file_errors_ = std::make_shared<FileErrors>();
 
   mutable RwLock gate_;
   std::shared_ptr<Slice> top_;

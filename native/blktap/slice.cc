@@ -90,7 +90,7 @@ Status Slice::RemoveSpare(const std::string& directory, const std::string& id,
 }
 
 Status Slice::Open(const std::string& directory, const std::string& id, uint64_t size_bytes,
-                   std::shared_ptr<Slice>* out) {
+                   std::shared_ptr<Slice>* out, std::shared_ptr<FileErrors> errors) {
   if (!is_hex_id(id)) return Status::Error("E_ARGUMENT", "bad slice id " + id);
   std::string boot;
   Status status = boot_id(&boot);
@@ -102,17 +102,25 @@ Status Slice::Open(const std::string& directory, const std::string& id, uint64_t
   s->map_bytes_ = map_file_bytes(size_bytes);
   s->live_path_ = s->path(("." + boot + ".live").c_str());
   const std::string map_path = s->path(".map");
-  status = open_file(s->path(".data"), O_RDWR, size_bytes, &s->data_);
+  DataFile data;
+  status = open_file(s->path(".data"), O_RDWR, size_bytes, &data);
+  if (status.ok()) {
+    status =
+        s->data_.keep(&FileCache::shared(), s->path(".data"), std::move(data), std::move(errors));
+  }
   if (status.ok()) status = open_file(map_path, O_RDWR, s->map_bytes_, &s->map_);
   if (status.ok()) {
     status = read_header(s->map_, map_path, id, size_bytes, MapKind::kDurable, &s->header_);
   }
   if (!status.ok()) return status;
-  s->dirty_.assign((s->map_bytes_ / kPageBytes + 63) / 64, 0);
   if (s->state() == SliceState::kSealed) {
-    s->settled_ = true;
     ::unlink(s->live_path_.c_str());  // left over from a kill between seal and unlink
-  } else if (::access(s->live_path_.c_str(), F_OK) == 0) {
+    s->settle();
+    *out = std::move(s);
+    return Status::Ok();
+  }
+  s->dirty_.assign((s->map_bytes_ / kPageBytes + 63) / 64, 0);
+  if (::access(s->live_path_.c_str(), F_OK) == 0) {
     SliceHeader live = {};
     status = open_file(s->live_path_, O_RDWR, s->map_bytes_, &s->live_);
     if (status.ok()) {
@@ -262,7 +270,7 @@ int Slice::mark(PageIndex first, uint64_t count, PageState state) {
 }
 
 int Slice::punch(PageIndex first, uint64_t count) const {
-  if (::fallocate(data_.fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+  if (::fallocate(data().fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                   static_cast<off_t>(first * kPageBytes),
                   static_cast<off_t>(count * kPageBytes)) == 0) {
     return 0;
@@ -321,9 +329,25 @@ Status Slice::seal() {
     live_ = DataFile();
     map_ = DataFile();
   }
-  settled_.store(true, std::memory_order_release);
   ::unlink(live_path_.c_str());  // if a kill prevents it, Open does it
+  settle();
   return Status::Ok();
+}
+
+// There may be thousands of settled slices: they keep only what reading them takes.
+void Slice::settle() {
+  {
+    std::lock_guard lock(map_mutex_);
+    dirty_ = {};
+    live_path_ = {};
+  }
+  data_.release();
+  settled_.store(true, std::memory_order_release);
+}
+
+uint64_t Slice::allocated_bytes() const {
+  struct stat st = {};
+  return ::stat(data_.path().c_str(), &st) == 0 ? static_cast<uint64_t>(st.st_blocks) * 512 : 0;
 }
 
 // One pass over the map. Blocks that become dirty behind the cursor belong to writes that were not
@@ -363,7 +387,7 @@ Status Slice::persist() {
       for (uint64_t b : round) dirty_[b / 64] |= uint64_t{1} << (b % 64);
       return status;
     };
-    if (::fdatasync(data_.fd()) != 0) {
+    if (::fdatasync(data().fd()) != 0) {
       sync_failed_ = file_error("sync " + path(".data"));
       return failed(sync_failed_);
     }

@@ -30,7 +30,8 @@
 //  - After a failed fdatasync the kernel forgets which pages were dirty: the slice answers EIO to
 //    every later persist(), so that a second flush cannot claim what the first one lost.
 // No file is mapped: a full file system is an error of pwrite(), not a SIGBUS.
-// Left out: merging slices, closing descriptors of slices seldom read.
+// A settled slice's data file is open while the FileCache has room for it.
+// Left out: merging slices.
 #pragma once
 
 #include <atomic>
@@ -40,7 +41,7 @@
 #include <string>
 #include <vector>
 
-#include "blktap/data_file.h"
+#include "blktap/file_cache.h"
 #include "blktap/slice_format.h"
 #include "common/page.h"
 #include "common/status.h"
@@ -54,8 +55,9 @@ class Slice {
                        SliceState state);
   // Opens a slice with the map that is true now: .live of this boot if there is one, else .map.
   // E_CORRUPT if a file is missing, cut short or fails its checks.
+  // Its disk is told of errors of the data file by `errors`.
   static Status Open(const std::string& directory, const std::string& id, uint64_t size_bytes,
-                     std::shared_ptr<Slice>* out);
+                     std::shared_ptr<Slice>* out, std::shared_ptr<FileErrors> errors = nullptr);
   // Removes the files of a slice that was never more than a spare; anything else is left alone.
   static Status RemoveSpare(const std::string& directory, const std::string& id,
                             uint64_t size_bytes);
@@ -67,7 +69,16 @@ class Slice {
   std::string below_generation() const {
     return header_text(header_.below_generation, sizeof header_.below_generation);
   }
-  const DataFile& data() const { return data_; }
+  // The pages, in any state: pin() and read() of CachedFile. ESTALE after retire().
+  const CachedFile& pages() const { return data_; }
+  int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode) const {
+    return data_.read(off, len, out, mode);
+  }
+  // For writing, until the slice is settled.
+  const DataFile& data() const { return data_.own(); }
+  // Its pages are in other slices now: nobody starts to read them here any more.
+  void retire() { data_.remove(); }
+  uint64_t allocated_bytes() const;  // 0 if the file cannot be looked at
   uint64_t pages_marked() const { return pages_marked_.load(std::memory_order_relaxed); }
 
   // Calls `each` for every run of pages that are not absent; validates the map and, if sealed, its
@@ -86,6 +97,7 @@ class Slice {
   Slice() = default;
   std::string path(const char* suffix) const { return directory_ + "/" + id_ + suffix; }
   Status remake_live();
+  void settle();
   Status write_header(const DataFile& file, const std::string& name, MapKind kind);
   Status checksum(const DataFile& file, uint32_t* crc) const;
   Status scan_blocks(const DataFile& file,
@@ -96,7 +108,7 @@ class Slice {
   uint64_t size_bytes_ = 0;
   uint64_t map_bytes_ = 0;
   SliceHeader header_ = {};  // as in force now; below settled, `state` stays kOpen
-  DataFile data_;
+  CachedFile data_;
   DataFile map_;
   DataFile live_;
   std::string live_path_;
