@@ -14,6 +14,25 @@ export interface FileCacheStats {
 interface FileCacheAddon {
   setFileCacheCapacity(descriptors: number): void;
   fileCacheStats(): FileCacheStats;
+  raceFileCache(
+    directory: string,
+    files: number,
+    capacity: number,
+    reads: number,
+    seed: number,
+  ): FileCacheRace;
+}
+
+/** What native/blktap/file_cache_race.h saw; `full` and `letGo` are errno values. */
+export interface FileCacheRace {
+  reads: number;
+  wrong: number;
+  stale: number;
+  again: number;
+  most: number;
+  pinned: number;
+  full: number;
+  letGo: number;
 }
 
 /** `descriptors`: 1 to 1048576, 256 if never called. E_ARGUMENT. */
@@ -24,3 +43,7 @@ export function setFileCacheCapacity(descriptors: number): void {
 export function fileCacheStats(): FileCacheStats {
   return loadAddon<FileCacheAddon>('dataplane').fileCacheStats();
 }
+
+/** For tests: threads read, hold, release and remove files of an empty folder. */
+export const raceFileCache: FileCacheAddon['raceFileCache'] = (...options) =>
+  nativeSync(() => loadAddon<FileCacheAddon>('dataplane').raceFileCache(...options));

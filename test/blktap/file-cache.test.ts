@@ -1,9 +1,14 @@
 import { copyFile, mkdtemp, readdir, readlink, rename, rm, truncate } from 'node:fs/promises';
+import { constants } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, expect, test } from 'vitest';
 import { asSnowflockError } from '../../src/common/errors.js';
 import { Disk } from '../../src/cow-disk/disk.js';
-import { fileCacheStats, setFileCacheCapacity } from '../../src/cow-disk/file-cache.js';
+import {
+  fileCacheStats,
+  raceFileCache,
+  setFileCacheCapacity,
+} from '../../src/cow-disk/file-cache.js';
 import { addon } from '../../src/cow-disk/native.js';
 import type { NbdClient } from './nbd-client.js';
 import {
@@ -162,6 +167,17 @@ test('a file cut short or gone is EIO to the client, with the reason', async () 
   expect(second.disk.stats().lastError).toContain(`${second.path} vanished`);
   await check(second.client, 1);
   expect(first.disk.stats().lastError).not.toContain('vanished');
+});
+
+test('threads that read, hold, release and remove files get their bytes or a clear errno', async () => {
+  const seed = newSeed('file cache race');
+  const race = raceFileCache(await temporary(), 300, 16, 5000, seed);
+  expect(race.wrong).toBe(0);
+  expect(race.stale).toBeGreaterThan(0);
+  expect(race.most).toBeLessThanOrEqual(2 * 16);
+  expect(race.pinned).toBe(2 * 16); // and not one more
+  expect(race.full).toBe(constants.errno.EMFILE);
+  expect(race.letGo).toBe(0);
 });
 
 test('a capacity of nothing is refused', () => {
