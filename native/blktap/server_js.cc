@@ -4,8 +4,8 @@
 
 #include <set>
 
-#include "blktap/task.h"
 #include "blktap/nbd_server.h"
+#include "blktap/task.h"
 
 namespace sf {
 namespace {
