@@ -61,7 +61,8 @@ Status Disk::load(const std::string& spare) {
     index_ = *below_;
   }
   std::shared_ptr<Slice> slice;
-  Status status = Slice::Open(store_->directory(), node_->id, node_->map, chain_.size, &slice);
+  Status status = Slice::Open(store_->directory(), node_->id, node_->map, chain_.size,
+                              store_->file_errors(), &slice);
   if (status.ok() && slice->state() == SliceState::kSpare) {
     status =
         Status::Error("E_CORRUPT", "slice " + node_->id + " is a spare, not the top of a disk");
@@ -71,7 +72,7 @@ Status Disk::load(const std::string& spare) {
   if (!status.ok()) return status;
   if (!spare.empty()) {
     std::shared_ptr<Slice> other;
-    status = Slice::Open(store_->directory(), spare, 0, chain_.size, &other);
+    status = Slice::Open(store_->directory(), spare, 0, chain_.size, store_->file_errors(), &other);
     if (!status.ok()) return status;
     if (other->state() != SliceState::kSpare) {
       status = recover_spare(other);
@@ -164,7 +165,8 @@ Status Disk::fork(const std::string& generation, bool wait, bool* busy, ForkResu
 Status Disk::attach_spare(const std::string& id) {
   std::shared_ptr<Slice> slice;
   NodePtr node;
-  Status status = Slice::Open(store_->directory(), id, 0, chain_.size, &slice);
+  Status status =
+      Slice::Open(store_->directory(), id, 0, chain_.size, store_->file_errors(), &slice);
   if (status.ok() && slice->state() != SliceState::kSpare) {
     status = Status::Error("E_STATE", "slice " + id + " is not a spare");
   }
@@ -233,7 +235,10 @@ Status Disk::close() {
 
 Status Disk::last_error() {
   std::lock_guard lock(error_mutex_);
-  return last_error_;
+  // Slices are read by many disks: what is wrong with one is told by those that met an error.
+  if (!last_error_.ok() || stats_.io_errors.load(std::memory_order_relaxed) == 0)
+    return last_error_;
+  return store_->file_errors()->last();
 }
 
 Disk::Info Disk::info() {

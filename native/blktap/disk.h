@@ -78,7 +78,7 @@ class Disk final : public Device {
   };
   Info info();
   DiskStats& stats() { return stats_; }
-  Status last_error();
+  Status last_error();  // of its last failed flush, else of a file of the store
 
   uint64_t size() const override { return chain_.size; }
   bool writable() const override { return true; }

@@ -4,6 +4,7 @@ import { dirname } from 'node:path';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
 import type { Logger } from '../common/log.js';
 import { Disk } from '../cow-disk/disk.js';
+import { setFileCacheCapacity } from '../cow-disk/file-cache.js';
 import type { VmRecord } from '../hypervisor/driver.js';
 import { rescueVm } from '../hypervisor/index.js';
 import { McdistServer } from '../mcdist/mcdist.js';
@@ -19,6 +20,8 @@ export interface DataplaneOptions {
   /** This host's address on the uplink: requests are answered from it, groups joined on it. */
   address: string;
   mcdistPort: number;
+  /** Files of disks' sealed slices open at once. */
+  maxOpenFiles: number;
 }
 
 interface Fork {
@@ -49,6 +52,7 @@ export class Dataplane {
     this.#options = options;
     this.#log = log;
     this.#emit = emit;
+    setFileCacheCapacity(options.maxOpenFiles);
     this.#memtap = new MemtapServer({ socketPath: options.memtapSocket, socketGid: options.vmGid });
     this.#mcdist = new McdistServer({
       bindAddress: options.address,

@@ -55,6 +55,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
       vmGid: config.vmGid,
       address: config.address,
       mcdistPort: config.mcdistPort,
+      maxOpenFiles: config.maxOpenFiles,
       logPath: join(config.stateDir, 'log', 'dataplane.log'),
     },
     log,
