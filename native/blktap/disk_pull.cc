@@ -181,9 +181,15 @@ Status Pull::wait_for(const Stretch& stretch) {
   return std::exchange(arrivals_->failed, Status::Ok());
 }
 
+void Pull::end() {
+  ended_ = true;
+  top_.reset();
+  disk_.reset();
+}
+
 void Pull::abort() {
   std::lock_guard lock(mutex_);
-  ended_ = true;  // what was copied is the disk's own now, and stays
+  end();  // what was copied is the disk's own now, and stays
 }
 
 Status Pull::detach(bool* forked) {
@@ -192,6 +198,7 @@ Status Pull::detach(bool* forked) {
   if (ended_) return Status::Error("E_STATE", "the pull has ended");
   if (this->forked()) {
     *forked = true;
+    end();
     return Status::Ok();
   }
   if (!copied_) return Status::Error("E_STATE", "a disk is cut loose after the pull's last step");
@@ -206,16 +213,16 @@ Status Pull::detach(bool* forked) {
     std::lock_guard build(store->build_mutex);
     std::unique_lock gate(disk.gate_);
     if (disk.closed_) return Status::Error("E_CLOSED", "the disk is closed");
-    if (disk.node_ != top_) {
-      *forked = true;
-      return Status::Ok();
+    *forked = disk.node_ != top_;
+    if (!*forked) {
+      image = std::move(disk.below_);
+      base = disk.base_->clear();
+      disk.last_generation_.clear();
+      below = store->cut_loose(top_);
     }
-    image = std::move(disk.below_);
-    base = disk.base_->clear();
-    disk.last_generation_.clear();
-    below = store->cut_loose(top_);
   }
-  ended_ = true;
+  end();
+  if (*forked) return Status::Ok();
   if (!store->table()->readers().synchronize(kReadersLimit)) {
     store->keep_for_readers(std::move(below), std::move(base));
   }

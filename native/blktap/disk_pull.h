@@ -35,13 +35,15 @@ class Pull final : public Step {
     Status failed;
   };
   bool forked() const;
+  void end();
   Status pull_stretch(Stretch* stretch, uint64_t* bytes, bool* absent);
   int copy_run(const Stretch& stretch, PageIndex first, uint64_t count);
   bool needed(const Stretch& stretch, PageIndex page) const;
   Status wait_for(const Stretch& stretch);
 
-  const std::shared_ptr<Disk> disk_;
-  const NodePtr top_;  // as it was when the pull began
+  // Both let go at the end, whenever the object itself goes.
+  std::shared_ptr<Disk> disk_;
+  NodePtr top_;  // as it was when the pull began
   const std::shared_ptr<Arrivals> arrivals_ = std::make_shared<Arrivals>();
   uint64_t total_bytes_ = 0;
   std::mutex mutex_;

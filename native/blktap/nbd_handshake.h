@@ -44,8 +44,9 @@ class Handshake {
   Export::Admission enter(const std::shared_ptr<Export>& exported);
   uint16_t transmission_flags(const ExportInfo& info) const;
 
-  Next reply(uint32_t option, uint32_t type, const void* data = nullptr, size_t bytes = 0);
-  Next reply(uint32_t option, uint32_t type, const std::string& text) {
+  // No default for `bytes`: a text in quotes must become a string.
+  Next reply(uint32_t option, uint32_t type, const void* data, size_t bytes);
+  Next reply(uint32_t option, uint32_t type, const std::string& text = {}) {
     return reply(option, type, text.data(), text.size());
   }
   bool receive(void* out, size_t bytes);

@@ -44,6 +44,7 @@ Node::~Node() {
     for (auto number : numbers) store->table_->point(number, nullptr);
     auto found = store->nodes_.find(id);
     if (found != store->nodes_.end() && found->second.raw == this) store->nodes_.erase(found);
+    if (store->closed_ && store->nodes_.empty()) store->lock_.release(false);
     if (parent != nullptr && --parent->children < 2 && !parent->shared) {
       unneeded = std::move(parent->kept);
     }
@@ -76,7 +77,7 @@ Status Store::close() {
   nodes.swap(buried_nodes_);
   buried_.clear();
   buried_bases_.clear();
-  lock_.release();
+  lock_.release(!nodes_.empty());
   return Status::Ok();
 }
 

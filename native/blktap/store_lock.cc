@@ -34,9 +34,10 @@ Status StoreLock::take(const std::string& directory) {
   return Status::Ok();
 }
 
-void StoreLock::release() {
+void StoreLock::release(bool readers_left) {
   released_ = true;
   fd_.reset();
+  if (!readers_left) witness_.reset();
 }
 
 bool StoreLock::holds() const {

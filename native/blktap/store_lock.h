@@ -21,7 +21,7 @@ class StoreLock {
  public:
   // E_IN_USE, E_IO.
   Status take(const std::string& directory);
-  void release();
+  void release(bool readers_left);
   // False if somebody may have changed files since. To be asked after a read.
   bool holds() const;
 

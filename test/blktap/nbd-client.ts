@@ -2,7 +2,16 @@
 import { once } from 'node:events';
 import { connect, type Socket } from 'node:net';
 
-export const CMD = { read: 0, write: 1, disconnect: 2, flush: 3, trim: 4, zero: 6, status: 7 };
+export const CMD = {
+  read: 0,
+  write: 1,
+  disconnect: 2,
+  flush: 3,
+  trim: 4,
+  cache: 5,
+  zero: 6,
+  status: 7,
+};
 
 export class NbdError extends Error {
   constructor(readonly errno: number) {

@@ -125,6 +125,12 @@ test('each option is answered as the protocol says, and the phase goes on', asyn
       replies.map((reply) => reply.type),
       what,
     ).toEqual(types);
+    const last = replies.at(-1)?.data.length ?? 0;
+    if (types.some((type) => type === invalid || type === unknown)) {
+      expect(last, what).toBeGreaterThan(0); // says why
+    } else if (types.at(-1) === ack) {
+      expect(last, what).toBe(0);
+    }
   }
   // After an abort, with data or not, the server ends the connection.
   const closed = once(socket, 'close');
