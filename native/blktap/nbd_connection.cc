@@ -40,24 +40,29 @@ size_t put_read_reply(uint8_t* p, const Request& request, bool structured, bool 
   return kChunkHeaderBytes + payload;
 }
 
-Connection::Connection(Exports& exports, Fd socket)
+Connection::Connection(Exports& exports, Fd socket, Entrance entrance)
     : exports_(exports),
+      entrance_(std::move(entrance)),
       socket_(std::move(socket)),
+      stream_(new SocketStream(socket_.get())),
       event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
       in_(new uint8_t[kInBytes]) {}
 
 void Connection::stop() { ::shutdown(socket_.get(), SHUT_RDWR); }
 
 void Connection::run() {
-  SocketStream stream(socket_.get());
-  Handshake handshake(stream, exports_, shared_from_this());
+  Handshake handshake(*stream_, exports_, shared_from_this(), entrance_);
   const bool entered = event_.valid() && handshake.run(&negotiated_);
   export_ = handshake.exported();
+  auto tls = handshake.take_tls();
+  const bool plain = tls == nullptr;
+  if (!plain) stream_ = std::move(tls);
   if (entered) {
-    ring_ = Ring::Make();
+    if (plain) ring_ = Ring::Make();
     transmit();
     end_ring();
   }
+  stream_->goodbye();
   ::shutdown(socket_.get(), SHUT_RDWR);
   if (export_ != nullptr) export_->leave(this);
 }
@@ -360,7 +365,7 @@ std::pair<uint8_t*, size_t> Connection::receive_space() {
 bool Connection::receive() {
   if (!may_receive()) return false;
   const auto [into, bytes] = receive_space();
-  const ssize_t n = ::recv(socket_.get(), into, bytes, MSG_DONTWAIT);
+  const ssize_t n = stream_->receive(into, bytes);
   if (n < 0) {
     if (errno != EAGAIN && errno != EINTR) dead_ = true;
     return dead_;
@@ -397,10 +402,7 @@ bool Connection::send_out() {
       if (count == std::size(parts)) break;
       parts[count++] = {out.data.get() + out.at, out.size - out.at};
     }
-    msghdr message = {};
-    message.msg_iov = parts;
-    message.msg_iovlen = count;
-    const ssize_t n = ::sendmsg(socket_.get(), &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    const ssize_t n = stream_->send(parts, count);
     if (n < 0) {
       if (errno == EINTR) continue;
       if (errno != EAGAIN) dead_ = true;

@@ -4,11 +4,9 @@
 #include <fcntl.h>
 #include <gnutls/gnutls.h>
 #include <gnutls/x509.h>
-#include <poll.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstring>
 
 namespace sf::nbd {
 namespace {
@@ -73,75 +71,84 @@ TlsCredentials::~TlsCredentials() {
   if (keys_ != nullptr) gnutls_psk_free_server_credentials(keys_);
 }
 
-std::unique_ptr<TlsSession> TlsSession::Make(int socket, const TlsCredentials& credentials,
-                                             std::string* error) {
-  std::unique_ptr<TlsSession> made(new TlsSession());
-  auto failed = [&](int code) {
-    *error = std::string("TLS cannot be set up: ") + gnutls_strerror(code);
-    return nullptr;
-  };
-  int code = gnutls_init(&made->session_, GNUTLS_SERVER | GNUTLS_NONBLOCK | GNUTLS_NO_SIGNAL);
-  if (code < 0) {
-    made->session_ = nullptr;
-    return failed(code);
-  }
-  code = gnutls_priority_set_direct(
-      made->session_, credentials.keys_ != nullptr ? kKeyPriority : kPriority, nullptr);
-  if (code < 0) return failed(code);
-  if (credentials.certificates_ != nullptr) {
-    code =
-        gnutls_credentials_set(made->session_, GNUTLS_CRD_CERTIFICATE, credentials.certificates_);
-    if (code < 0) return failed(code);
-    if (credentials.verify_peer_) {
-      static gnutls_typed_vdata_st purpose = {
-          GNUTLS_DT_KEY_PURPOSE_OID,
-          reinterpret_cast<unsigned char*>(const_cast<char*>(GNUTLS_KP_TLS_WWW_CLIENT)), 0};
-      gnutls_certificate_server_set_request(made->session_, GNUTLS_CERT_REQUIRE);
-      gnutls_session_set_verify_cert2(made->session_, &purpose, 1, 0);
-    }
-  }
-  if (credentials.keys_ != nullptr) {
-    code = gnutls_credentials_set(made->session_, GNUTLS_CRD_PSK, credentials.keys_);
-    if (code < 0) return failed(code);
-  }
-  const int flags = ::fcntl(socket, F_GETFL);
-  if (flags < 0 || ::fcntl(socket, F_SETFL, flags | O_NONBLOCK) < 0) {
-    *error = std::string("TLS cannot be set up: ") + std::strerror(errno);
-    return nullptr;
-  }
-  gnutls_transport_set_int(made->session_, socket);
-  gnutls_handshake_set_timeout(made->session_, 0);  // the caller has a deadline
-  return made;
+Status TlsStream::Accept(int socket, std::unique_ptr<TlsCredentials> credentials,
+                         uint64_t deadline_ms, std::unique_ptr<TlsStream>* out) {
+  std::unique_ptr<TlsStream> made(new TlsStream(socket, std::move(credentials)));
+  Status status = made->set_up();
+  if (status.ok()) status = made->handshake(deadline_ms);
+  if (status.ok()) *out = std::move(made);
+  return status;
 }
 
-TlsSession::~TlsSession() {
+Status TlsStream::set_up() {
+  auto failed = [](int code) {
+    return Status::Error("E_IO", std::string("TLS cannot be set up: ") + gnutls_strerror(code));
+  };
+  int code = gnutls_init(&session_,
+                         GNUTLS_SERVER | GNUTLS_NONBLOCK | GNUTLS_NO_SIGNAL | GNUTLS_NO_TICKETS);
+  if (code < 0) {
+    session_ = nullptr;
+    return failed(code);
+  }
+  const bool keys = credentials_->keys_ != nullptr;
+  code = gnutls_priority_set_direct(session_, keys ? kKeyPriority : kPriority, nullptr);
+  if (code < 0) return failed(code);
+  if (credentials_->certificates_ != nullptr) {
+    code = gnutls_credentials_set(session_, GNUTLS_CRD_CERTIFICATE, credentials_->certificates_);
+    if (code < 0) return failed(code);
+    if (credentials_->verify_peer_) {
+      static gnutls_typed_vdata_st purpose = {
+          // the session keeps the pointer
+          GNUTLS_DT_KEY_PURPOSE_OID,
+          reinterpret_cast<unsigned char*>(const_cast<char*>(GNUTLS_KP_TLS_WWW_CLIENT)), 0};
+      gnutls_certificate_server_set_request(session_, GNUTLS_CERT_REQUIRE);
+      gnutls_session_set_verify_cert2(session_, &purpose, 1, 0);
+    }
+  }
+  if (keys) {
+    code = gnutls_credentials_set(session_, GNUTLS_CRD_PSK, credentials_->keys_);
+    if (code < 0) return failed(code);
+  }
+  const int flags = ::fcntl(socket_, F_GETFL);
+  if (flags < 0 || ::fcntl(socket_, F_SETFL, flags | O_NONBLOCK) < 0) {
+    return Status::Errno("E_IO", "make a socket non-blocking");
+  }
+  gnutls_transport_set_int(session_, socket_);
+  gnutls_handshake_set_timeout(session_, 0);  // there is a deadline
+  return Status::Ok();
+}
+
+TlsStream::~TlsStream() {
   if (session_ != nullptr) gnutls_deinit(session_);
 }
 
-int TlsSession::handshake(std::string* error) {
-  for (;;) {
-    const int code = gnutls_handshake(session_);
-    if (code == GNUTLS_E_SUCCESS) return 0;
-    if (code == GNUTLS_E_AGAIN) {
-      return gnutls_record_get_direction(session_) == 0 ? POLLIN : POLLOUT;
+Status TlsStream::handshake(uint64_t deadline_ms) {
+  int code = gnutls_handshake(session_);
+  // What is not fatal may come without end: the deadline holds for that too.
+  while (code != GNUTLS_E_SUCCESS && gnutls_error_is_fatal(code) == 0) {
+    const bool again = code == GNUTLS_E_AGAIN;
+    const short events = gnutls_record_get_direction(session_) == 0 ? POLLIN : POLLOUT;
+    if (again ? !wait_until(socket_, events, deadline_ms) : now_ms() >= deadline_ms) {
+      return Status::Error("E_TIMEOUT", "the TLS handshake was not finished in time");
     }
-    if (code == GNUTLS_E_INTERRUPTED || (gnutls_error_is_fatal(code) == 0 && code != 0)) continue;
-    *error = gnutls_strerror(code);
-    if (code == GNUTLS_E_CERTIFICATE_VERIFICATION_ERROR) {
-      gnutls_datum_t text = {};
-      const auto status = gnutls_session_get_verify_cert_status(session_);
-      if (gnutls_certificate_verification_status_print(status, GNUTLS_CRT_X509, &text, 0) >= 0) {
-        *error += std::string(" ") + reinterpret_cast<char*>(text.data);
-        gnutls_free(text.data);
-      }
-    }
-    // The client learns why; if it does not read, it is not waited for.
-    gnutls_alert_send_appropriate(session_, code);
-    return -1;
+    code = gnutls_handshake(session_);
   }
+  if (code == GNUTLS_E_SUCCESS) return Status::Ok();
+  std::string why = gnutls_strerror(code);
+  if (code == GNUTLS_E_CERTIFICATE_VERIFICATION_ERROR) {
+    gnutls_datum_t text = {};
+    const auto status = gnutls_session_get_verify_cert_status(session_);
+    if (gnutls_certificate_verification_status_print(status, GNUTLS_CRT_X509, &text, 0) >= 0) {
+      why += std::string(" ") + reinterpret_cast<char*>(text.data);
+      gnutls_free(text.data);
+    }
+  }
+  // The client learns why; if it does not read, it is not waited for.
+  gnutls_alert_send_appropriate(session_, code);
+  return Status::Error("E_PEER_AUTH", why);
 }
 
-ssize_t TlsSession::receive(void* out, size_t bytes) {
+ssize_t TlsStream::receive(void* out, size_t bytes) {
   for (;;) {
     const ssize_t n = gnutls_record_recv(session_, out, bytes);
     if (n >= 0) return n;
@@ -154,7 +161,7 @@ ssize_t TlsSession::receive(void* out, size_t bytes) {
   }
 }
 
-ssize_t TlsSession::sent(ssize_t result, size_t bytes) {
+ssize_t TlsStream::sent(ssize_t result, size_t bytes) {
   if (result >= 0) {
     unsent_ = 0;
     return result;
@@ -168,7 +175,7 @@ ssize_t TlsSession::sent(ssize_t result, size_t bytes) {
   return -1;
 }
 
-ssize_t TlsSession::send(const iovec* parts, size_t count) {
+ssize_t TlsStream::send(const iovec* parts, size_t count) {
   // The same bytes still stand at the head of `parts`: the caller keeps what was not answered for.
   if (unsent_ > 0) return sent(gnutls_record_send(session_, nullptr, 0), unsent_);
   while (count > 0 && parts->iov_len == 0) {
@@ -189,8 +196,6 @@ ssize_t TlsSession::send(const iovec* parts, size_t count) {
   return sent(gnutls_record_send(session_, gathered_.data(), gathered_.size()), gathered_.size());
 }
 
-bool TlsSession::pending() const { return gnutls_record_check_pending(session_) > 0; }
-
-void TlsSession::goodbye() { gnutls_bye(session_, GNUTLS_SHUT_WR); }
+void TlsStream::goodbye() { gnutls_bye(session_, GNUTLS_SHUT_WR); }
 
 }  // namespace sf::nbd

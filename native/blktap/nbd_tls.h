@@ -1,24 +1,24 @@
 // TLS of NBD connections, by GnuTLS (which does not collide with the OpenSSL inside Node).
 //
-// States of a session: handshaking -> open -> ended. Mutual by default: the client shows a
-// certificate that the folder's CA signed for TLS clients, or knows a pre-shared key.
+// States of a stream: handshaking -> open. Mutual by default: the client shows a certificate that
+// the folder's CA signed for TLS clients, or knows a pre-shared key.
 // Invariants:
-//  - Credentials are read for every new connection, so that renewed certificates, revocations and
-//    keys count from the next connection on; those that stand go on.
-//  - GnuTLS must be given the rest of a record that did not fit the socket before anything else:
-//    `unsent_` counts it, and send() answers for its bytes when they have gone.
-// Left out on purpose: renegotiation, resumption, kernel TLS, anonymous TLS; io_uring (the
-// connection's poll engine serves TLS).
+//  - What came in plain text is never taken for data: options are received byte for byte, so what
+//    a peer (or somebody between) sent ahead of the handshake is still in the socket, where GnuTLS
+//    finds it to be no TLS record.
+//  - GnuTLS holds the rest of a record that did not fit the socket, and must get rid of it before
+//    anything else: `unsent_` counts its bytes, and send() answers for them when they have gone.
+//  - A cut connection ends like one that is closed (proto.md's hard disconnect): a request is
+//    carried out only when all of it has come.
+// Left out on purpose: renegotiation and resumption (refused), kernel TLS, anonymous TLS, TLS
+// before 1.2; io_uring (the connection's poll engine serves TLS).
 #pragma once
 
-#include <sys/uio.h>
-
-#include <cstddef>
-#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "blktap/byte_stream.h"
 #include "common/status.h"
 
 struct gnutls_session_int;
@@ -42,30 +42,35 @@ class TlsCredentials {
   ~TlsCredentials();
 
  private:
-  friend class TlsSession;
+  friend class TlsStream;
   TlsCredentials() = default;
   gnutls_certificate_credentials_st* certificates_ = nullptr;
   gnutls_psk_server_credentials_st* keys_ = nullptr;
   bool verify_peer_ = true;
 };
 
-// Over a socket it does not own; the credentials must outlive it.
-class TlsSession {
+class TlsStream final : public ByteStream {
  public:
-  static std::unique_ptr<TlsSession> Make(int socket, const TlsCredentials& credentials,
-                                          std::string* error);
-  ~TlsSession();
-  // 0: done; POLLIN or POLLOUT: call again after that; -1: refused, `error` says why.
-  int handshake(std::string* error);
-  // As of Stream.
-  ssize_t receive(void* out, size_t bytes);
-  ssize_t send(const iovec* parts, size_t count);
-  bool pending() const;
-  void goodbye();
+  // The server's side of a handshake on `socket` (not owned, made non-blocking), to its end or the
+  // deadline. E_PEER_AUTH, E_TIMEOUT, E_IO.
+  static Status Accept(int socket, std::unique_ptr<TlsCredentials> credentials,
+                       uint64_t deadline_ms, std::unique_ptr<TlsStream>* out);
+  ~TlsStream() override;
+  ssize_t receive(void* out, size_t bytes) override;
+  ssize_t send(const iovec* parts, size_t count) override;
+  int fd() const override { return socket_; }
+  short waits_for(bool receiving) const override { return receiving ? POLLIN : POLLOUT; }
+  void goodbye() override;
 
  private:
-  TlsSession() = default;
+  TlsStream(int socket, std::unique_ptr<TlsCredentials> credentials)
+      : socket_(socket), credentials_(std::move(credentials)) {}
+  Status set_up();
+  Status handshake(uint64_t deadline_ms);
   ssize_t sent(ssize_t result, size_t bytes);
+
+  const int socket_;
+  const std::unique_ptr<TlsCredentials> credentials_;
   gnutls_session_int* session_ = nullptr;
   std::vector<uint8_t> gathered_;  // small replies, put together into one record
   size_t unsent_ = 0;              // bytes of the caller's that GnuTLS holds and has not sent
