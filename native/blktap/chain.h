@@ -97,4 +97,5 @@ void chain_cache(const Chain& chain, const SliceIndex& index, uint64_t off, uint
 // count as the top's. The caller holds chain.slices->shape() shared.
 uint32_t chain_depth(const Chain& chain, uint32_t top, SliceIndex::Entry entry);
 
+
 }  // namespace sf

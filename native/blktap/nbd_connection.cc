@@ -455,7 +455,7 @@ void Connection::wait_ring() {
   if (dead_ || ring_->wait(&turn) != 0) dead_ = true;
   if (turn.polled[Ring::kEvent]) clear_event();
   // While something may be received, that tells of the end, after what was sent before it.
-  if (turn.polled[Ring::kHangUp] && !may_receive()) dead_ = true;
+  if (turn.polled[Ring::kHangUp] && !may_receive() && hung_up()) dead_ = true;
   if (!turn.received.has_value()) return;
   const int result = *turn.received;
   if (result >= 0) {
@@ -463,6 +463,13 @@ void Connection::wait_ring() {
   } else if (result != -EINTR && result != -EAGAIN) {
     dead_ = true;
   }
+}
+
+// io_uring takes an epoll's wake-up for readiness, and a peer that merely sends no more wakes it
+// too: such a peer still waits for its answers.
+bool Connection::hung_up() const {
+  pollfd fd = {socket_.get(), 0, 0};
+  return ::poll(&fd, 1, 0) > 0 && (fd.revents & (POLLERR | POLLHUP | POLLNVAL)) != 0;
 }
 
 // The ring's own poll of the socket would also end when the peer merely sends no more; an epoll

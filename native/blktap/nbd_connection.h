@@ -75,6 +75,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void wait();
   void wait_ring();
   void watch_hang_up();
+  bool hung_up() const;
   void clear_event();
   void wake();
   void end_ring();
