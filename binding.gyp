@@ -12,7 +12,7 @@
     {
       "target_name": "dataplane",
       "sources": ["<!@(node scripts/native-sources.mjs common pagestore memtap mcdist blktap dataplane)"],
-      "libraries": ["-lsodium", "-luring"],
+      "libraries": ["-lsodium", "-luring", "-lgnutls"],
     },
     {
       "target_name": "netback",

@@ -51,7 +51,7 @@ class ImageBase final : public Base {
 
   int plan_read(uint64_t off, size_t len, uint8_t* out, ReadPlan* plan) const override {
     const size_t in_file = off >= bytes_ ? 0 : std::min<uint64_t>(len, bytes_ - off);
-    if (in_file > 0) plan->segments.push_back({&file_, off, in_file, out});
+    if (in_file > 0) plan->segments.push_back({file_.ref(), off, in_file, out});
     std::memset(out + in_file, 0, len - in_file);
     return 0;
   }
@@ -107,7 +107,7 @@ class ReplicaBase final : public Base {
 
   int plan_read(uint64_t off, size_t len, uint8_t* out, ReadPlan* plan) const override {
     return each_run(off, len, out, [&](uint64_t at, size_t bytes, uint8_t* into) {
-      plan->segments.push_back({&file_, at, bytes, into});
+      plan->segments.push_back({file_.ref(), at, bytes, into});
       return 0;
     });
   }
@@ -132,6 +132,9 @@ class ReplicaBase final : public Base {
   bool absent(PageIndex page) const override { return replica_->state(page) == PageState::kAbsent; }
   void want(PageIndex page, std::function<void(const Status&)> done) override {
     replica_->want(page, std::move(done));
+  }
+  void add_user(std::weak_ptr<const PageUser> user) override {
+    replica_->add_user(std::move(user));
   }
 
  private:

@@ -35,6 +35,7 @@ class Base {
   virtual bool fills() const { return false; }  // may have absent pages
   virtual bool absent(PageIndex) const { return false; }
   virtual void want(PageIndex, std::function<void(const Status&)>) {}
+  virtual void add_user(std::weak_ptr<const PageUser>) {}  // a prefetch asks it what is needed
 };
 
 std::shared_ptr<Base> make_zero_base();

@@ -36,6 +36,14 @@ struct Stretch {
   SliceIndex::Entry entry(PageIndex page) const { return entries[page - first]; }
 };
 
+// The data file of an entry that is a slice; it and read_slice() in a section of
+// chain.slices->readers() that began before the entry was looked up and that outlives the pin. So
+// the slice is no merged one (merge.cc retires those after the readers are gone), and ESTALE cannot
+// be. As CachedFile::pin().
+int pin_slice(const Chain& chain, SliceIndex::Entry entry, ReadMode mode, CachedFile::Pin* out);
+int read_slice(const Chain& chain, SliceIndex::Entry entry, uint64_t off, size_t len, uint8_t* out,
+               ReadMode mode);
+
 // Reads [off, off + len), which lies in `stretch`. In a section of chain.slices->readers() that
 // began before the stretch was looked up.
 int read_stretch(const Chain& chain, const Stretch& stretch, uint64_t off, size_t len, uint8_t* out,
@@ -60,7 +68,8 @@ int read_chain(const Chain& chain, const Lookup& lookup, uint64_t off, size_t le
   return 0;
 }
 
-// Device::plan_read() of what lies in `stretch`.
+// Device::plan_read() of what lies in `stretch`. EAGAIN if that would wait for a descriptor, or if
+// the plan would pin more than kMaxPins files.
 int plan_stretch(const Chain& chain, const Stretch& stretch, uint64_t off, size_t len, uint8_t* out,
                  ReadPlan* plan);
 
@@ -97,5 +106,7 @@ void chain_cache(const Chain& chain, const SliceIndex& index, uint64_t off, uint
 // count as the top's. The caller holds chain.slices->shape() shared.
 uint32_t chain_depth(const Chain& chain, uint32_t top, SliceIndex::Entry entry);
 
+// Which of the 64 pages from `first` (a multiple of 64) are the base's.
+uint64_t base_mask(const SliceIndex& index, PageIndex first);
 
 }  // namespace sf

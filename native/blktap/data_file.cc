@@ -22,18 +22,18 @@ DataFile::DataFile(Fd fd) : fd_(std::move(fd)) {
   if (n >= 0 || errno == EAGAIN) nowait_ = Nowait::kFlag;
 }
 
-int DataFile::read(uint64_t off, size_t len, uint8_t* out, ReadMode mode) const {
+int FileRef::read(uint64_t off, size_t len, uint8_t* out, ReadMode mode) const {
   int flags = 0;
   if (mode == ReadMode::kNowait) {
-    if (nowait_ == Nowait::kRefused) return EAGAIN;
-    if (nowait_ == Nowait::kFlag) flags = RWF_NOWAIT;
+    if (nowait == Nowait::kRefused) return EAGAIN;
+    if (nowait == Nowait::kFlag) flags = RWF_NOWAIT;
   }
   size_t done = 0;
   while (done < len) {
     iovec part = {out + done, len - done};
-    const ssize_t n =
-        flags == 0 ? ::pread(fd_.get(), out + done, len - done, static_cast<off_t>(off + done))
-                   : ::preadv2(fd_.get(), &part, 1, static_cast<off_t>(off + done), flags);
+    const ssize_t n = flags == 0
+                          ? ::pread(fd, out + done, len - done, static_cast<off_t>(off + done))
+                          : ::preadv2(fd, &part, 1, static_cast<off_t>(off + done), flags);
     if (n < 0) {
       if (errno == EINTR) continue;
       return errno;
@@ -44,8 +44,8 @@ int DataFile::read(uint64_t off, size_t len, uint8_t* out, ReadMode mode) const 
   return 0;
 }
 
-void DataFile::read_ahead(uint64_t off, uint64_t len) const {
-  ::posix_fadvise(fd_.get(), static_cast<off_t>(off), static_cast<off_t>(len), POSIX_FADV_WILLNEED);
+void FileRef::read_ahead(uint64_t off, uint64_t len) const {
+  ::posix_fadvise(fd, static_cast<off_t>(off), static_cast<off_t>(len), POSIX_FADV_WILLNEED);
 }
 
 int DataFile::write(uint64_t off, const void* data, size_t len) const {

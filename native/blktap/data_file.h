@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 
 #include "common/fd.h"
 
@@ -16,6 +17,20 @@ enum class ReadMode : uint8_t {
   kNowait,  // EAGAIN unless the bytes are in the page cache
 };
 
+// What a file can do for a read that must not sleep.
+enum class Nowait : uint8_t { kRefused, kFlag, kMemory };
+
+// A file that somebody else keeps open, for reading.
+struct FileRef {
+  int fd = -1;
+  Nowait nowait = Nowait::kRefused;
+
+  bool in_memory() const { return nowait == Nowait::kMemory; }  // a read never waits for a device
+  // 0 or an errno. A file that ends before `len` bytes is EIO, never zeros.
+  int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode) const;
+  void read_ahead(uint64_t off, uint64_t len) const;  // a hint; does not wait
+};
+
 class DataFile {
  public:
   DataFile() = default;
@@ -23,15 +38,16 @@ class DataFile {
 
   int fd() const { return fd_.get(); }
   bool valid() const { return fd_.valid(); }
-  bool in_memory() const { return nowait_ == Nowait::kMemory; }  // a read never waits for a device
-  // 0 or an errno. A file that ends before `len` bytes is EIO, never zeros.
-  int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode) const;
-  void read_ahead(uint64_t off, uint64_t len) const;  // a hint; does not wait
+  FileRef ref() const { return {fd_.get(), nowait_}; }
+  Fd take() { return std::move(fd_); }
+  int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode) const {
+    return ref().read(off, len, out, mode);
+  }
+  void read_ahead(uint64_t off, uint64_t len) const { ref().read_ahead(off, len); }
   int write(uint64_t off, const void* data, size_t len) const;
   int writev(uint64_t off, iovec* parts, int count) const;  // alters `parts`
 
  private:
-  enum class Nowait : uint8_t { kRefused, kFlag, kMemory };
   Fd fd_;
   Nowait nowait_ = Nowait::kRefused;
 };

@@ -37,7 +37,9 @@ class Device {
   // `*zero` tells that all bytes are known to be zeros; `out` is filled in either case.
   virtual int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode, bool* zero) = 0;
   // What read() would do, for the caller to carry out later: pieces that are zeros are in `out`
-  // already. ENODATA as read(). Then the caller tells how it went, and gets the request's error.
+  // already. Then the caller tells how it went, and gets the request's error. After an error
+  // (EAGAIN: too many files at once, or it would wait to open one) it shall read() instead, and may
+  // wait.
   virtual int plan_read(uint64_t off, size_t len, uint8_t* out, ReadPlan* plan) = 0;
   virtual int carried_out(int error) = 0;
   // With kNowait: EAGAIN if bytes from below the top would have to be read first.

@@ -28,7 +28,10 @@ Disk::Disk(NodePtr top, std::shared_ptr<SwitchBase> base)
       node_(std::move(top)),
       index_(pages_of(chain_.size)) {}
 
-Disk::~Disk() { store_->release_top(node_); }
+Disk::~Disk() {
+  user_->leave();
+  store_->release_top(node_);
+}
 
 std::string Disk::name() const { return "disk on slice " + node_->id; }
 
@@ -44,7 +47,10 @@ Status Disk::Open(NodePtr top, const std::string& spare, const Store::OpenBase& 
   auto base = std::make_shared<SwitchBase>(top->base);
   std::shared_ptr<Disk> disk(new Disk(std::move(top), std::move(base)));
   status = disk->load(spare);
-  if (status.ok()) *out = std::move(disk);
+  if (status.ok()) status = disk->find_root();
+  if (!status.ok()) return status;
+  disk->base_->add_user(disk->user_);
+  *out = std::move(disk);
   return status;
 }
 
@@ -55,7 +61,8 @@ Status Disk::load(const std::string& spare) {
     index_ = *below_;
   }
   std::shared_ptr<Slice> slice;
-  Status status = Slice::Open(store_->directory(), node_->id, node_->map, chain_.size, &slice);
+  Status status = Slice::Open(store_->directory(), node_->id, node_->map, chain_.size,
+                              store_->file_errors(), &slice);
   if (status.ok() && slice->state() == SliceState::kSpare) {
     status =
         Status::Error("E_CORRUPT", "slice " + node_->id + " is a spare, not the top of a disk");
@@ -65,7 +72,7 @@ Status Disk::load(const std::string& spare) {
   if (!status.ok()) return status;
   if (!spare.empty()) {
     std::shared_ptr<Slice> other;
-    status = Slice::Open(store_->directory(), spare, 0, chain_.size, &other);
+    status = Slice::Open(store_->directory(), spare, 0, chain_.size, store_->file_errors(), &other);
     if (!status.ok()) return status;
     if (other->state() != SliceState::kSpare) {
       status = recover_spare(other);
@@ -80,6 +87,17 @@ Status Disk::load(const std::string& spare) {
                          "slice " + top_->id() + " is sealed, and nothing is on top of it");
   }
   return Status::Ok();
+}
+
+// With build_mutex held. Only a base that fills wants to know.
+Status Disk::find_root() {
+  NodePtr root = node_;
+  {
+    std::lock_guard lock(store_->mutex);
+    while (root->parent != nullptr) root = root->parent;
+  }
+  if (root == node_ || !chain_.base->fills()) return Status::Ok();
+  return store_->build(root, &root_);
 }
 
 Status Disk::load_top(const std::shared_ptr<Slice>& slice) {
@@ -131,6 +149,7 @@ Status Disk::fork(const std::string& generation, bool wait, bool* busy, ForkResu
   if (!status.ok()) return status;
   unneeded = std::move(below_);
   below_ = std::make_shared<const SliceIndex>(index_);
+  if (chain_.base->fills() && node_->parent == nullptr) root_ = below_;
   store_->put_on(spare_, node_, below_);
   unsettled_.push_back(top_);
   result->slice = top_->id();
@@ -146,7 +165,8 @@ Status Disk::fork(const std::string& generation, bool wait, bool* busy, ForkResu
 Status Disk::attach_spare(const std::string& id) {
   std::shared_ptr<Slice> slice;
   NodePtr node;
-  Status status = Slice::Open(store_->directory(), id, 0, chain_.size, &slice);
+  Status status =
+      Slice::Open(store_->directory(), id, 0, chain_.size, store_->file_errors(), &slice);
   if (status.ok() && slice->state() != SliceState::kSpare) {
     status = Status::Error("E_STATE", "slice " + id + " is not a spare");
   }
@@ -201,6 +221,7 @@ Status Disk::close() {
     if (closed_) return Status::Ok();
     closed_ = true;
   }
+  user_->leave();
   const Status status = settle();
   ImagePtr unneeded;
   NodePtr spare;
@@ -214,7 +235,10 @@ Status Disk::close() {
 
 Status Disk::last_error() {
   std::lock_guard lock(error_mutex_);
-  return last_error_;
+  // Slices are read by many disks: what is wrong with one is told by those that met an error.
+  if (!last_error_.ok() || stats_.io_errors.load(std::memory_order_relaxed) == 0)
+    return last_error_;
+  return store_->file_errors()->last();
 }
 
 Disk::Info Disk::info() {
@@ -252,6 +276,17 @@ void Disk::cache(uint64_t off, uint64_t len) {
   ReadGate::Section section(chain_.slices->readers());
   std::shared_lock lock(index_lock_);
   chain_cache(chain_, index_, off, len);
+}
+
+uint64_t Disk::needs(PageIndex first) const {
+  std::shared_lock gate(gate_);
+  {
+    ReadGate::Section section(chain_.slices->readers());
+    if (!chain_.base->fills()) return 0;
+  }
+  if (root_ != nullptr) return base_mask(*root_, first);
+  std::shared_lock lock(index_lock_);
+  return base_mask(index_, first);
 }
 
 int Disk::count_error(int error) {

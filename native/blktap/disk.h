@@ -31,6 +31,7 @@
 
 #include <atomic>
 #include <mutex>
+#include <shared_mutex>
 #include <string>
 
 #include "blktap/rwlock.h"
@@ -77,7 +78,7 @@ class Disk final : public Device {
   };
   Info info();
   DiskStats& stats() { return stats_; }
-  Status last_error();
+  Status last_error();  // of its last failed flush, else of a file of the store
 
   uint64_t size() const override { return chain_.size; }
   bool writable() const override { return true; }
@@ -95,9 +96,31 @@ class Disk final : public Device {
 
  private:
   friend class Pull;
+  // What the disk is for a replica below it. Apart from it, so that a prefetch that just asks does
+  // not keep a closed disk alive.
+  class User final : public PageUser {
+   public:
+    explicit User(const Disk* disk) : disk_(disk) {}
+    uint64_t needs(PageIndex first) const override {
+      std::shared_lock lock(lock_);
+      return disk_ == nullptr ? 0 : disk_->needs(first);
+    }
+    void leave() {
+      std::unique_lock lock(lock_);
+      disk_ = nullptr;
+    }
+
+   private:
+    mutable RwLock lock_;  // before the disk's gate_
+    const Disk* disk_;
+  };
+  // Which of 64 pages of the base may be read, here or in a generation below: the oldest of them
+  // needs most.
+  uint64_t needs(PageIndex first) const;
   Disk(NodePtr top, std::shared_ptr<SwitchBase> base);
   Status load(const std::string& spare);
   Status load_top(const std::shared_ptr<Slice>& slice);
+  Status find_root();
   Status recover_spare(const std::shared_ptr<Slice>& slice);
   void lookup(Stretch* stretch) const;
   uint64_t untouched_run(PageIndex page) const;
@@ -122,6 +145,7 @@ class Disk final : public Device {
 
   const std::shared_ptr<Store> store_;
   const std::shared_ptr<SwitchBase> base_;  // chain_'s
+  const std::shared_ptr<User> user_ = std::make_shared<User>(this);
   Chain chain_;
   std::string recovered_;
   DiskStats stats_;
@@ -139,6 +163,9 @@ class Disk final : public Device {
   NodePtr spare_;
   std::shared_ptr<Slice> spare_slice_;
   ImagePtr below_;  // of the node below the top; until the next fork
+  // Of the oldest slice, if that is not the top and the base fills: whatever its pages are, nobody
+  // above reads those of the base. It may lag behind merges, and then tells of fewer.
+  ImagePtr root_;
   std::string last_generation_;
   bool closed_ = false;
 

@@ -207,6 +207,7 @@ Status Pull::detach(bool* forked) {
   Disk& disk = *disk_;
   const auto store = disk.store_;
   ImagePtr image;
+  ImagePtr root;
   NodePtr below;
   std::shared_ptr<Base> base;  // all let go when no read is about to use them
   {
@@ -216,6 +217,7 @@ Status Pull::detach(bool* forked) {
     *forked = disk.node_ != top_;
     if (!*forked) {
       image = std::move(disk.below_);
+      root = std::move(disk.root_);
       base = disk.base_->clear();
       disk.last_generation_.clear();
       below = store->cut_loose(top_);

@@ -79,7 +79,9 @@ void chain_cache(const Chain& chain, const SliceIndex& index, uint64_t off, uint
     if (entry == SliceIndex::kBase) {
       chain.base->cache(at, n);
     } else if (entry != SliceIndex::kZero) {
-      chain.slices->at(entry).data().read_ahead(at, n);
+      // A hint: one that would wait for a descriptor is not worth it.
+      CachedFile::Pin pin;
+      if (pin_slice(chain, entry, ReadMode::kNowait, &pin) == 0) pin.ref().read_ahead(at, n);
     }
     return true;
   });

@@ -114,6 +114,21 @@ Status each_data(const DataFile& file, const std::string& path, uint64_t from, u
   return Status::Ok();
 }
 
+Status check_covered(const DataFile& map, const std::string& path, const DataFile& live,
+                     const std::string& live_path, uint64_t size_bytes) {
+  auto held = [](uint8_t states) { return (states | states >> 1) & 0x55; };
+  return scan_blocks(map, path, size_bytes, [&](uint64_t block, const uint8_t* bytes) {
+    uint8_t now[kPageBytes];
+    const int error = live.read(kMapStart + block * kPageBytes, sizeof now, now, ReadMode::kBlock);
+    if (error != 0) return file_error("read " + live_path, error);
+    for (size_t i = 0; i < sizeof now; i++) {
+      if ((held(bytes[i]) & ~held(now[i])) == 0) continue;
+      return Status::Error("E_CORRUPT", live_path + " lacks pages that " + path + " has");
+    }
+    return Status::Ok();
+  });
+}
+
 uint32_t add_block(uint32_t crc, uint64_t block, const uint8_t* bytes) {
   return crc32c(crc32c(crc, &block, sizeof block), bytes, kPageBytes);
 }

@@ -32,6 +32,10 @@ Status scan_blocks(const DataFile& file, const std::string& path, uint64_t size_
 // Calls `each` for the areas of a file in [from, to), in bytes, that are no holes.
 Status each_data(const DataFile& file, const std::string& path, uint64_t from, uint64_t to,
                  const std::function<Status(uint64_t, uint64_t)>& each);
+// E_CORRUPT if a page is absent in the live map that the durable map has: pages never become absent
+// again, so the two do not belong together.
+Status check_covered(const DataFile& map, const std::string& path, const DataFile& live,
+                     const std::string& live_path, uint64_t size_bytes);
 // The checksum of a sealed header: goes over each block that is not all zeros, after its number.
 uint32_t add_block(uint32_t crc, uint64_t block, const uint8_t* bytes);
 Status map_checksum(const DataFile& file, const std::string& path, uint64_t size_bytes,

@@ -12,8 +12,8 @@
 //     to read p in L. Claim waits until all reads that were under way are over (read_gate.h); ones
 //     that begin later look p up again, and U is sealed.
 //  3. apply() points the numbers of all slices of the run to K's file. Before that a reader finds p
-//     in S's file, after it in K's: the same bytes. S's file is closed after the reads under way
-//     are over.
+//     in S's file, after it in K's: the same bytes. S is retired, and its file removed, after the
+//     reads under way are over. So nobody pins a retired slice or opens a removed file again.
 //  4. An index made meanwhile from the old maps has the old numbers, and both meanings are right.
 //     The node of U takes K's name and map, so one made later reads K's new map.
 //  5. Slices that others still hold open (a pinned descriptor) lose their name, not their bytes.
@@ -40,7 +40,6 @@ namespace sf {
 namespace {
 
 constexpr auto kReadersLimit = std::chrono::seconds(30);
-constexpr size_t kMaxSources = 64;  // files open at a time
 
 int punch(const DataFile& file, PageIndex first, uint64_t count) {
   const int done =
@@ -49,7 +48,7 @@ int punch(const DataFile& file, PageIndex first, uint64_t count) {
   return done == 0 || errno == EOPNOTSUPP ? 0 : errno;
 }
 
-int copy_plainly(const DataFile& from, const DataFile& to, uint64_t off, uint64_t len) {
+int copy_plainly(FileRef from, const DataFile& to, uint64_t off, uint64_t len) {
   std::vector<uint8_t> buffer(64 * 1024);
   while (len > 0) {
     const size_t n = std::min<uint64_t>(len, buffer.size());
@@ -62,11 +61,11 @@ int copy_plainly(const DataFile& from, const DataFile& to, uint64_t off, uint64_
   return 0;
 }
 
-int copy_range(const DataFile& from, const DataFile& to, uint64_t off, uint64_t len) {
+int copy_range(FileRef from, const DataFile& to, uint64_t off, uint64_t len) {
   while (len > 0) {
     auto in = static_cast<loff_t>(off);
     auto out = in;
-    const ssize_t n = ::copy_file_range(from.fd(), &in, to.fd(), &out, len, 0);
+    const ssize_t n = ::copy_file_range(from.fd, &in, to.fd(), &out, len, 0);
     if (n < 0 && errno == EINTR) continue;
     if (n < 0 && (errno == EXDEV || errno == EINVAL || errno == EOPNOTSUPP || errno == ENOSYS)) {
       return copy_plainly(from, to, off, len);
@@ -85,8 +84,7 @@ Merge::Merge(std::shared_ptr<Store> store, std::vector<SliceRef> run, uint64_t s
     : store_(std::move(store)),
       run_(std::move(run)),
       size_bytes_(size_bytes),
-      union_(pages_of(size_bytes)),
-      sources_(run_.size()) {}
+      union_(pages_of(size_bytes)) {}
 
 std::string Merge::path_of(const SliceRef& slice, const std::string& suffix) const {
   return store_->directory() + "/" + slice.id + suffix;
@@ -118,14 +116,15 @@ Status Merge::Begin(const std::shared_ptr<Store>& store, std::vector<SliceRef> r
 Status Merge::load() {
   for (size_t i = 0; i < run_.size(); i++) {
     std::shared_ptr<Slice> slice;
-    Status status =
-        Slice::OpenSealed(store_->directory(), run_[i].id, run_[i].map, size_bytes_, &slice);
+    Status status = Slice::OpenSealed(store_->directory(), run_[i].id, run_[i].map, size_bytes_,
+                                      store_->file_errors(), &slice);
     if (!status.ok()) return status;
     const auto number = static_cast<SliceIndex::Entry>(i + 1);
     status = slice->scan([&](PageIndex first, uint64_t count, PageState state) {
       union_.set(first, count, state == PageState::kZero ? SliceIndex::kZero : number);
     });
     if (!status.ok()) return status;
+    slices_.push_back(std::move(slice));
   }
   std::vector<uint64_t> pages(run_.size(), 0);
   uint64_t all = 0;
@@ -141,24 +140,12 @@ Status Merge::load() {
                     &keep_data_);
 }
 
-Status Merge::source(size_t from, const DataFile** out) {
-  *out = &sources_[from];
-  if (sources_[from].valid()) return Status::Ok();
-  if (open_sources_ == kMaxSources) {
-    for (auto& file : sources_) file = DataFile();
-    open_sources_ = 0;
-  }
-  Status status = open_sized(path_of(run_[from], ".data"), O_RDONLY,
-                             pages_of(size_bytes_) * kPageBytes, &sources_[from]);
-  if (status.ok()) open_sources_++;
-  return status;
-}
-
 Status Merge::copy(size_t from, PageIndex first, uint64_t count) {
-  const DataFile* file = nullptr;
-  Status status = source(from, &file);
-  if (!status.ok()) return status;
-  const int error = copy_range(*file, keep_data_, first * kPageBytes, count * kPageBytes);
+  CachedFile::Pin pin;
+  int error = slices_[from]->pages().pin(ReadMode::kBlock, &pin);
+  if (error == 0) {
+    error = copy_range(pin.ref(), keep_data_, first * kPageBytes, count * kPageBytes);
+  }
   if (error == 0) return Status::Ok();
   return file_error("copy pages from slice " + run_[from].id + " to slice " + keep().id, error);
 }
@@ -262,11 +249,7 @@ Status Merge::put_in_force(std::vector<std::shared_ptr<Slice>>* dropped) {
     }
     numbered = numbered || (node != nullptr && !node->numbers.empty());
   }
-  if (kept == nullptr && numbered) {
-    Status status =
-        Slice::OpenSealed(store_->directory(), keep().id, keep().map, size_bytes_, &kept);
-    if (!status.ok()) return status;
-  }
+  if (kept == nullptr && numbered) kept = slices_[keep_];
   NodePtr below;  // a chain that ends here
   std::lock_guard lock(store_->mutex);
   std::erase(store_->merges_, this);
@@ -331,8 +314,15 @@ Status Merge::apply() {
   }
   ended_ = true;
   claim_.release();
-  // Their names go in any case; their descriptors when nobody can be about to use them.
-  if (!store_->table()->readers().synchronize(kReadersLimit)) store_->bury(std::move(dropped));
+  if (!store_->table()->readers().synchronize(kReadersLimit)) {
+    // Somebody may be about to open one of them again: all of it stays.
+    store_->bury(std::move(dropped));
+    keep_data_ = DataFile();
+    slices_.clear();
+    return Status::Error("E_IO", "slice " + keep().id + " took the place of others, whose files " +
+                                     "stay for now: reads of the store do not end");
+  }
+  for (const auto& slice : dropped) slice->retire();  // nobody is left to see it
   dropped.clear();
   int error = 0;
   each_run(union_, 0, [&](PageIndex first, uint64_t count, SliceIndex::Entry entry) {
@@ -340,7 +330,7 @@ Status Merge::apply() {
     return error == 0;
   });
   keep_data_ = DataFile();
-  sources_.clear();
+  slices_.clear();
   Status status = remove_files();
   if (status.ok() && error != 0) status = file_error("punch zeros of slice " + keep().id, error);
   return status;
@@ -362,22 +352,17 @@ void Merge::end(bool undo) {
   }
   if (undo && keep_data_.valid()) give_back();
   keep_data_ = DataFile();
-  sources_.clear();
+  slices_.clear();
   claim_.release();
 }
 
 // Copies at pages where K has nothing of its own. Where it has an older one, that was written over,
 // which nobody sees; a hole there would look like damage.
 void Merge::give_back() {
-  std::shared_ptr<Slice> slice;
   SliceIndex own(pages_of(size_bytes_));
-  Status status =
-      Slice::OpenSealed(store_->directory(), keep().id, keep().map, size_bytes_, &slice);
-  if (status.ok()) {
-    status = slice->scan([&](PageIndex first, uint64_t count, PageState state) {
-      if (state == PageState::kPresent) own.set(first, count, 1);
-    });
-  }
+  Status status = slices_[keep_]->scan([&](PageIndex first, uint64_t count, PageState state) {
+    if (state == PageState::kPresent) own.set(first, count, 1);
+  });
   if (!status.ok()) return;  // a leak, which a check finds
   SliceIndex::Entry mine[SliceIndex::kLeafPages];
   each_run(union_, 0, [&](PageIndex first, uint64_t count, SliceIndex::Entry entry) {

@@ -70,7 +70,6 @@ class Merge final : public Step {
   Merge(std::shared_ptr<Store> store, std::vector<SliceRef> run, uint64_t size_bytes);
   Status load();
   Status copy(size_t from, PageIndex first, uint64_t count);
-  Status source(size_t from, const DataFile** out);
   Status write_map(const std::string& path);
   Status put_in_force(std::vector<std::shared_ptr<Slice>>* dropped);
   Status remove_files();
@@ -84,9 +83,8 @@ class Merge final : public Step {
   Claim claim_;
   SliceIndex union_;  // which slice has a page: its position in run_ plus 1
   size_t keep_ = 0;
-  DataFile keep_data_;             // to write to
-  std::vector<DataFile> sources_;  // by position; opened when needed
-  size_t open_sources_ = 0;
+  DataFile keep_data_;                          // to write to: a descriptor of its own
+  std::vector<std::shared_ptr<Slice>> slices_;  // of run_; pinned while pages are copied from them
   uint64_t total_bytes_ = 0;
 
   std::mutex mutex_;  // one step, or end, at a time

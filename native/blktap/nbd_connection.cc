@@ -40,24 +40,29 @@ size_t put_read_reply(uint8_t* p, const Request& request, bool structured, bool 
   return kChunkHeaderBytes + payload;
 }
 
-Connection::Connection(Exports& exports, Fd socket)
+Connection::Connection(Exports& exports, Fd socket, Entrance entrance)
     : exports_(exports),
+      entrance_(std::move(entrance)),
       socket_(std::move(socket)),
+      stream_(new SocketStream(socket_.get())),
       event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
       in_(new uint8_t[kInBytes]) {}
 
 void Connection::stop() { ::shutdown(socket_.get(), SHUT_RDWR); }
 
 void Connection::run() {
-  SocketStream stream(socket_.get());
-  Handshake handshake(stream, exports_, shared_from_this());
+  Handshake handshake(*stream_, exports_, shared_from_this(), entrance_);
   const bool entered = event_.valid() && handshake.run(&negotiated_);
   export_ = handshake.exported();
+  auto tls = handshake.take_tls();
+  const bool plain = tls == nullptr;
+  if (!plain) stream_ = std::move(tls);
   if (entered) {
-    ring_ = Ring::Make();
+    if (plain) ring_ = Ring::Make();
     transmit();
     end_ring();
   }
+  stream_->goodbye();
   ::shutdown(socket_.get(), SHUT_RDWR);
   if (export_ != nullptr) export_->leave(this);
 }
@@ -360,7 +365,7 @@ std::pair<uint8_t*, size_t> Connection::receive_space() {
 bool Connection::receive() {
   if (!may_receive()) return false;
   const auto [into, bytes] = receive_space();
-  const ssize_t n = ::recv(socket_.get(), into, bytes, MSG_DONTWAIT);
+  const ssize_t n = stream_->receive(into, bytes);
   if (n < 0) {
     if (errno != EAGAIN && errno != EINTR) dead_ = true;
     return dead_;
@@ -397,10 +402,7 @@ bool Connection::send_out() {
       if (count == std::size(parts)) break;
       parts[count++] = {out.data.get() + out.at, out.size - out.at};
     }
-    msghdr message = {};
-    message.msg_iov = parts;
-    message.msg_iovlen = count;
-    const ssize_t n = ::sendmsg(socket_.get(), &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    const ssize_t n = stream_->send(parts, count);
     if (n < 0) {
       if (errno == EINTR) continue;
       if (errno != EAGAIN) dead_ = true;
@@ -453,7 +455,7 @@ void Connection::wait_ring() {
   if (dead_ || ring_->wait(&turn) != 0) dead_ = true;
   if (turn.polled[Ring::kEvent]) clear_event();
   // While something may be received, that tells of the end, after what was sent before it.
-  if (turn.polled[Ring::kHangUp] && !may_receive()) dead_ = true;
+  if (turn.polled[Ring::kHangUp] && !may_receive() && hung_up()) dead_ = true;
   if (!turn.received.has_value()) return;
   const int result = *turn.received;
   if (result >= 0) {
@@ -461,6 +463,13 @@ void Connection::wait_ring() {
   } else if (result != -EINTR && result != -EAGAIN) {
     dead_ = true;
   }
+}
+
+// io_uring takes an epoll's wake-up for readiness, and a peer that merely sends no more wakes it
+// too: such a peer still waits for its answers.
+bool Connection::hung_up() const {
+  pollfd fd = {socket_.get(), 0, 0};
+  return ::poll(&fd, 1, 0) > 0 && (fd.revents & (POLLERR | POLLHUP | POLLNVAL)) != 0;
 }
 
 // The ring's own poll of the socket would also end when the peer merely sends no more; an epoll

@@ -6,10 +6,10 @@
 // thread's io_uring, straight into the replies that are sent. All else is a Job for the export's
 // workers, which never touch the socket. Replies leave in the order they are ready.
 //
-// Two engines, one behaviour. With a ring one system call receives and waits for everything; where
-// the kernel refuses one (ring.h) the socket is polled, and workers wait for the device. A ring
-// receives only while parse() can do nothing more with what is there, so that the buffer never
-// moves under it.
+// Two engines, one behaviour. With a ring one system call receives and waits for everything; with
+// TLS, or where the kernel refuses a ring (ring.h), the socket is polled and workers wait for the
+// device. A ring receives only while parse() can do nothing more with what is there, so that the
+// buffer never moves under it.
 //
 // Memory of a connection is bounded: input buffer (256 KiB), small replies (1 MiB), and jobs of at
 // most 64 MiB or 128 in number. When a bound is reached no more is read from the socket.
@@ -34,7 +34,7 @@ size_t put_read_reply(uint8_t* p, const Request& request, bool structured, bool 
 
 class Connection : public std::enable_shared_from_this<Connection> {
  public:
-  Connection(Exports& exports, Fd socket);
+  Connection(Exports& exports, Fd socket, Entrance entrance);
   void run();                 // until the client leaves or stop()
   void stop();                // any thread
   void complete(JobPtr job);  // any thread: `reply` is ready
@@ -75,14 +75,17 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void wait();
   void wait_ring();
   void watch_hang_up();
+  bool hung_up() const;
   void clear_event();
   void wake();
   void end_ring();
 
   Exports& exports_;
+  const Entrance entrance_;
   std::shared_ptr<Export> export_;  // once the client has chosen
   std::atomic<uint64_t> requests_{0};
   Fd socket_;
+  std::unique_ptr<ByteStream> stream_;  // on the socket; not used while a ring receives from it
   Fd event_;
   Fd hang_up_;                  // made when first needed
   std::unique_ptr<Ring> ring_;  // null: the other engine

@@ -72,6 +72,7 @@ void Export::close() {
     left_.wait(lock, [&] { return connections_.empty(); });
   }
   queue_->close();
+  device_.reset();
 }
 
 ExportStats Export::stats() {

@@ -66,7 +66,9 @@ class Export : public std::enable_shared_from_this<Export> {
   Export(ExportInfo info, std::shared_ptr<Device> device, Workers* workers)
       : info_(std::move(info)), device_(std::move(device)), queue_(workers->make_queue()) {}
   // Ends its connections and waits until they have left and no request is carried out any more;
-  // jobs not begun are dropped, unanswered. To be called once, before the last reference goes.
+  // jobs not begun are dropped, unanswered. Then it lets go of the device: whoever still has this
+  // export (a connection's thread that is just ending) must not keep a closed disk from being
+  // opened again. To be called once, before the last reference goes.
   void close();
 
   const ExportInfo& info() const { return info_; }
@@ -86,7 +88,7 @@ class Export : public std::enable_shared_from_this<Export> {
   void finish(const JobPtr& job, int error);
 
   const ExportInfo info_;
-  const std::shared_ptr<Device> device_;
+  std::shared_ptr<Device> device_;  // until closed
   const std::shared_ptr<Workers::Queue> queue_;
 
   std::mutex connections_mutex_;  // guards the five below

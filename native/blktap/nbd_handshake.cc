@@ -1,46 +1,27 @@
 #include "blktap/nbd_handshake.h"
 
 #include <errno.h>
-#include <poll.h>
-#include <time.h>
 
 #include <algorithm>
 
 namespace sf::nbd {
 namespace {
 
-constexpr uint64_t kDeadlineMs = 30'000;
 constexpr int kMaxOptions = 256;
 constexpr uint32_t kMaxOptionBytes = 16 * 1024;  // kept; a name or query has at most 4096
 constexpr uint32_t kMaxSkippedBytes = 1 << 20;
 
-uint64_t now_ms() {
-  timespec ts = {};
-  ::clock_gettime(CLOCK_MONOTONIC, &ts);
-  return static_cast<uint64_t>(ts.tv_sec) * 1000 + static_cast<uint64_t>(ts.tv_nsec) / 1000000;
-}
-
 }  // namespace
-
-bool Handshake::wait(bool receiving) {
-  for (;;) {
-    const uint64_t now = now_ms();
-    if (now >= deadline_ms_) return false;
-    pollfd fd = {stream_.fd(), stream_.waits_for(receiving), 0};
-    const int n = ::poll(&fd, 1, static_cast<int>(deadline_ms_ - now));
-    if (n > 0) return true;
-    if (n < 0 && errno != EINTR) return false;
-  }
-}
 
 bool Handshake::receive(void* out, size_t bytes) {
   auto* p = static_cast<uint8_t*>(out);
   while (bytes > 0) {
-    const ssize_t n = stream_.receive(p, bytes);
+    const ssize_t n = stream_->receive(p, bytes);
     if (n > 0) {
       p += n;
       bytes -= static_cast<size_t>(n);
-    } else if (n == 0 || (errno != EAGAIN && errno != EINTR) || !wait(true)) {
+    } else if (n == 0 || (errno != EAGAIN && errno != EINTR) ||
+               !wait_until(stream_->fd(), stream_->waits_for(true), deadline_ms_)) {
       return false;
     }
   }
@@ -58,13 +39,15 @@ bool Handshake::skip(size_t bytes) {
 }
 
 bool Handshake::send(const void* data, size_t bytes) {
-  const auto* p = static_cast<const uint8_t*>(data);
+  auto* p = static_cast<uint8_t*>(const_cast<void*>(data));
   while (bytes > 0) {
-    const ssize_t n = stream_.send(p, bytes);
+    const iovec part = {p, bytes};
+    const ssize_t n = stream_->send(&part, 1);
     if (n >= 0) {
       p += n;
       bytes -= static_cast<size_t>(n);
-    } else if ((errno != EAGAIN && errno != EINTR) || !wait(false)) {
+    } else if ((errno != EAGAIN && errno != EINTR) ||
+               !wait_until(stream_->fd(), stream_->waits_for(false), deadline_ms_)) {
       return false;
     }
   }
@@ -82,7 +65,7 @@ Handshake::Next Handshake::reply(uint32_t option, uint32_t type, const void* dat
 }
 
 bool Handshake::run(Negotiated* out) {
-  deadline_ms_ = now_ms() + kDeadlineMs;
+  deadline_ms_ = now_ms() + entrance_.timeout_ms;
   uint8_t hello[18];
   put64(hello, kMagic);
   put64(hello + 8, kOptMagic);
@@ -91,6 +74,8 @@ bool Handshake::run(Negotiated* out) {
   if (!send(hello, sizeof hello) || !receive(flags, sizeof flags)) return false;
   const uint32_t client = get32(flags);
   if ((client & ~uint32_t{kFixedNewstyle | kNoZeroes}) != 0) return false;
+  // STARTTLS needs fixed newstyle.
+  if (entrance_.gate != nullptr && (client & kFixedNewstyle) == 0) return false;
   no_zeroes_ = (client & kNoZeroes) != 0;
   for (int i = 0; i < kMaxOptions; i++) {
     uint8_t header[16];
@@ -101,8 +86,9 @@ bool Handshake::run(Negotiated* out) {
     if (bytes > kMaxOptionBytes) {
       if (bytes > kMaxSkippedBytes || number == kOptExportName || !skip(bytes)) return false;
       // An abort is one with any data; this is more than any other option can need.
-      next = number == kOptAbort ? option(number, {})
-                                 : reply(number, kRepErrTooBig, "more data than any option takes");
+      next = number == kOptAbort || tls_missing()
+                 ? option(number, {})
+                 : reply(number, kRepErrTooBig, "more data than any option takes");
     } else {
       Data data(bytes);
       if (!receive(data.data(), bytes)) return false;

@@ -4,16 +4,19 @@
 // lengths are counted, and nothing is kept of what it sends but what it negotiated.
 //
 // nbd_handshake.cc has the phase and its bytes, nbd_options.cc what each option is answered.
-// Left out on purpose: NBD_OPT_STARTTLS (answered as unknown; it would exchange `stream_` and
-// forget `state_`), EXTENDED_HEADERS.
+// Where a gate stands (nbd_tls_gate.h) it is proto.md's FORCEDTLS: before TLS nothing is answered
+// but STARTTLS and ABORT, and nothing negotiated. Elsewhere TLS is refused.
+// Left out on purpose: EXTENDED_HEADERS.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
 #include "blktap/byte_stream.h"
 #include "blktap/nbd_exports.h"
+#include "blktap/nbd_tls_gate.h"
 
 namespace sf::nbd {
 
@@ -22,20 +25,32 @@ struct Negotiated {
   uint8_t contexts = 0;  // kContextAllocation, ...
 };
 
+// How clients of a listener come in.
+struct Entrance {
+  uint64_t timeout_ms = 30'000;         // of the whole option phase
+  TlsGate* gate = nullptr;              // null: no TLS
+  std::function<bool()> authenticated;  // behind the gate; false: there is no room
+};
+
 class Handshake {
  public:
   // `owner` is admitted to the export that the client chooses.
-  Handshake(ByteStream& stream, Exports& exports, std::shared_ptr<Connection> owner)
-      : stream_(stream), exports_(exports), owner_(std::move(owner)) {}
+  Handshake(ByteStream& stream, Exports& exports, std::shared_ptr<Connection> owner,
+            const Entrance& entrance)
+      : stream_(&stream), exports_(exports), owner_(std::move(owner)), entrance_(entrance) {}
   // True when the client enters transmission; false: close the socket.
   bool run(Negotiated* out);
   // What the owner was admitted to and has to leave, also after false. Null: nothing.
   const std::shared_ptr<Export>& exported() const { return exported_; }
+  // What carries the connection from now on; null: the stream it was made with.
+  std::unique_ptr<ByteStream> take_tls() { return std::move(tls_); }
 
  private:
   enum class Next : uint8_t { kOption, kTransmission, kClose };
   using Data = std::vector<uint8_t>;
   Next option(uint32_t option, const Data& data);
+  bool tls_missing() const { return entrance_.gate != nullptr && tls_ == nullptr; }
+  Next start_tls(const Data& data);
   Next export_name(const Data& data);
   Next list(const Data& data);
   Next info(uint32_t option, const Data& data);
@@ -52,11 +67,12 @@ class Handshake {
   bool receive(void* out, size_t bytes);
   bool skip(size_t bytes);
   bool send(const void* data, size_t bytes);
-  bool wait(bool receiving);
 
-  ByteStream& stream_;
+  ByteStream* stream_;
+  std::unique_ptr<ByteStream> tls_;
   Exports& exports_;
   std::shared_ptr<Connection> owner_;
+  const Entrance& entrance_;
   std::shared_ptr<Export> exported_;
   Negotiated state_;
   std::shared_ptr<Export> contexts_of_;  // the export that state_.contexts were selected for

@@ -53,6 +53,10 @@ uint16_t Handshake::transmission_flags(const ExportInfo& info) const {
 }
 
 Handshake::Next Handshake::option(uint32_t option, const Data& data) {
+  if (tls_missing() && option != kOptStartTls && option != kOptAbort) {
+    if (option == kOptExportName) return Next::kClose;
+    return reply(option, kRepErrTlsReqd, "the server wants TLS first");
+  }
   switch (option) {
     case kOptExportName:
       return export_name(data);
@@ -61,6 +65,8 @@ Handshake::Next Handshake::option(uint32_t option, const Data& data) {
       return Next::kClose;
     case kOptList:
       return list(data);
+    case kOptStartTls:
+      return start_tls(data);
     case kOptInfo:
     case kOptGo:
       return info(option, data);
@@ -75,6 +81,27 @@ Handshake::Next Handshake::option(uint32_t option, const Data& data) {
     default:
       return reply(option, kRepErrUnsup);
   }
+}
+
+// Credentials are read before the client is told to go ahead: afterwards no option can be answered.
+Handshake::Next Handshake::start_tls(const Data& data) {
+  if (entrance_.gate == nullptr) {
+    return reply(kOptStartTls, kRepErrPolicy, "no TLS on this socket");
+  }
+  if (tls_ != nullptr) return reply(kOptStartTls, kRepErrInvalid, "TLS is in use already");
+  if (!data.empty()) return reply(kOptStartTls, kRepErrInvalid, "the option takes no data");
+  auto credentials = entrance_.gate->credentials();
+  if (credentials == nullptr) {
+    reply(kOptStartTls, kRepErrPolicy, "the server's TLS credentials cannot be used");
+    return Next::kClose;
+  }
+  if (reply(kOptStartTls, kRepAck) == Next::kClose) return Next::kClose;
+  tls_ = entrance_.gate->accept(stream_->fd(), std::move(credentials), deadline_ms_);
+  if (tls_ == nullptr) return Next::kClose;
+  stream_ = tls_.get();
+  state_ = {};
+  contexts_of_.reset();
+  return entrance_.authenticated() ? Next::kOption : Next::kClose;
 }
 
 // The client has chosen. Contexts selected for another export are not for this one.

@@ -22,6 +22,7 @@ enum Option : uint32_t {
   kOptExportName = 1,
   kOptAbort = 2,
   kOptList = 3,
+  kOptStartTls = 5,
   kOptInfo = 6,
   kOptGo = 7,
   kOptStructuredReply = 8,
@@ -37,6 +38,7 @@ enum OptionReply : uint32_t {
   kRepErrUnsup = 0x80000001,
   kRepErrPolicy = 0x80000002,
   kRepErrInvalid = 0x80000003,
+  kRepErrTlsReqd = 0x80000005,
   kRepErrUnknown = 0x80000006,
   kRepErrTooBig = 0x80000009,
 };

@@ -5,91 +5,41 @@
 #include <pthread.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
-#include <cstring>
+#include <algorithm>
 #include <system_error>
 
 namespace sf::nbd {
-namespace {
-
-constexpr int kBacklog = 128;
-constexpr int kSocketBuffer = 1 << 20;
-
-Status socket_address(const std::string& path, sockaddr_un* out) {
-  *out = {};
-  out->sun_family = AF_UNIX;
-  if (path.empty() || path.size() >= sizeof out->sun_path) {
-    return Status::Error("E_ARGUMENT", "socket path " + path + " is empty or longer than " +
-                                           std::to_string(sizeof out->sun_path - 1) + " bytes");
-  }
-  std::memcpy(out->sun_path, path.data(), path.size());
-  return Status::Ok();
-}
-
-// E_IN_USE if somebody listens there, E_EXISTS if it is no socket.
-Status check_free(const std::string& path) {
-  struct stat st = {};
-  if (::lstat(path.c_str(), &st) != 0) {
-    return errno == ENOENT ? Status::Ok() : Status::Errno("E_IO", "stat " + path);
-  }
-  if (!S_ISSOCK(st.st_mode)) return Status::Error("E_EXISTS", path + " exists, and is no socket");
-  sockaddr_un address;
-  Status status = socket_address(path, &address);
-  if (!status.ok()) return status;
-  Fd probe(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  if (!probe.valid()) return Status::Errno("E_IO", "make a socket");
-  const auto* to = reinterpret_cast<const sockaddr*>(&address);
-  if (::connect(probe.get(), to, sizeof address) == 0 || errno == EAGAIN) {
-    return Status::Error("E_IN_USE", "another server listens on " + path);
-  }
-  return Status::Ok();
-}
-
-}  // namespace
 
 Status Server::Start(Config config, std::unique_ptr<Server>* out) {
   if (config.max_connections == 0 || config.max_connections > kMaxConnections) {
     return Status::Error("E_ARGUMENT", "a server has 1 to 4096 connections");
   }
-  const std::string& path = config.socket_path;
-  sockaddr_un address;
-  Status status = socket_address(path, &address);
-  if (status.ok()) status = check_free(path);
-  if (!status.ok()) return status;
-  // Bound under a short name of its own in the same folder, then renamed: no client ever meets a
-  // socket with the wrong owner or one that does not listen yet.
-  const size_t slash = path.rfind('/');
-  const std::string folder = slash == std::string::npos ? "." : path.substr(0, slash);
-  static std::atomic<unsigned> serial{0};
-  const std::string temporary =
-      folder + "/." + std::to_string(::getpid()) + "-" + std::to_string(serial++);
-  status = socket_address(temporary, &address);
-  if (!status.ok()) return status;
+  if (config.max_handshakes == 0 || config.max_handshakes > kMaxHandshakes) {
+    return Status::Error("E_ARGUMENT", "a server has 1 to 1024 handshakes at a time");
+  }
+  if (config.handshake_ms == 0 || config.handshake_ms > kMaxHandshakeMs) {
+    return Status::Error("E_ARGUMENT", "a handshake has 1 ms to 10 minutes");
+  }
   std::unique_ptr<Server> server(new Server());
-  server->listener_ = Fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (!config.socket_path.empty()) {
+    auto& listener = server->listeners_.emplace_back();
+    const UnixPlace place = {config.socket_path, config.uid, config.gid, config.mode};
+    Status status = Listener::Unix(place, &listener);
+    if (!status.ok()) return status;
+  }
+  if (config.tcp.has_value()) {
+    auto& listener = server->listeners_.emplace_back();
+    Status status = Listener::Tcp(*config.tcp, &listener);
+    if (!status.ok()) return status;
+    server->port_ = listener->port();
+  }
+  if (server->listeners_.empty()) {
+    return Status::Error("E_ARGUMENT", "an NBD server needs a socket path or a TCP address");
+  }
   server->stop_event_ = Fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-  if (!server->listener_.valid() || !server->stop_event_.valid()) {
-    return Status::Errno("E_IO", "make a socket");
-  }
-  ::unlink(temporary.c_str());
-  const auto* to = reinterpret_cast<const sockaddr*>(&address);
-  if (::bind(server->listener_.get(), to, sizeof address) != 0) {
-    return Status::Errno("E_IO", "bind " + temporary);
-  }
-  struct stat st = {};
-  if (::chmod(temporary.c_str(), config.mode) != 0 ||
-      ::chown(temporary.c_str(), config.uid, config.gid) != 0 ||
-      ::listen(server->listener_.get(), kBacklog) != 0 || ::lstat(temporary.c_str(), &st) != 0 ||
-      ::rename(temporary.c_str(), path.c_str()) != 0) {
-    status = Status::Errno("E_IO", "set up socket " + path);
-    ::unlink(temporary.c_str());
-    return status;
-  }
-  server->socket_device_ = st.st_dev;
-  server->socket_inode_ = st.st_ino;
+  if (!server->stop_event_.valid()) return Status::Errno("E_IO", "make an eventfd");
   server->config_ = std::move(config);
   server->thread_ = std::thread([raw = server.get()] {
     ::pthread_setname_np(::pthread_self(), "nbd-accept");
@@ -107,31 +57,39 @@ void Server::stop() {
   while (::write(stop_event_.get(), &one, sizeof one) < 0 && errno == EINTR) {
   }
   thread_.join();
-  listener_.reset();
+  for (auto& listener : listeners_) listener->close();
   for (auto& client : clients_) client.connection->stop();
   exports_.close();
   reap(true);
   workers_.stop();
-  // Only our own socket: another process may have taken over the path.
-  struct stat st = {};
-  if (::lstat(config_.socket_path.c_str(), &st) == 0 && st.st_dev == socket_device_ &&
-      st.st_ino == socket_inode_) {
-    ::unlink(config_.socket_path.c_str());
+  listeners_.clear();
+}
+
+TlsGate::Stats Server::tls() const {
+  for (const auto& listener : listeners_) {
+    if (listener->gate() != nullptr) return listener->gate()->stats();
   }
+  return {};
 }
 
 void Server::accept_loop() {
+  std::vector<pollfd> fds = {{stop_event_.get(), POLLIN, 0}};
+  for (const auto& listener : listeners_) fds.push_back({listener->fd(), POLLIN, 0});
   for (;;) {
-    pollfd fds[2] = {{listener_.get(), POLLIN, 0}, {stop_event_.get(), POLLIN, 0}};
-    if (::poll(fds, 2, -1) < 0 && errno != EINTR) return;
-    if (fds[1].revents != 0) return;
-    reap(false);
-    if (fds[0].revents != 0) accept_one();
+    if (::poll(fds.data(), fds.size(), -1) < 0) {
+      if (errno != EINTR) return;
+      continue;
+    }
+    if (fds[0].revents != 0) return;
+    for (size_t i = 0; i < listeners_.size(); i++) {
+      reap(false);
+      if (fds[i + 1].revents != 0) accept_one(*listeners_[i]);
+    }
   }
 }
 
-void Server::accept_one() {
-  Fd socket(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
+void Server::accept_one(Listener& listener) {
+  Fd socket = listener.accept();
   if (!socket.valid()) {
     // Out of descriptors: the connection stays in the queue. Not to be asked again at once.
     if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS) {
@@ -140,29 +98,60 @@ void Server::accept_one() {
     }
     return;
   }
-  if (clients_.size() >= config_.max_connections) {
-    refused_++;
+  const bool tls = listener.gate() != nullptr;
+  if (tls) make_room();
+  Client& client = clients_.emplace_back();
+  // What was told to go may take a moment to; threads are bounded meanwhile, too.
+  const size_t most = config_.max_connections + 2 * config_.max_handshakes;
+  if (clients_.size() > most || (!tls && !take_slot(client))) {
+    refused_ += clients_.size() > most ? 1 : 0;
+    clients_.pop_back();
     return;  // closes it
   }
-  // Room for a batch of replies; a refusal only costs speed.
-  ::setsockopt(socket.get(), SOL_SOCKET, SO_SNDBUF, &kSocketBuffer, sizeof kSocketBuffer);
-  Client& client = clients_.emplace_back();
-  client.connection = std::make_shared<Connection>(exports_, std::move(socket));
-  open_++;
+  Entrance entrance;
+  entrance.timeout_ms = config_.handshake_ms;
+  entrance.gate = listener.gate();
+  entrance.authenticated = [this, &client] { return take_slot(client); };
+  client.connection =
+      std::make_shared<Connection>(exports_, std::move(socket), std::move(entrance));
   try {
     client.thread = std::thread([this, &client] {
       ::pthread_setname_np(::pthread_self(), "nbd-conn");
       client.connection->run();
-      open_--;
+      if (client.has_slot) open_--;
       client.finished = true;
     });
   } catch (const std::system_error&) {  // no thread to be had
-    open_--;
+    if (client.has_slot) open_--;
     refused_++;
     clients_.pop_back();
     return;
   }
   accepted_++;
+}
+
+void Server::make_room() {
+  auto strangers = [](const Client& client) {
+    return !client.has_slot && !client.finished && !client.dropped;
+  };
+  if (static_cast<size_t>(std::ranges::count_if(clients_, strangers)) < config_.max_handshakes) {
+    return;
+  }
+  const auto oldest = std::ranges::find_if(clients_, strangers);
+  if (oldest == clients_.end()) return;  // the last of them has just come in or gone
+  oldest->dropped = true;
+  oldest->connection->stop();
+  dropped_++;
+}
+
+bool Server::take_slot(Client& client) {
+  if (open_.fetch_add(1) < config_.max_connections) {
+    client.has_slot = true;
+    return true;
+  }
+  open_--;
+  refused_++;
+  return false;
 }
 
 void Server::reap(bool all) {

@@ -1,19 +1,24 @@
-// A Unix socket with exports behind it: accepts connections, each with a thread of its own.
+// Exports behind a Unix socket, a TCP port, or both: accepts connections, each with a thread of its
+// own.
 //
 // States: listening -> stopped. Exports come and go while it listens; one without exports answers
-// that there are none. A connection counts against max_connections from the moment it is accepted,
-// chosen export or not; what it chose counts it against its own bound (ExportInfo).
+// that there are none.
+//
+// A connection has a slot (of max_connections) from the moment it is accepted, chosen export or
+// not; with TLS only from the moment its peer has proved who it is. Until then it is one of
+// max_handshakes, and when those are all taken the oldest of them goes: strangers who stall cannot
+// keep others out. What a connection chose counts it against its own bound too (ExportInfo).
 #pragma once
-
-#include <sys/types.h>
 
 #include <atomic>
 #include <list>
 #include <memory>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "blktap/nbd_connection.h"
+#include "blktap/nbd_listener.h"
 #include "common/status.h"
 
 namespace sf::nbd {
@@ -21,16 +26,21 @@ namespace sf::nbd {
 class Server {
  public:
   struct Config {
+    // One of the two at least.
     std::string socket_path;
-    uid_t uid = static_cast<uid_t>(-1);  // -1: as created
+    std::optional<TcpPlace> tcp;
+    uid_t uid = static_cast<uid_t>(-1);  // of the Unix socket; -1: as created
     gid_t gid = static_cast<gid_t>(-1);
     mode_t mode = 0600;
     size_t max_connections = 256;  // more are closed without a word; at most kMaxConnections
+    size_t max_handshakes = 32;    // at most kMaxHandshakes
+    uint64_t handshake_ms = 30'000;
   };
   static constexpr size_t kMaxConnections = 4096;
+  static constexpr size_t kMaxHandshakes = 1024;
+  static constexpr uint64_t kMaxHandshakeMs = 600'000;
 
-  // The socket appears at its path complete, with its owner and mode. A socket left there by a dead
-  // process is replaced; one that somebody listens on is E_IN_USE, any other file E_EXISTS.
+  // Errors as of Listener.
   static Status Start(Config config, std::unique_ptr<Server>* out);
   ~Server();
   void stop();  // ends all connections; waits for requests being carried out
@@ -40,24 +50,32 @@ class Server {
   }
   Status remove_export(const std::string& name) { return exports_.remove(name); }
   std::vector<std::shared_ptr<Export>> exports() { return exports_.list(); }
-  size_t connections() const { return open_.load(); }
+  size_t connections() const { return open_.load(); }  // those with a slot
   uint64_t accepted() const { return accepted_.load(); }
   uint64_t refused() const { return refused_.load(); }  // for max_connections
+  uint64_t dropped() const { return dropped_.load(); }  // for max_handshakes
+  uint16_t port() const { return port_; }               // 0: no TCP
+  TlsGate::Stats tls() const;
 
  private:
   struct Client {
     std::shared_ptr<Connection> connection;
     std::thread thread;
+    bool dropped = false;
+    std::atomic<bool> has_slot{false};
     std::atomic<bool> finished{false};
   };
 
   Server() = default;
   void accept_loop();
-  void accept_one();
+  void accept_one(Listener& listener);
+  void make_room();  // for one more handshake
+  bool take_slot(Client& client);
   void reap(bool all);
 
   Config config_;
-  Fd listener_;
+  std::vector<std::unique_ptr<Listener>> listeners_;
+  uint16_t port_ = 0;
   Fd stop_event_;
   Workers workers_;
   Exports exports_;
@@ -66,8 +84,7 @@ class Server {
   std::atomic<size_t> open_{0};
   std::atomic<uint64_t> accepted_{0};
   std::atomic<uint64_t> refused_{0};
-  dev_t socket_device_ = 0;
-  ino_t socket_inode_ = 0;
+  std::atomic<uint64_t> dropped_{0};
 };
 
 }  // namespace sf::nbd

@@ -32,7 +32,8 @@ void Workers::list(Queue* queue) {
     queue->listed_ = true;
     ready_.push_back(queue);
   }
-  // A thread that was woken counts as free until it runs, and so does what it was woken for.
+  // A thread that was woken or just started counts as free until it runs, and what it is to take
+  // counts as ready until then.
   if (ready_.size() <= free_ || threads_.size() == kMaxThreads) {
     wake_.notify_one();
     return;
@@ -42,6 +43,7 @@ void Workers::list(Queue* queue) {
       ::pthread_setname_np(::pthread_self(), "nbd-worker");
       work();
     });
+    free_++;
   } catch (const std::system_error&) {
     // None to be had: those there are will come to it, or the next task tries again.
   }
@@ -49,8 +51,7 @@ void Workers::list(Queue* queue) {
 
 void Workers::work() {
   std::unique_lock lock(mutex_);
-  for (;;) {
-    free_++;
+  for (;;) {  // it is counted as free here
     wake_.wait(lock, [&] { return stopping_ || !ready_.empty(); });
     free_--;
     if (stopping_) return;
@@ -65,9 +66,10 @@ void Workers::work() {
     task();
     task = nullptr;
     lock.lock();
+    free_++;
     queue->running_--;
     if (queue->running_ == 0 && queue->closed_) queue->idle_.notify_all();
-    list(queue);
+    list(queue);  // may be for this very thread
   }
 }
 

@@ -26,7 +26,8 @@ Status Punch::Begin(const std::shared_ptr<Store>& store, const SliceRef& slice,
   if (status.ok()) status = punch->claim_.take(store, {slice}, 1);
   std::shared_ptr<Slice> opened;
   if (status.ok()) {
-    status = Slice::OpenSealed(store->directory(), slice.id, slice.map, size_bytes, &opened);
+    status = Slice::OpenSealed(store->directory(), slice.id, slice.map, size_bytes,
+                               store->file_errors(), &opened);
   }
   if (status.ok()) {
     status = opened->scan([&](PageIndex first, uint64_t count, PageState state) {

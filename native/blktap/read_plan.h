@@ -6,14 +6,13 @@
 #include <memory>
 #include <vector>
 
+#include "blktap/file_cache.h"
 #include "blktap/read_gate.h"
 
 namespace sf {
 
-class DataFile;
-
 struct ReadSegment {
-  const DataFile* file = nullptr;
+  FileRef file;  // held open by the plan
   uint64_t offset = 0;
   size_t bytes = 0;
   uint8_t* into = nullptr;
@@ -21,9 +20,13 @@ struct ReadSegment {
 
 // Bytes known to be zeros are in the buffer already and in no segment.
 struct ReadPlan {
+  // Of different files: what one request may take of the file cache while it waits for a device.
+  static constexpr size_t kMaxPins = 32;
+
   std::vector<ReadSegment> segments;
-  std::vector<std::shared_ptr<const void>> keep;  // holds the files open
-  std::shared_ptr<ReadGate::Section> section;     // and their pages in them; ends before `keep`
+  std::vector<std::shared_ptr<const void>> keep;  // holds a base's file open
+  std::shared_ptr<ReadGate::Section> section;  // the pages stay in their files; ends before `keep`
+  std::vector<CachedFile::Pin> pins;           // holds slices' files open; end before `section`
 };
 
 }  // namespace sf

@@ -72,9 +72,9 @@ void Ring::fill_slots() {
     auto& segments = read->plan.segments;
     while (read->next < segments.size() && read->error == 0 && !free_.empty()) {
       const ReadSegment& segment = segments[read->next++];
-      if (segment.file->in_memory()) {
+      if (segment.file.in_memory()) {
         read->error =
-            segment.file->read(segment.offset, segment.bytes, segment.into, ReadMode::kBlock);
+            segment.file.read(segment.offset, segment.bytes, segment.into, ReadMode::kBlock);
         continue;
       }
       const unsigned slot = free_.back();
@@ -93,7 +93,7 @@ void Ring::fill_slots() {
 void Ring::submit_slot(unsigned slot) {
   const ReadSegment& segment = slots_[slot].segment;
   io_uring_sqe* sqe = entry();
-  io_uring_prep_read(sqe, segment.file->fd(), segment.into,
+  io_uring_prep_read(sqe, segment.file.fd, segment.into,
                      static_cast<unsigned>(std::min(segment.bytes, kMaxPiece)), segment.offset);
   io_uring_sqe_set_data64(sqe, slot);
 }

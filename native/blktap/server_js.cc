@@ -4,8 +4,8 @@
 
 #include <set>
 
-#include "blktap/task.h"
 #include "blktap/nbd_server.h"
+#include "blktap/task.h"
 
 namespace sf {
 namespace {
@@ -27,6 +27,37 @@ void stop_all(void*) {
 // Sets `*out` if the member is there; what is no number becomes 0, which is refused further on.
 void limit(const Napi::Object& object, const char* name, size_t* out) {
   if (!object.Get(name).IsUndefined()) *out = number(object, name);
+}
+
+std::string maybe_text(const Napi::Object& object, const char* name) {
+  return object.Get(name).IsUndefined() ? std::string() : text(object, name);
+}
+
+Napi::Object section(const Napi::Object& object, const char* name) {
+  if (object.Get(name).IsObject()) return object.Get(name).As<Napi::Object>();
+  throw js_error(object.Env(),
+                 Status::Error("E_ARGUMENT", std::string(name) + " must be an object"));
+}
+
+// listen: { host, port, tls?: { directory?, pskFile?, verifyPeer? }, plaintext? }
+nbd::TcpPlace tcp_place(const Napi::Object& listen) {
+  nbd::TcpPlace place;
+  place.host = text(listen, "host");
+  const double port = number(listen, "port");
+  if (!(port >= 0 && port <= 65535)) {
+    throw js_error(listen.Env(), Status::Error("E_ARGUMENT", "a port is 0 to 65535"));
+  }
+  place.port = static_cast<uint16_t>(port);
+  place.plaintext = listen.Get("plaintext").ToBoolean();
+  if (listen.Get("tls").IsUndefined()) return place;
+  const auto tls = section(listen, "tls");
+  place.tls.emplace();
+  place.tls->directory = maybe_text(tls, "directory");
+  place.tls->psk_file = maybe_text(tls, "pskFile");
+  // Only a plain `false` lets everybody in.
+  const Napi::Value verify = tls.Get("verifyPeer");
+  place.tls->verify_peer = !verify.IsBoolean() || verify.ToBoolean();
+  return place;
 }
 
 class ServerJs : public Napi::ObjectWrap<ServerJs> {
@@ -51,16 +82,20 @@ class ServerJs : public Napi::ObjectWrap<ServerJs> {
     if (server_ != nullptr) running().erase(server_.get());
   }
 
-  // startNbdServer({ socketPath, uid?, gid?, mode?, maxConnections? })
+  // startNbdServer({ socketPath?, uid?, gid?, mode?, listen?, maxConnections?, maxHandshakes?,
+  //   handshakeTimeoutMs? })
   static Napi::Value Start(const Napi::CallbackInfo& info) {
     Napi::Env env = info.Env();
     const auto object = options(info[0]);
     nbd::Server::Config config;
-    config.socket_path = text(object, "socketPath");
+    config.socket_path = maybe_text(object, "socketPath");
+    if (!object.Get("listen").IsUndefined()) config.tcp = tcp_place(section(object, "listen"));
     if (object.Get("uid").IsNumber()) config.uid = object.Get("uid").ToNumber().Uint32Value();
     if (object.Get("gid").IsNumber()) config.gid = object.Get("gid").ToNumber().Uint32Value();
     if (object.Get("mode").IsNumber()) config.mode = object.Get("mode").ToNumber().Uint32Value();
     limit(object, "maxConnections", &config.max_connections);
+    limit(object, "maxHandshakes", &config.max_handshakes);
+    limit(object, "handshakeTimeoutMs", &config.handshake_ms);
     std::unique_ptr<nbd::Server> server;
     throw_if(env, nbd::Server::Start(std::move(config), &server));
     const Napi::Object made = constructor().New({});
@@ -115,6 +150,14 @@ class ServerJs : public Napi::ObjectWrap<ServerJs> {
     set(stats, "connections", server_ ? server_->connections() : 0);
     set(stats, "accepted", server_ ? server_->accepted() : 0);
     set(stats, "refused", server_ ? server_->refused() : 0);
+    set(stats, "port", server_ ? server_->port() : 0);
+    const auto tls = server_ ? server_->tls() : nbd::TlsGate::Stats();
+    auto handshakes = Napi::Object::New(info.Env());
+    set(handshakes, "accepted", tls.accepted);
+    set(handshakes, "failed", tls.failed);
+    set(handshakes, "dropped", server_ ? server_->dropped() : 0);
+    handshakes.Set("lastError", tls.last_error);
+    stats.Set("tls", handshakes);
     auto list = Napi::Array::New(info.Env());
     uint32_t i = 0;
     if (server_ != nullptr) {

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -18,17 +19,20 @@ constexpr size_t kRoundBlocks = 256;  // persist() copies at most 1 MiB of map b
 }  // namespace
 
 Status Slice::Open(const std::string& directory, const std::string& id, uint32_t edition,
-                   uint64_t size_bytes, std::shared_ptr<Slice>* out) {
-  return OpenAny(directory, id, edition, size_bytes, false, out);
+                   uint64_t size_bytes, std::shared_ptr<FileErrors> errors,
+                   std::shared_ptr<Slice>* out) {
+  return OpenAny(directory, id, edition, size_bytes, false, std::move(errors), out);
 }
 
 Status Slice::OpenSealed(const std::string& directory, const std::string& id, uint32_t edition,
-                         uint64_t size_bytes, std::shared_ptr<Slice>* out) {
-  return OpenAny(directory, id, edition, size_bytes, true, out);
+                         uint64_t size_bytes, std::shared_ptr<FileErrors> errors,
+                         std::shared_ptr<Slice>* out) {
+  return OpenAny(directory, id, edition, size_bytes, true, std::move(errors), out);
 }
 
 Status Slice::OpenAny(const std::string& directory, const std::string& id, uint32_t edition,
-                      uint64_t size_bytes, bool sealed_only, std::shared_ptr<Slice>* out) {
+                      uint64_t size_bytes, bool sealed_only, std::shared_ptr<FileErrors> errors,
+                      std::shared_ptr<Slice>* out) {
   if (!is_hex_id(id)) return Status::Error("E_ARGUMENT", "bad slice id " + id);
   std::string boot;
   Status status = boot_id(&boot);
@@ -50,13 +54,18 @@ Status Slice::OpenAny(const std::string& directory, const std::string& id, uint3
   if (sealed_only && !sealed) {
     return Status::Error("E_STATE", "slice " + id + " of " + directory + " is not sealed");
   }
-  status = open_sized(s->path(".data"), sealed ? O_RDONLY : O_RDWR,
-                      pages_of(size_bytes) * kPageBytes, &s->data_);
+  const std::string data_path = s->path(".data");
+  DataFile data;
+  status =
+      open_sized(data_path, sealed ? O_RDONLY : O_RDWR, pages_of(size_bytes) * kPageBytes, &data);
+  if (status.ok()) {
+    status = s->data_.keep(&FileCache::shared(), data_path, std::move(data), std::move(errors));
+  }
   if (!status.ok()) return status;
   if (sealed) {
-    s->settled_ = true;
-    status = sealed_only ? Status::Ok() : s->finish_seal();
+    if (!sealed_only) status = s->finish_seal();
     s->map_ = DataFile();
+    s->settle();
   } else {
     status = s->open_live();
   }
@@ -77,6 +86,8 @@ Status Slice::open_live() {
   if (live.state == static_cast<uint32_t>(SliceState::kSealed)) {
     return Status::Error("E_CORRUPT", live_path_ + " says sealed, which no live map does");
   }
+  status = check_covered(map_, map_path(), live_, live_path_, size_bytes_);
+  if (!status.ok()) return status;
   header_dirty_ = true;  // .map may say the same, and say it in the page cache alone
   header_ = live;
   // Which blocks .map lacks is not known any more: all that hold anything.
@@ -168,7 +179,7 @@ int Slice::mark(PageIndex first, uint64_t count, PageState state) {
 }
 
 int Slice::punch(PageIndex first, uint64_t count) const {
-  if (::fallocate(data_.fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+  if (::fallocate(data().fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                   static_cast<off_t>(first * kPageBytes),
                   static_cast<off_t>(count * kPageBytes)) == 0) {
     return 0;
@@ -180,13 +191,13 @@ int Slice::allocate_zeroes(PageIndex first, uint64_t count) const {
   constexpr int kKeepSize = FALLOC_FL_KEEP_SIZE;
   const auto off = static_cast<off_t>(first * kPageBytes);
   const auto len = static_cast<off_t>(count * kPageBytes);
-  if (::fallocate(data_.fd(), FALLOC_FL_ZERO_RANGE | kKeepSize, off, len) != 0) {
+  if (::fallocate(data().fd(), FALLOC_FL_ZERO_RANGE | kKeepSize, off, len) != 0) {
     if (errno != EOPNOTSUPP) return errno;
     // tmpfs, for one: zeros that are written have their space too.
     static constexpr uint8_t kZeroes[16 * kPageBytes] = {};
     for (uint64_t done = 0; done < count * kPageBytes;) {
       const size_t n = std::min<uint64_t>(sizeof kZeroes, count * kPageBytes - done);
-      const int error = data_.write(first * kPageBytes + done, kZeroes, n);
+      const int error = data().write(first * kPageBytes + done, kZeroes, n);
       if (error != 0) return error;
       done += n;
     }
@@ -253,8 +264,21 @@ Status Slice::seal() {
     map_ = DataFile();
     std::vector<uint64_t>().swap(dirty_);
   }
-  settled_.store(true, std::memory_order_release);
   ::unlink(live_path_.c_str());  // if a kill prevents it, Open does it
+  settle();
+  return Status::Ok();
+}
+
+// There may be thousands of settled slices: they keep only what reading them takes.
+void Slice::settle() {
+  data_.release();
+  settled_.store(true, std::memory_order_release);
+}
+
+Status Slice::allocated_bytes(uint64_t* out) const {
+  struct stat st = {};
+  if (::stat(data_.path().c_str(), &st) != 0) return file_error("stat " + data_.path());
+  *out = static_cast<uint64_t>(st.st_blocks) * 512;
   return Status::Ok();
 }
 
@@ -295,7 +319,7 @@ Status Slice::persist() {
       for (uint64_t b : round) dirty_[b / 64] |= uint64_t{1} << (b % 64);
       return status;
     };
-    if (::fdatasync(data_.fd()) != 0) {
+    if (::fdatasync(data().fd()) != 0) {
       sync_failed_ = file_error("sync " + path(".data"));
       return failed(sync_failed_);
     }

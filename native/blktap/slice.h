@@ -35,6 +35,7 @@
 //  - What a process finds in .map may be unsynced work of one that was killed: it is synced before
 //    anything is built on it (finish_seal; header_dirty_ and all blocks dirty after Open).
 // No file is mapped: a full file system is an error of pwrite(), not a SIGBUS.
+// A settled slice's data file is open while the FileCache has room for it.
 #pragma once
 
 #include <atomic>
@@ -44,7 +45,7 @@
 #include <string>
 #include <vector>
 
-#include "blktap/data_file.h"
+#include "blktap/file_cache.h"
 #include "blktap/map_file.h"
 #include "blktap/slice_format.h"
 #include "common/page.h"
@@ -60,12 +61,15 @@ class Slice {
   static Status Create(const std::string& directory, const std::string& id, uint64_t size_bytes,
                        SliceState state);
   // Opens a slice with the map that is true now: .live of this boot if there is one, else .map of
-  // `edition`. E_CORRUPT if a file is missing, cut short or its header fails its checks.
+  // `edition`. E_CORRUPT if a file is missing, cut short or its header fails its checks. What goes
+  // wrong with its data file later is told to `errors`, which may be null.
   static Status Open(const std::string& directory, const std::string& id, uint32_t edition,
-                     uint64_t size_bytes, std::shared_ptr<Slice>* out);
+                     uint64_t size_bytes, std::shared_ptr<FileErrors> errors,
+                     std::shared_ptr<Slice>* out);
   // The same of a sealed slice only, else E_STATE; changes nothing in the folder.
   static Status OpenSealed(const std::string& directory, const std::string& id, uint32_t edition,
-                           uint64_t size_bytes, std::shared_ptr<Slice>* out);
+                           uint64_t size_bytes, std::shared_ptr<FileErrors> errors,
+                           std::shared_ptr<Slice>* out);
   // Removes the files of a slice that was never more than a spare, or half made. Anything else is
   // left alone, and *removed is false.
   static Status RemoveSpare(const std::string& directory, const std::string& id,
@@ -81,10 +85,18 @@ class Slice {
   std::string below_generation() const {
     return header_text(header_.below_generation, sizeof header_.below_generation);
   }
-  const DataFile& data() const { return data_; }
   uint32_t edition() const { return edition_.load(std::memory_order_acquire); }
   // A merge gave it another map. Its pages' bytes, as far as anybody reads them, are the same.
   void set_edition(uint32_t edition) { edition_.store(edition, std::memory_order_release); }
+  // The pages, in any state. Pins last until the section of the read gate in which they were taken
+  // is over, at most: the slice may go after it.
+  const CachedFile& pages() const { return data_; }
+  // For writing, until the slice is settled.
+  const DataFile& data() const { return data_.own(); }
+  // Merged away, and no reader is left: pin() is ESTALE, which nobody sees (chain.cc).
+  void retire() { data_.remove(); }
+  // What its pages take in the file system. E_IO.
+  Status allocated_bytes(uint64_t* out) const;
 
   // Calls `each` for every run of pages that are not absent, in order; checks the map and, if
   // sealed, its checksum. Reads the files anew, beside whatever else goes on; of the top of a disk
@@ -105,12 +117,14 @@ class Slice {
  private:
   Slice() = default;
   static Status OpenAny(const std::string& directory, const std::string& id, uint32_t edition,
-                        uint64_t size_bytes, bool sealed_only, std::shared_ptr<Slice>* out);
+                        uint64_t size_bytes, bool sealed_only, std::shared_ptr<FileErrors> errors,
+                        std::shared_ptr<Slice>* out);
   std::string path(const std::string& suffix) const { return directory_ + "/" + id_ + suffix; }
   std::string map_path() const { return path(map_suffix(edition())); }
   Status open_live();
   Status remake_live();
   Status finish_seal();
+  void settle();
   Status write_header(const DataFile& file, const std::string& name, MapKind kind);
 
   std::string directory_;
@@ -119,7 +133,7 @@ class Slice {
   uint64_t map_bytes_ = 0;
   std::atomic<uint32_t> edition_{0};
   SliceHeader header_ = {};  // as in force now; below settled, `state` stays kOpen
-  DataFile data_;
+  CachedFile data_;
   DataFile map_;   // until settled
   DataFile live_;  // until settled
   std::string live_path_;

@@ -56,11 +56,18 @@ Status check_slice(const std::string& directory, const std::string& id, uint32_t
   const std::string live_path = stem + "." + boot + ".live";
   const bool sealed = header.state == static_cast<uint32_t>(SliceState::kSealed);
   if (!sealed && ::access(live_path.c_str(), F_OK) == 0) {
-    path = live_path;
-    if (wrong(open_sized(path, O_RDONLY, map_file_bytes(size_bytes), &map)) ||
-        wrong(read_header(map, path, id, size_bytes, MapKind::kLive, &header))) {
+    DataFile live;
+    if (wrong(open_sized(live_path, O_RDONLY, map_file_bytes(size_bytes), &live)) ||
+        wrong(read_header(live, live_path, id, size_bytes, MapKind::kLive, &header))) {
       return Status::Ok();
     }
+    if (header.state == static_cast<uint32_t>(SliceState::kSealed)) {
+      wrong(Status::Error("E_CORRUPT", live_path + " says sealed, which no live map does"));
+      return Status::Ok();
+    }
+    wrong(check_covered(map, path, live, live_path, size_bytes));
+    path = live_path;
+    map = std::move(live);
   }
   out->state = state_name(header.state);
   uint64_t covered = 0;  // bytes in .data under pages that are data

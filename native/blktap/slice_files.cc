@@ -50,7 +50,7 @@ Status Slice::RemoveSpare(const std::string& directory, const std::string& id, u
   const std::string map_path = stem + map_suffix(0);
   Status status = Status::Ok();
   if (size_bytes == 0) status = size_in_header(map_path, &size_bytes);
-  if (status.ok()) status = Open(directory, id, 0, size_bytes, &slice);
+  if (status.ok()) status = Open(directory, id, 0, size_bytes, nullptr, &slice);
   if (!status.ok() && status.code != "E_CORRUPT") return status;
   // Half made (a kill inside Create): no map, and so never written to.
   const bool half = !status.ok() && ::access(map_path.c_str(), F_OK) != 0 && errno == ENOENT &&

@@ -1,7 +1,5 @@
 #include "blktap/store.h"
 
-#include <sys/stat.h>
-
 #include <algorithm>
 #include <shared_mutex>
 
@@ -154,7 +152,8 @@ Status Store::resolve(const std::vector<SliceRef>& slices, uint64_t size_bytes, 
 Status Store::open_node(const NodePtr& node) {
   if (node->slice != nullptr) return Status::Ok();
   std::shared_ptr<Slice> slice;
-  Status status = Slice::Open(directory_, node->id, node->map, node->size_bytes, &slice);
+  Status status =
+      Slice::Open(directory_, node->id, node->map, node->size_bytes, file_errors_, &slice);
   if (!status.ok()) return status;
   if (!slice->settled()) {
     return Status::Error("E_CORRUPT", "slice " + node->id + " of " + directory_ +
@@ -349,7 +348,8 @@ Status Store::remove_slice(const std::string& id) {
   {
     std::lock_guard lock(mutex);
     used = find(id);
-    if (used != nullptr || claimed_.contains(id)) {
+    const bool buried = std::ranges::any_of(buried_, [&](const auto& s) { return s->id() == id; });
+    if (used != nullptr || buried || claimed_.contains(id)) {
       return Status::Error("E_IN_USE", "slice " + id + " of " + directory_ + " is in use");
     }
   }
@@ -370,14 +370,13 @@ Status Store::slice_info(const SliceRef& ref, uint64_t* pages, uint64_t* zeros,
     uint64_t size_bytes = 0;
     Status status = size_in_header(directory_ + "/" + ref.id + map_suffix(ref.map), &size_bytes);
     if (status.ok()) {
-      status = Slice::OpenSealed(directory_, ref.id, ref.map, size_bytes, &slice);
+      status = Slice::OpenSealed(directory_, ref.id, ref.map, size_bytes, file_errors_, &slice);
     }
     if (!status.ok()) return status;
   }
   *pages = *zeros = *allocated_bytes = 0;
-  struct stat st = {};
-  if (::fstat(slice->data().fd(), &st) != 0) return file_error("stat slice " + ref.id);
-  *allocated_bytes = static_cast<uint64_t>(st.st_blocks) * 512;
+  Status status = slice->allocated_bytes(allocated_bytes);
+  if (!status.ok()) return status;
   return slice->scan([&](PageIndex, uint64_t count, PageState state) {
     *pages += count;
     if (state == PageState::kZero) *zeros += count;
@@ -399,13 +398,6 @@ void Store::set_heights() {
       for (auto number : path.back()->numbers) table_->set_height(number, height);
     }
   }
-}
-
-size_t Store::open_files() {
-  std::lock_guard lock(mutex);
-  size_t open = 0;
-  for (const auto& [id, known] : nodes_) open += known.raw->slice != nullptr ? 1 : 0;
-  return open;
 }
 
 }  // namespace sf

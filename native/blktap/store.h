@@ -81,6 +81,8 @@ class Store : public std::enable_shared_from_this<Store> {
   const std::string& directory() const { return directory_; }
   const std::shared_ptr<SliceTable>& table() const { return table_; }
   const StoreLock& lock() const { return lock_; }
+  // What went wrong with data files of its slices while they were read.
+  const std::shared_ptr<FileErrors>& file_errors() const { return file_errors_; }
 
   // The node of the last slice of a chain, oldest first. Quick: opens nothing. E_STATE if the chain
   // is not what this store knows (a merge was put in force), E_IN_USE if the last slice is being
@@ -106,7 +108,6 @@ class Store : public std::enable_shared_from_this<Store> {
   // What a slice's map says now. `map` counts only if the slice is not in use here.
   Status slice_info(const SliceRef& ref, uint64_t* pages, uint64_t* zeros,
                     uint64_t* allocated_bytes);
-  size_t open_files();
   // What reads under way did not let go of in time, until the store is closed.
   void bury(std::vector<std::shared_ptr<Slice>> slices);
   void keep_for_readers(NodePtr node, std::shared_ptr<Base> base);
@@ -134,6 +135,7 @@ class Store : public std::enable_shared_from_this<Store> {
   const std::string directory_;
   StoreLock lock_;
   std::shared_ptr<SliceTable> table_ = std::make_shared<SliceTable>();
+  const std::shared_ptr<FileErrors> file_errors_ = std::make_shared<FileErrors>();
 
   struct Known {
     Node* raw = nullptr;

@@ -109,7 +109,6 @@ class StoreJs : public Napi::ObjectWrap<StoreJs> {
                                          InstanceMethod("removeSlice", &StoreJs::RemoveSlice),
                                          InstanceMethod("inUse", &StoreJs::InUse),
                                          InstanceMethod("sliceInfo", &StoreJs::SliceInfo),
-                                         InstanceMethod("openFiles", &StoreJs::OpenFiles),
                                          InstanceMethod("close", &StoreJs::Close),
                                      }));
   }
@@ -206,13 +205,6 @@ class StoreJs : public Napi::ObjectWrap<StoreJs> {
           out.Set("allocatedBytes", static_cast<double>(found->allocated));
           return out;
         });
-  }
-
-  Napi::Value OpenFiles(const Napi::CallbackInfo& info) {
-    auto out = Napi::Object::New(info.Env());
-    out.Set("open", static_cast<double>(open(info.Env())->open_files()));
-    out.Set("capacity", Napi::Number::New(info.Env(), INFINITY));
-    return out;
   }
 
   Napi::Value Close(const Napi::CallbackInfo& info) {

@@ -51,6 +51,7 @@ class SwitchBase final : public Base {
     if (!base->fills()) return done(Status::Ok());
     base->want(page, std::move(done));
   }
+  void add_user(std::weak_ptr<const PageUser> user) override { held()->add_user(std::move(user)); }
 
  private:
   Base* now() const { return now_.load(); }

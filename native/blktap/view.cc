@@ -24,8 +24,8 @@ ReadResult View::read(PageIndex page, uint8_t* out) {
     return result;
   }
   ReadGate::Section section(chain_.slices->readers());
-  const DataFile& file = chain_.slices->at(entry).data();
-  if (file.read(page * kPageBytes, kPageBytes, out, ReadMode::kBlock) != 0 || !current()) {
+  if (read_slice(chain_, entry, page * kPageBytes, kPageBytes, out, ReadMode::kBlock) != 0 ||
+      !current()) {
     return ReadResult::kError;
   }
   return is_zero_page(out) ? ReadResult::kZero : ReadResult::kData;

@@ -32,7 +32,8 @@ class View final : public PageProvider, public Device {
   void want(PageIndex page, std::function<void(const Status&)> done) override {
     chain_.base->want(page, std::move(done));
   }
-  Extent extent(uint64_t off, uint64_t limit) const override;  // depth 1: the generation's own slice
+  Extent extent(uint64_t off,
+                uint64_t limit) const override;  // depth 1: the generation's own slice
   void cache(uint64_t off, uint64_t len) override;
 
  private:

@@ -42,6 +42,20 @@ class PageFetcher {
  public:
   virtual ~PageFetcher() = default;
   virtual void want(PageIndex page, Urgency urgency) = 0;
+  // Asks for a run of pages nobody waits for yet. False: it has too much to do, nothing was taken.
+  virtual bool prefetch(PageIndex first, uint64_t count) {
+    for (; count > 0; first++, count--) want(first, Urgency::kPrefetch);
+    return true;
+  }
+};
+
+// Reads a generation through a replica, and may have made some of its pages its own since.
+// Thread-safe.
+class PageUser {
+ public:
+  virtual ~PageUser() = default;
+  // Which of the 64 pages from `first` (a multiple of 64) it may still read: bit i is first + i.
+  virtual uint64_t needs(PageIndex first) const = 0;
 };
 
 }  // namespace sf

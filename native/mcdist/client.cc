@@ -62,8 +62,9 @@ Status Client::Open(const Options& options, std::shared_ptr<Replica> replica,
   if (!client->timer_.valid() || !client->wake_.valid()) {
     return Status::Errno("E_INTERNAL", "timerfd or eventfd");
   }
-  client->thread_ = std::thread([raw = client.get()] { raw->run(); });
+  // Before the thread: a source that is refused at once would be forgotten, and waited for.
   client->replica_->set_fetcher(client.get());
+  client->thread_ = std::thread([raw = client.get()] { raw->run(); });
   *out = std::move(client);
   return Status::Ok();
 }
@@ -109,17 +110,21 @@ void Client::want(PageIndex page, Urgency urgency) {
   (void)!::write(wake_.get(), &one, sizeof one);
 }
 
-void Client::prefetch(PageIndex first, uint64_t pages) {
-  if (first >= replica_->pages()) return;
+bool Client::prefetch(PageIndex first, uint64_t pages) {
+  if (first >= replica_->pages()) return true;
   pages = std::min(pages, replica_->pages() - first);
   std::lock_guard lock(mutex_);
-  if (lost_ || closing_) return;
+  if (lost_ || closing_) return true;  // whoever waits hears of it from the replica
   busy(now_ns());
-  if (!requester_.prefetch(first, pages)) return count(counters_.prefetch_dropped, pages);
-  if (wake_pending_) return;
+  if (!requester_.prefetch(first, pages)) {
+    count(counters_.prefetch_dropped, pages);
+    return false;
+  }
+  if (wake_pending_) return true;
   wake_pending_ = true;
   const uint64_t one = 1;
   (void)!::write(wake_.get(), &one, sizeof one);
+  return true;
 }
 
 void Client::set_server(const sockaddr_in& server) {

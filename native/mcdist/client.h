@@ -63,7 +63,8 @@ class Client final : public PageFetcher {
   ~Client() override;
 
   void want(PageIndex page, Urgency urgency) override;
-  void prefetch(PageIndex first, uint64_t count);  // pages beyond the end are left out
+  // Pages beyond the end are left out. False: too many ranges, none was taken.
+  bool prefetch(PageIndex first, uint64_t count) override;
   void set_server(const sockaddr_in& server);
   // Detaches from the replica, whose waiters stay for its next fetcher, and ends the thread.
   void close();

@@ -11,19 +11,12 @@
 #include <bit>
 #include <cstring>
 
+#include "pagestore/replica_map.h"
+
 namespace sf {
 namespace {
 
-constexpr char kMagic[8] = {'S', 'F', 'R', 'E', 'P', 'L', '0', '1'};
-
-struct MapHeader {
-  char magic[8];
-  uint64_t pages;
-  uint32_t medium;
-  uint32_t reserved;
-  char generation[64];
-};
-static_assert(sizeof(MapHeader) <= kPageBytes);
+constexpr uint64_t kWordPages = 64;
 
 size_t bitmap_bytes(uint64_t pages) {
   size_t words = (pages + 63) / 64;
@@ -77,14 +70,13 @@ Status Replica::Open(const std::string& path, const std::string& generation, uin
   if (!r->data_.valid()) return Status::Errno("E_IO", "open " + path);
 
   const size_t bits = bitmap_bytes(pages);
-  r->map_bytes_ = kPageBytes + 2 * bits;
+  r->map_bytes_ = kPageBytes + (medium == Medium::kDisk ? 4 : 2) * bits;
   struct stat st = {};
   if (::fstat(r->map_.get(), &st) != 0) return Status::Errno("E_IO", "stat " + map_path);
-  const bool fresh = st.st_size == 0;
+  bool fresh = st.st_size == 0;
   if (fresh) {
-    if (::ftruncate(r->map_.get(), static_cast<off_t>(r->map_bytes_)) != 0 ||
-        ::ftruncate(r->data_.get(), static_cast<off_t>(pages * kPageBytes)) != 0) {
-      return Status::Errno("E_IO", "size " + path);
+    if (::ftruncate(r->map_.get(), static_cast<off_t>(r->map_bytes_)) != 0) {
+      return Status::Errno("E_IO", "size " + map_path);
     }
   } else if (static_cast<size_t>(st.st_size) != r->map_bytes_) {
     return Status::Error("E_REPLICA_MISMATCH", "replica " + path + " has another size");
@@ -93,22 +85,43 @@ Status Replica::Open(const std::string& path, const std::string& generation, uin
   if (map == MAP_FAILED) return Status::Errno("E_IO", "map " + map_path);
   r->map_base_ = static_cast<uint8_t*>(map);
   auto* header = static_cast<MapHeader*>(map);
+  // A power cut can leave a file made just before it without its contents. Nothing was synced then.
+  constexpr MapHeader kNone = {};
+  if (std::memcmp(header, &kNone, sizeof kNone) == 0) {
+    std::memset(r->map_base_, 0, r->map_bytes_);
+    fresh = true;
+  }
   if (fresh) {
     header->pages = pages;
     header->medium = static_cast<uint32_t>(medium);
     std::memcpy(header->generation, generation.c_str(), generation.size() + 1);
-    std::memcpy(header->magic, kMagic, sizeof kMagic);  // last: marks the header as whole
-  } else if (std::memcmp(header->magic, kMagic, sizeof kMagic) != 0 || header->pages != pages ||
-             header->medium != static_cast<uint32_t>(medium) ||
+    std::memcpy(header->magic, kReplicaMagic,
+                sizeof kReplicaMagic);  // last: marks the header as whole
+  } else if (std::memcmp(header->magic, kReplicaMagic, sizeof kReplicaMagic) != 0 ||
+             header->pages != pages || header->medium != static_cast<uint32_t>(medium) ||
              std::strncmp(header->generation, generation.c_str(), sizeof header->generation) != 0) {
     return Status::Error("E_REPLICA_MISMATCH", "replica " + path + " is of another generation");
   }
+  if (::fstat(r->data_.get(), &st) != 0) return Status::Errno("E_IO", "stat " + path);
+  const auto bytes = static_cast<off_t>(pages * kPageBytes);
+  if (st.st_size > bytes) {
+    return Status::Error("E_REPLICA_MISMATCH", "replica " + path + " has another size");
+  }
+  const bool cut = st.st_size < bytes;
   r->present_words_ = reinterpret_cast<std::atomic<uint64_t>*>(r->map_base_ + kPageBytes);
   r->zero_words_ = reinterpret_cast<std::atomic<uint64_t>*>(r->map_base_ + kPageBytes + bits);
-  for (size_t i = 0; i < (pages + 63) / 64; i++) {
-    r->present_ += static_cast<uint64_t>(std::popcount(r->present_words_[i].load()));
-    r->zero_ += static_cast<uint64_t>(std::popcount(r->zero_words_[i].load()));
+  if (medium == Medium::kDisk) {
+    const Status status = r->check_boot();
+    if (!status.ok()) return status;
   }
+  if (!r->count_bits()) {
+    return Status::Error("E_CORRUPT", map_path + " speaks of pages beyond the end");
+  }
+  // Not made longer: pages that were there would become zeros. A VM that maps it would die.
+  if (cut && r->present_ > 0) {
+    return Status::Error("E_CORRUPT", "replica " + path + " is shorter than its map says");
+  }
+  if (cut && ::ftruncate(r->data_.get(), bytes) != 0) return Status::Errno("E_IO", "size " + path);
   if (medium == Medium::kMemory) {
     void* data = ::mmap(nullptr, pages * kPageBytes, PROT_READ | PROT_WRITE,
                         MAP_SHARED | MAP_NORESERVE, r->data_.get(), 0);
@@ -125,6 +138,76 @@ Replica::~Replica() {
   fail(Status::Error("E_CLOSED", "replica " + path_ + " was closed"));
   if (data_map_ != nullptr) ::munmap(data_map_, pages_ * kPageBytes);
   if (map_base_ != nullptr) ::munmap(map_base_, map_bytes_);
+}
+
+void Replica::unlock() { ::flock(map_.get(), LOCK_UN); }
+
+bool Replica::count_bits() {
+  for (size_t i = 0; i < (pages_ + kWordPages - 1) / kWordPages; i++) {
+    const uint64_t present = present_words_[i].load();
+    const uint64_t zero = zero_words_[i].load();
+    const uint64_t left = pages_ - i * kWordPages;
+    if (left < kWordPages && ((present | zero) >> left) != 0) return false;
+    present_ += static_cast<uint64_t>(std::popcount(present));
+    zero_ += static_cast<uint64_t>(std::popcount(zero & ~present));  // as state() has it
+  }
+  complete_ = all_known();
+  return true;
+}
+
+// A page can be both if it was filled while it was told to be zero, hence not by the counts alone.
+bool Replica::all_known() const {
+  if (present_ + zero_ < pages_) return false;
+  for (PageIndex first = 0; first < pages_; first += kWordPages) {
+    if (absent_mask(first) != 0) return false;
+  }
+  return true;
+}
+
+void Replica::check_complete() {
+  if (present_ + zero_ < pages_ || complete() || !all_known()) return;
+  std::lock_guard lock(complete_mutex_);
+  if (complete_.exchange(true) || on_complete_ == nullptr) return;
+  std::exchange(on_complete_, nullptr)();
+}
+
+void Replica::on_complete(std::function<void()> done) {
+  std::lock_guard lock(complete_mutex_);
+  on_complete_ = std::move(done);
+  if (complete() && on_complete_ != nullptr) std::exchange(on_complete_, nullptr)();
+}
+
+uint64_t Replica::absent_mask(PageIndex first) const {
+  if (first >= pages_) return 0;
+  const size_t word = first / kWordPages;
+  const uint64_t known = present_words_[word].load(std::memory_order_acquire) |
+                         zero_words_[word].load(std::memory_order_acquire);
+  const uint64_t left = pages_ - first;
+  return ~known & (left >= kWordPages ? ~uint64_t{0} : (uint64_t{1} << left) - 1);
+}
+
+void Replica::add_user(std::weak_ptr<const PageUser> user) {
+  std::lock_guard lock(users_mutex_);
+  std::erase_if(users_, [](const auto& other) { return other.expired(); });
+  users_.push_back(std::move(user));
+  users_version_.fetch_add(1, std::memory_order_acq_rel);
+}
+
+uint64_t Replica::needed_mask(PageIndex first) const {
+  std::vector<std::shared_ptr<const PageUser>> users;
+  {
+    std::lock_guard lock(users_mutex_);
+    for (const auto& user : users_) {
+      if (auto here = user.lock()) users.push_back(std::move(here));
+    }
+  }
+  if (users.empty()) return ~uint64_t{0};
+  uint64_t mask = 0;
+  for (const auto& user : users) {
+    mask |= user->needs(first);
+    if (mask == ~uint64_t{0}) break;
+  }
+  return mask;
 }
 
 bool Replica::test(const std::atomic<uint64_t>* words, PageIndex page) const {
@@ -197,6 +280,7 @@ Status Replica::fill(PageIndex page, const uint8_t* data, bool* changed) {
     if (changed != nullptr) *changed = true;
   }
   wake(page);
+  check_complete();
   return Status::Ok();
 }
 
@@ -209,6 +293,7 @@ Status Replica::fill_zero(PageIndex page, uint64_t count) {
     if (set(zero_words_, page)) zero_.fetch_add(1, std::memory_order_relaxed);
     wake(page);
   }
+  check_complete();
   return Status::Ok();
 }
 
@@ -222,7 +307,8 @@ void Replica::end_waiters(PageIndex page, const Status& status) {
     std::lock_guard lock(mutex_);
     auto found = waiters_.find(page);
     if (found == waiters_.end()) return;
-    waiters = std::move(found->second);
+    if (found->second.urgent) urgent_--;
+    waiters = std::move(found->second.done);
     waiters_.erase(found);
   }
   for (auto& done : waiters) done(status);
@@ -241,8 +327,10 @@ void Replica::want(PageIndex page, Done done) {
     if (state(page) == PageState::kAbsent) {
       if (failed_.ok()) {
         auto& waiters = waiters_[page];
-        ask = waiters.empty();
-        waiters.push_back(std::move(done));
+        // One that is prefetched is asked for again: now somebody waits.
+        ask = !std::exchange(waiters.urgent, true);
+        if (ask) urgent_++;
+        waiters.done.push_back(std::move(done));
       } else {
         failed = failed_;
       }
@@ -264,34 +352,69 @@ void Replica::prefetch(PageIndex page) {
   if (fetcher_ != nullptr) fetcher_->want(page, Urgency::kPrefetch);
 }
 
+Status Replica::prefetch(PageIndex first, uint64_t count, const PageDone& done, uint64_t* asked) {
+  *asked = 0;
+  if (first > pages_ || count > pages_ - first) {
+    return Status::Error("E_ARGUMENT", "page beyond the end of " + path_);
+  }
+  std::vector<std::pair<PageIndex, uint64_t>> runs;
+  {
+    std::lock_guard lock(mutex_);
+    if (!failed_.ok()) return failed_;
+    for (PageIndex page = first; page < first + count; page++) {
+      if (state(page) != PageState::kAbsent) continue;
+      auto& waiters = waiters_[page];
+      const bool new_here = waiters.done.empty();
+      waiters.done.push_back([page, done](const Status& status) { done(page, status); });
+      ++*asked;
+      if (!new_here) continue;
+      if (!runs.empty() && runs.back().first + runs.back().second == page) {
+        runs.back().second++;
+      } else {
+        runs.emplace_back(page, 1);
+      }
+    }
+  }
+  std::lock_guard lock(fetcher_mutex_);
+  if (fetcher_ == nullptr) return Status::Ok();
+  for (const auto& [page, pages] : runs) {
+    if (fetcher_->prefetch(page, pages)) continue;
+    for (uint64_t i = 0; i < pages; i++) fetcher_->want(page + i, Urgency::kPrefetch);
+  }
+  return Status::Ok();
+}
+
 void Replica::set_fetcher(PageFetcher* fetcher) {
   std::lock_guard lock(fetcher_mutex_);
   fetcher_ = fetcher;
   if (fetcher == nullptr) return;
-  std::vector<PageIndex> pages;
+  std::vector<std::pair<PageIndex, Urgency>> pages;
   {
     std::lock_guard inner(mutex_);
     failed_ = Status::Ok();
-    for (auto& entry : waiters_) pages.push_back(entry.first);
+    for (auto& entry : waiters_) {
+      pages.emplace_back(entry.first, entry.second.urgent ? Urgency::kFault : Urgency::kPrefetch);
+    }
   }
-  for (PageIndex page : pages) fetcher->want(page, Urgency::kFault);
+  for (const auto& [page, urgency] : pages) fetcher->want(page, urgency);
 }
 
 void Replica::fail(const Status& status) {
-  std::unordered_map<PageIndex, std::vector<Done>> waiters;
+  std::unordered_map<PageIndex, Waiters> waiters;
   {
     std::lock_guard lock(mutex_);
     failed_ = status;
     waiters.swap(waiters_);
+    urgent_ = 0;
   }
   for (auto& entry : waiters) {
-    for (auto& done : entry.second) done(status);
+    for (auto& done : entry.second.done) done(status);
   }
 }
 
 uint64_t Replica::waiting_count() const {
   std::lock_guard lock(mutex_);
-  return waiters_.size();
+  return urgent_;
 }
 
 Status Replica::open_readonly(Fd* out) const {

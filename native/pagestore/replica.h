@@ -10,9 +10,11 @@
 //    also enters the page cache whole, in one step (UFFDIO_COPY): VMs that map the file see it
 //    there at once, without reading the bitmap, and must never see a page half written.
 //  - Each waiter is called exactly once: with success, or with the error that ended the source.
-// The bitmaps live in a file beside the data (`PATH.map`, mapped shared), so that a replica
-// survives the death of the process that fills it. A replica is not made durable: after a power cut
-// the clones are gone, and so is it.
+//  - After a power cut only what sync() wrote counts (Medium::kDisk): the kernel may have written a
+//    bit before its page. Nothing of it is believed; what is missing is fetched again.
+// `PATH.map`, mapped shared, so that a replica survives the death of the process that fills it: a
+// page of header, the bitmaps of present and of zero pages as true now, and for kDisk the same two
+// as true after a power cut. Bits are only ever added, so a torn write of them is true as well.
 #pragma once
 
 #include <atomic>
@@ -55,12 +57,37 @@ class Replica final : public PageProvider {
   Status fill(PageIndex page, const uint8_t* data, bool* changed = nullptr);
   Status fill_zero(PageIndex page, uint64_t count = 1);
 
+  // Every page is present or zero: no source is needed any more, now or when it is opened again.
+  bool complete() const { return complete_.load(std::memory_order_acquire); }
+  // Calls `done` once when it is complete; at once, on this thread, if it is already. One at a
+  // time: the next call replaces it, nullptr takes it back and waits for a call under way.
+  void on_complete(std::function<void()> done);
+
+  // Its owner has ended what fills it: another process may open it. Who reads it here reads on.
+  void unlock();
+
+  // Makes what is here now durable. Blocks; nothing to do for kMemory.
+  Status sync();
+
   // Calls `done` when the page is present or zero (at once, on this thread, if it is already), or
   // with the error after fail(). `done` may run on any thread and must not block.
   void want(PageIndex page, Done done);
 
   // Asks for a page nobody waits for yet.
   void prefetch(PageIndex page);
+  // Asks for the absent ones of a run, which nobody waits for yet, and counts them in `*asked`.
+  // `done` is called for each, once, as that of want(). Error: the source is gone, nothing is
+  // asked.
+  using PageDone = std::function<void(PageIndex, const Status&)>;
+  Status prefetch(PageIndex first, uint64_t count, const PageDone& done, uint64_t* asked);
+
+  // The absent ones of the 64 pages from `first` (a multiple of 64): bit i is first + i.
+  uint64_t absent_mask(PageIndex first) const;
+  // Those of 64 pages that one of its users may still read; all if it has no users.
+  uint64_t needed_mask(PageIndex first) const;
+  void add_user(std::weak_ptr<const PageUser> user);
+  // Changes with each user added: a page not needed before may be needed now.
+  uint64_t users_version() const { return users_version_.load(std::memory_order_acquire); }
 
   // The fetcher must not call back into the replica from inside want(). It must outlive its time
   // as the fetcher: set nullptr (which waits for calls under way)
@@ -75,7 +102,7 @@ class Replica final : public PageProvider {
 
   uint64_t present_count() const { return present_.load(std::memory_order_relaxed); }
   uint64_t zero_count() const { return zero_.load(std::memory_order_relaxed); }
-  uint64_t waiting_count() const;
+  uint64_t waiting_count() const;  // pages somebody waits for; prefetched ones do not count
 
   // A new read-only descriptor of the data file, to be handed to a VM. Owned by the caller.
   Status open_readonly(Fd* out) const;
@@ -88,6 +115,11 @@ class Replica final : public PageProvider {
   Status write_page(PageIndex page, const uint8_t* data);
   void wake(PageIndex page);
   void end_waiters(PageIndex page, const Status& status);
+  bool count_bits();  // false: there are bits beyond the last page
+  void check_complete();
+  bool all_known() const;
+  // Of replica_durable.cc: kDisk's part of Open.
+  Status check_boot();
 
   std::string path_;
   std::string generation_;
@@ -104,8 +136,24 @@ class Replica final : public PageProvider {
   std::atomic<uint64_t> present_{0};
   std::atomic<uint64_t> zero_{0};
 
-  mutable std::mutex mutex_;  // guards waiters_ and failed_
-  std::unordered_map<PageIndex, std::vector<Done>> waiters_;
+  std::atomic<bool> complete_{false};
+  std::mutex complete_mutex_;
+  std::function<void()> on_complete_;
+
+  std::mutex sync_mutex_;  // one sync() at a time
+  uint64_t synced_ = 0;    // pages known at the last one
+
+  mutable std::mutex users_mutex_;
+  std::vector<std::weak_ptr<const PageUser>> users_;
+  std::atomic<uint64_t> users_version_{0};
+
+  struct Waiters {
+    bool urgent = false;
+    std::vector<Done> done;
+  };
+  mutable std::mutex mutex_;  // guards all up to failed_
+  std::unordered_map<PageIndex, Waiters> waiters_;
+  uint64_t urgent_ = 0;  // of waiters_
   Status failed_;
   std::mutex fetcher_mutex_;  // held while the fetcher is called; taken before mutex_, never after
   PageFetcher* fetcher_ = nullptr;

@@ -1,5 +1,7 @@
 // JavaScript's view of a replica: open, count, close. Page bytes never pass through here.
 #include "common/js.h"
+#include "common/notifier.h"
+#include "common/task.h"
 #include "pagestore/replica.h"
 
 namespace sf {
@@ -17,6 +19,8 @@ class ReplicaJs : public Napi::ObjectWrap<ReplicaJs> {
                                 InstanceMethod("prefetch", &ReplicaJs::Prefetch),
                                 InstanceMethod("fail", &ReplicaJs::Fail),
                                 InstanceMethod("stats", &ReplicaJs::Stats),
+                                InstanceMethod("onComplete", &ReplicaJs::OnComplete),
+                                InstanceMethod("sync", &ReplicaJs::Sync),
                                 InstanceMethod("close", &ReplicaJs::Close),
                                 InstanceAccessor("handle", &ReplicaJs::Handle, nullptr),
                                 InstanceAccessor("provider", &ReplicaJs::Provider, nullptr),
@@ -81,9 +85,31 @@ class ReplicaJs : public Napi::ObjectWrap<ReplicaJs> {
     stats.Set("present", static_cast<double>(replica.present_count()));
     stats.Set("zero", static_cast<double>(replica.zero_count()));
     stats.Set("waiting", static_cast<double>(replica.waiting_count()));
+    stats.Set("complete", replica.complete());
     return stats;
   }
-  void Close(const Napi::CallbackInfo&) { replica_.reset(); }
+  void OnComplete(const Napi::CallbackInfo& info) {
+    auto& replica = open(info.Env());
+    forget_completion();
+    notifier_ = Notifier::Make(info.Env(), info[0].As<Napi::Function>(), "replica complete");
+    replica.on_complete([n = notifier_] { n->call(); });
+  }
+  Napi::Value Sync(const Napi::CallbackInfo& info) {
+    open(info.Env());
+    return StatusTask::Run(info.Env(), [replica = replica_] { return replica->sync(); });
+  }
+  void forget_completion() {
+    if (notifier_ == nullptr) return;
+    replica_->on_complete(nullptr);
+    notifier_->close();
+    notifier_.reset();
+  }
+  void Close(const Napi::CallbackInfo&) {
+    forget_completion();
+    // Handles given out live until they are collected; the files are free now.
+    if (replica_ != nullptr) replica_->unlock();
+    replica_.reset();
+  }
   Napi::Value Handle(const Napi::CallbackInfo& info) {
     open(info.Env());
     return wrap_replica(info.Env(), replica_);
@@ -93,6 +119,7 @@ class ReplicaJs : public Napi::ObjectWrap<ReplicaJs> {
     return wrap_provider(info.Env(), replica_);
   }
 
+  std::shared_ptr<Notifier> notifier_;
   std::shared_ptr<Replica> replica_;
 };
 

@@ -2,6 +2,7 @@ import type { Command } from 'commander';
 import { InvalidArgumentError } from 'commander';
 import { SnowflockError } from '../common/errors.js';
 import { createLogger } from '../common/log.js';
+import { MAX_OPEN_FILES } from '../cow-disk/file-cache.js';
 import { nbdUri } from '../cow-disk/transfer.js';
 import { parseOwner } from '../disk-server/owner.js';
 import { serveStore } from '../disk-server/serve.js';
@@ -15,6 +16,7 @@ interface Options {
   all?: boolean;
   readOnly?: boolean;
   gcRate?: number;
+  maxOpenFiles?: number;
 }
 
 export function addDiskServeCommand(disk: Command, json: () => boolean): void {
@@ -28,6 +30,7 @@ export function addDiskServeCommand(disk: Command, json: () => boolean): void {
     .option('--all', 'also generations that have no name, as DISK@ID')
     .option('--read-only', 'disks can only be read')
     .option('--gc-rate <size>', 'clean-up copies at most this much a second', diskSize)
+    .option('--max-open-files <n>', 'files of sealed slices open at once (default: 256)', files)
     .action(async (names: string[], o: Options) => {
       const places = names.map(parseStoreOrDisk);
       const stores = new Set(places.map(({ store }) => store));
@@ -52,6 +55,7 @@ export function addDiskServeCommand(disk: Command, json: () => boolean): void {
           unnamed: o.all === true,
           readOnly: o.readOnly === true,
           ...(o.gcRate === undefined ? {} : { gc_bytes_per_s: o.gcRate }),
+          ...(o.maxOpenFiles === undefined ? {} : { max_open_files: o.maxOpenFiles }),
         },
         createLogger('disk-serve'),
         ({ name, socket }) => {
@@ -65,4 +69,12 @@ export function addDiskServeCommand(disk: Command, json: () => boolean): void {
 function octal(text: string): number {
   if (!/^0?[0-7]{3}$/.test(text)) throw new InvalidArgumentError('must be octal, e.g. 660.');
   return Number.parseInt(text, 8);
+}
+
+function files(text: string): number {
+  const value = Number(text);
+  if (!/^\d+$/.test(text) || value < 1 || value > MAX_OPEN_FILES) {
+    throw new InvalidArgumentError(`must be 1 to ${MAX_OPEN_FILES}.`);
+  }
+  return value;
 }

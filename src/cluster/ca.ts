@@ -6,6 +6,7 @@
  *   ca.key, ca.crt          the authority; ca.key never leaves this folder
  *   hosts/NAME/host.json    configuration, complete: hand this folder to the host
  *   hosts/NAME/ca.crt, host.crt, host.key
+ *   hosts/NAME/nbd-tls/     the same under the names that QEMU, nbdkit and libnbd look for
  *
  * Keys are ECDSA P-256. A host's certificate carries its name (DNS) and address (IP): a peer is
  * who its certificate's DNS name says. Keys have mode 0600, folders 0700.
@@ -18,7 +19,17 @@
  */
 import { generateKeyPairSync, randomBytes } from 'node:crypto';
 import { existsSync } from 'node:fs';
-import { chmod, copyFile, mkdir, mkdtemp, readFile, rename, rm, writeFile } from 'node:fs/promises';
+import {
+  chmod,
+  copyFile,
+  mkdir,
+  mkdtemp,
+  readFile,
+  rename,
+  rm,
+  symlink,
+  writeFile,
+} from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 import Type from 'typebox';
 import { Value } from 'typebox/value';
@@ -200,8 +211,20 @@ async function writeHost(dir: string, host: FullSpec, hosts: readonly Listed[]):
   ]);
   await rm(request);
   await rm(csr);
+  await mkdir(join(folder, 'nbd-tls'));
+  for (const [name, file] of NBD_TLS_NAMES)
+    await symlink(`../${file}`, join(folder, 'nbd-tls', name));
   await writeJson(join(folder, 'host.json'), hostConfig(host, hosts));
 }
+
+/** A host's certificate is good for both ends of a connection. */
+const NBD_TLS_NAMES = [
+  ['ca-cert.pem', 'ca.crt'],
+  ['server-cert.pem', 'host.crt'],
+  ['server-key.pem', 'host.key'],
+  ['client-cert.pem', 'host.crt'],
+  ['client-key.pem', 'host.key'],
+] as const;
 
 async function makeAuthority(dir: string, name: string): Promise<void> {
   await chmod(dir, 0o700);

@@ -15,6 +15,7 @@ import { SnowflockError } from '../common/errors.js';
 
 /** UDP port of the page server when the configuration names none. */
 export const DEFAULT_MCDIST_PORT = 7448;
+const DEFAULT_MAX_OPEN_FILES = 256;
 export const DEFAULT_LEASE_MS = 15_000;
 /** Above what systemd gives to containers (up to 1,879,048,191), below 2^31: nobody's accounts. */
 const DEFAULT_VM_ID = 1_900_000_000;
@@ -52,6 +53,8 @@ export const HostConfigFile = Type.Object(
     uplink: Type.String({ pattern: '^[a-zA-Z0-9_.-]{1,15}$' }),
     image_dir: Type.Optional(Type.String({ minLength: 1 })),
     mcdist_port: Type.Optional(Type.Integer({ minimum: 1, maximum: 65535 })),
+    prefetch_bytes_per_s: Type.Optional(Type.Integer({ minimum: 0, maximum: 1e12 })),
+    max_open_files: Type.Optional(Type.Integer({ minimum: 1, maximum: 1_048_576 })),
     lease_ms: Type.Optional(Type.Integer({ minimum: 1000, maximum: 3_600_000 })),
     vm_uid: Type.Optional(Type.Integer({ minimum: 1, maximum: 2 ** 31 })),
     vm_gid: Type.Optional(Type.Integer({ minimum: 1, maximum: 2 ** 31 })),
@@ -119,6 +122,9 @@ export interface ClusterConfig extends HostAddress {
   readonly imageDir: string;
   /** UDP port on which this host's data plane answers page requests. */
   readonly mcdistPort: number;
+  /** Disks of clones on this host are filled in the background at this rate; 0: on demand only. */
+  readonly prefetchBytesPerS: number;
+  readonly maxOpenFiles: number;
   /** A parent's host and a clone's host that do not hear of each other for so long part. */
   readonly leaseMs: number;
   /**
@@ -219,6 +225,8 @@ export function parseClusterConfig(value: unknown, file: string): ClusterConfig 
         ? join(absolute('/state_dir', value.state_dir), 'image')
         : absolute('/image_dir', value.image_dir),
     mcdistPort: value.mcdist_port ?? DEFAULT_MCDIST_PORT,
+    prefetchBytesPerS: value.prefetch_bytes_per_s ?? 0,
+    maxOpenFiles: value.max_open_files ?? DEFAULT_MAX_OPEN_FILES,
     leaseMs: value.lease_ms ?? DEFAULT_LEASE_MS,
     vmUid: value.vm_uid ?? DEFAULT_VM_ID,
     vmGid: value.vm_gid ?? DEFAULT_VM_ID,

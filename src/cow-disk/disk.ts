@@ -150,8 +150,8 @@ export class Disk {
       nativeSync(() => this.#native.device()),
       options,
     );
-    const address = { socket, name: options.exportName ?? '' };
-    this.exports.push(address);
+    const address = { socket: socket ?? '', name: options.exportName ?? '' };
+    if (socket !== undefined) this.exports.push(address);
     return this.#keep(served, () => {
       const at = this.exports.indexOf(address);
       if (at >= 0) this.exports.splice(at, 1);

@@ -67,7 +67,6 @@ export interface NativeStore {
   punchBegin(p: { slice: SliceRef; children: SliceRef[]; sizeBytes: number }): Promise<NativeStep>;
   /** Closes and removes the files of a slice that no disk or view uses any more. E_IN_USE. */
   removeSlice(id: string): Promise<void>;
-  openFiles(): { open: number; capacity: number };
   close(): Promise<void>;
 }
 
@@ -131,7 +130,7 @@ export interface NativeStats {
   fetched: number;
   ioErrors: number;
   noSpaceErrors: number;
-  /** What the last failed flush said. */
+  /** What the last failed flush said; else, if there were errors, the last about a slice's file. */
   lastError: string | null;
 }
 

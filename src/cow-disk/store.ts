@@ -4,6 +4,7 @@ import { Cleaner } from './cleaner.js';
 import { describeDisk } from './create.js';
 import { Disk, type DiskOwner } from './disk.js';
 import { checkDiskName, ID, MAX_GENERATIONS, MAX_SLICES } from './entries.js';
+import { type FileCacheStats, fileCacheStats, setFileCacheCapacity } from './file-cache.js';
 import { flatten } from './flatten.js';
 import { Gate } from './gate.js';
 import { Journal, makeFolder } from './journal.js';
@@ -30,6 +31,8 @@ import { type OpenGeneration, openView } from './view.js';
 export interface StoreOptions {
   /** Bytes a second that clean-up may read and write; 64 MiB by default, 0: no clean-up. */
   gc_bytes_per_s?: number;
+  /** Files of sealed slices open at once in this process, from now on (setFileCacheCapacity()). */
+  max_open_files?: number;
   /** The replica of a generation of another host, for disks over one that no caller opens. */
   replica?: (generation: string) => ReplicaHandle | undefined;
   /** The store closes with the first disk that is closed (a store of one disk). */
@@ -83,9 +86,10 @@ export class Store implements StoreApi {
 
   /**
    * Opens a store. One owner at a time (E_IN_USE). Puts right what a death left half done. E_CORRUPT
-   * if journal and files do not fit together; then nothing was changed. E_NOT_FOUND, E_IO.
+   * if journal and files do not fit together; then nothing was changed. E_NOT_FOUND, E_IO, E_ARGUMENT.
    */
   static async open(directory: string, options: StoreOptions = {}): Promise<Store> {
+    if (options.max_open_files !== undefined) setFileCacheCapacity(options.max_open_files);
     await Journal.exists(directory); // before a lock file is made where no store is
     const opened = await native(() => addon().openStore(directory));
     let ledger: Ledger | undefined;
@@ -240,10 +244,13 @@ export class Store implements StoreApi {
     this.#cleaner.setRate(bytes_per_s);
   }
 
-  /** How many slices' files are open, and how many may be at once. */
-  openFiles(): { open: number; capacity: number } {
+  /**
+   * Sealed slices' files that are open, of all stores of this process. Besides, an open disk has
+   * seven files or fewer of its top, its spare and a slice that settles, each, and a clean-up one.
+   */
+  openFiles(): FileCacheStats {
     this.#check();
-    return this.#parts.native.openFiles();
+    return fileCacheStats();
   }
 
   /**

@@ -21,6 +21,7 @@ async function main(): Promise<void> {
       'vm-gid': { type: 'string' },
       address: { type: 'string' },
       'mcdist-port': { type: 'string' },
+      'max-open-files': { type: 'string' },
     },
   });
   const need = (name: keyof typeof values): string => {
@@ -35,6 +36,7 @@ async function main(): Promise<void> {
       vmGid: Number(need('vm-gid')),
       address: need('address'),
       mcdistPort: Number(need('mcdist-port')),
+      maxOpenFiles: Number(need('max-open-files')),
     },
     log,
     (event) => server?.broadcast(event),

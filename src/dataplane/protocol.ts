@@ -23,6 +23,22 @@ export interface ReplicaStats {
   waiting: number;
   /** Pages this host asked for itself; the rest of `present` came with answers to other hosts. */
   requested: number;
+  /** No page is absent: the source is not needed any more. */
+  complete: boolean;
+  /** `closed`: complete. `lost`: absent pages end with E_SOURCE_LOST. */
+  source: 'open' | 'lost' | 'closed';
+  prefetch: PrefetchStats | null;
+}
+
+/** See PrefetchProgress of the page store; `present` and `total` are those of the replica. */
+export interface PrefetchStats {
+  state: 'idle' | 'running' | 'paused' | 'done' | 'failed' | 'closed';
+  skipped: number;
+  rate_bytes_per_s: number;
+  bytes_per_s: number;
+  pages: number;
+  failed_pages: number;
+  error: { code: string; message: string } | null;
 }
 
 export interface ForkCommit {
@@ -46,6 +62,14 @@ export interface DataplaneMethods {
   };
   'replica.zero': {
     params: { generation: string; runs: number[] };
+    result: Record<string, never>;
+  };
+  /**
+   * Fills the replica in the background, at most so many bytes a second (0: no limit), without the
+   * pages that all disks over it have overwritten. Repeated: sets the rate, or starts again.
+   */
+  'replica.prefetch': {
+    params: { generation: string; rate_bytes_per_s: number };
     result: Record<string, never>;
   };
   'replica.stats': { params: { generation: string }; result: ReplicaStats };
@@ -139,7 +163,11 @@ export type Result<M extends Method> = DataplaneMethods[M]['result'];
 /** What the data plane says unasked. */
 export type DataplaneEvent =
   | { event: 'vm.lost'; vm: string; code: string; message: string }
-  | { event: 'generation.failed'; vm: string; generation: string; message: string };
+  | { event: 'generation.failed'; vm: string; generation: string; message: string }
+  /** Every page is here; the source may go. */
+  | { event: 'replica.complete'; generation: string }
+  /** A prefetch failed, or pages could not be made durable. Pages on demand go on if they can. */
+  | { event: 'replica.trouble'; generation: string; code: string; message: string };
 
 /** Longest line either side takes: zero maps of large VMs are the longest that occur. */
 export const LINE_LIMIT_BYTES = 32 * 1024 * 1024;

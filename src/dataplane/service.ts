@@ -4,12 +4,13 @@ import { dirname } from 'node:path';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
 import type { Logger } from '../common/log.js';
 import { Disk } from '../cow-disk/disk.js';
+import { setFileCacheCapacity } from '../cow-disk/file-cache.js';
 import type { VmRecord } from '../hypervisor/driver.js';
 import { rescueVm } from '../hypervisor/index.js';
-import { McdistClient, McdistServer } from '../mcdist/mcdist.js';
+import { McdistServer } from '../mcdist/mcdist.js';
 import { MemtapServer } from '../memtap/memtap.js';
-import { openReplica, type Replica } from '../pagestore/replica.js';
-import type { DataplaneEvent } from './protocol.js';
+import { RemoteReplica } from '../pagestore/remote-replica.js';
+import type { DataplaneEvent, PrefetchStats, ReplicaStats } from './protocol.js';
 import type { Handlers } from './rpc.js';
 
 export interface DataplaneOptions {
@@ -19,11 +20,8 @@ export interface DataplaneOptions {
   /** This host's address on the uplink: requests are answered from it, groups joined on it. */
   address: string;
   mcdistPort: number;
-}
-
-interface OpenReplica {
-  replica: Replica;
-  client: McdistClient;
+  /** Files of disks' sealed slices open at once. */
+  maxOpenFiles: number;
 }
 
 interface Fork {
@@ -44,7 +42,7 @@ export class Dataplane {
   readonly #emit: (event: DataplaneEvent) => void;
   readonly #memtap: MemtapServer;
   readonly #mcdist: McdistServer;
-  readonly #replicas = new Map<string, OpenReplica>();
+  readonly #replicas = new Map<string, RemoteReplica>();
   readonly #disks = new Map<string, Disk>();
   readonly #forks = new Map<string, Fork>();
   readonly #served = new Set<string>();
@@ -54,6 +52,7 @@ export class Dataplane {
     this.#options = options;
     this.#log = log;
     this.#emit = emit;
+    setFileCacheCapacity(options.maxOpenFiles);
     this.#memtap = new MemtapServer({ socketPath: options.memtapSocket, socketGid: options.vmGid });
     this.#mcdist = new McdistServer({
       bindAddress: options.address,
@@ -75,17 +74,26 @@ export class Dataplane {
         if (this.#replicas.has(p.generation)) return {};
         mkdirSync(dirname(p.path), { recursive: true });
         // Nothing is awaited from here on: clones of one fork ask for the same replica at once.
-        const replica = openReplica(p.path, p.generation, p.pages, p.medium);
-        const client = new McdistClient({
-          generation: p.generation,
-          key: Buffer.from(p.source.key, 'hex'),
-          replica: replica.handle,
-          server: { address: p.source.address, port: p.source.port },
-          group: p.source.group,
-          groupPort: p.source.group_port,
+        const { generation } = p;
+        const remote = new RemoteReplica({
+          path: p.path,
+          generation,
+          pages: p.pages,
+          medium: p.medium,
+          source: {
+            address: p.source.address,
+            port: p.source.port,
+            group: p.source.group,
+            groupPort: p.source.group_port,
+            key: Buffer.from(p.source.key, 'hex'),
+          },
           interfaceAddress: this.#options.address,
         });
-        this.#replicas.set(p.generation, { replica, client });
+        remote.on('complete', () => this.#emit({ event: 'replica.complete', generation }));
+        remote.on('trouble', ({ code, message }) =>
+          this.#emit({ event: 'replica.trouble', generation, code, message }),
+        );
+        this.#replicas.set(generation, remote);
         return {};
       },
       'replica.zero': (p) => {
@@ -95,10 +103,11 @@ export class Dataplane {
         }
         return {};
       },
-      'replica.stats': (p) => {
-        const { replica, client } = this.#replica(p.generation);
-        return { ...replica.stats(), requested: client.stats().pagesRequested };
+      'replica.prefetch': (p) => {
+        this.#replica(p.generation).prefetch({ rateBytesPerS: p.rate_bytes_per_s });
+        return {};
       },
+      'replica.stats': (p) => replicaStats(this.#replica(p.generation)),
       'replica.close': async (p) => {
         const open = this.#replicas.get(p.generation);
         this.#replicas.delete(p.generation);
@@ -106,10 +115,7 @@ export class Dataplane {
         // made at this path meanwhile. The files live on for those that have them open.
         rmSync(p.path, { force: true });
         rmSync(`${p.path}.map`, { force: true });
-        if (open !== undefined) {
-          await open.client.close();
-          open.replica.close();
-        }
+        await open?.close();
         return {};
       },
       'vm.expect': (p) => {
@@ -242,12 +248,13 @@ export class Dataplane {
         return counters;
       },
       'generation.serve': async (p) => {
+        if (this.#served.has(p.generation)) return { port: this.#mcdist.port };
+        const provider =
+          'vm' in p.of
+            ? this.#memtap.provider(p.of.vm, p.generation)
+            : await this.#disk(p.of.disk).provider(p.generation);
+        // Nothing is awaited from here on: two calls may come at once.
         if (!this.#served.has(p.generation)) {
-          const provider =
-            'vm' in p.of
-              ? this.#memtap.provider(p.of.vm, p.generation)
-              : await this.#disk(p.of.disk).provider(p.generation);
-          if (this.#served.has(p.generation)) return { port: this.#mcdist.port }; // by another call
           this.#mcdist.serve({
             generation: p.generation,
             key: Buffer.from(p.key, 'hex'),
@@ -273,13 +280,10 @@ export class Dataplane {
     for (const disk of this.#disks.values()) await disk.close();
     this.#memtap.close();
     await this.#mcdist.close();
-    for (const { client, replica } of this.#replicas.values()) {
-      await client.close();
-      replica.close();
-    }
+    for (const remote of this.#replicas.values()) await remote.close();
   }
 
-  #replica(generation: string): OpenReplica {
+  #replica(generation: string): RemoteReplica {
     const open = this.#replicas.get(generation);
     if (open === undefined) {
       throw new SnowflockError('E_NOT_FOUND', `no replica of generation ${generation} is open`);
@@ -325,4 +329,26 @@ export class Dataplane {
       });
     }
   }
+}
+
+function replicaStats(remote: RemoteReplica): ReplicaStats {
+  const { prefetch, client: _counters, ...stats } = remote.stats();
+  if (prefetch === null) return { ...stats, prefetch: null };
+  let error: PrefetchStats['error'] = null;
+  if (prefetch.error !== null) {
+    const { code, message } = asSnowflockError(prefetch.error);
+    error = { code, message };
+  }
+  return {
+    ...stats,
+    prefetch: {
+      state: prefetch.state,
+      skipped: prefetch.skipped,
+      rate_bytes_per_s: prefetch.rateBytesPerS,
+      bytes_per_s: Math.round(prefetch.bytesPerS),
+      pages: prefetch.pages,
+      failed_pages: prefetch.failedPages,
+      error,
+    },
+  };
 }

@@ -8,15 +8,14 @@ export interface PageServer<Options extends object, Result> {
   serve(options: Options & { generation: string; provider: unknown }): Result;
 }
 
-/** Offers a disk's generation to other hosts. */
+/** Offers a disk's generation to other hosts, by a page server that is there already. */
 export async function exportGeneration<Options extends object, Result>(
   server: PageServer<Options, Result>,
-  disk: Disk,
+  disk: Pick<Disk, 'provider'>,
   generation: string,
   options: Options,
 ): Promise<Result> {
-  const provider = await disk.provider(generation);
-  return server.serve({ ...options, generation, provider });
+  return server.serve({ ...options, generation, provider: await disk.provider(generation) });
 }
 
 /**

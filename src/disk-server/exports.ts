@@ -1,6 +1,6 @@
 import { SnowflockError } from '../common/errors.js';
 import {
-  type ListenOptions,
+  type LocalListenOptions,
   NbdServer,
   type ServedExport,
   type SharedServer,
@@ -14,11 +14,11 @@ export interface Servable {
 
 /** The NBD server of a store: its exports by name. It listens from its first export on. */
 export class Exports {
-  readonly place: ListenOptions;
+  readonly place: LocalListenOptions;
   #server: Promise<NbdServer> | undefined;
   readonly #served = new Map<string, { thing: Servable; served: ServedExport }>();
 
-  constructor(place: ListenOptions) {
+  constructor(place: LocalListenOptions) {
     this.place = place;
   }
 

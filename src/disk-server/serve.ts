@@ -9,6 +9,8 @@ export type ServeStoreOptions = Omit<ServePlan, 'socketPath'> & {
   /** Default: `nbd.sock` in the store. */
   socketPath?: string;
   gc_bytes_per_s?: number;
+  /** Of sealed slices; default 256. */
+  max_open_files?: number;
 };
 
 /** sun_path of unix(7), with its final NUL. */
@@ -36,11 +38,11 @@ export async function serveStore(
   }
   // From here on: a signal during start-up must not leave sockets behind.
   const ended = endSignal();
-  const { gc_bytes_per_s, ...plan } = options;
-  const store = await StoreServer.open(
-    directory,
-    gc_bytes_per_s === undefined ? {} : { gc_bytes_per_s },
-  );
+  const { gc_bytes_per_s, max_open_files, ...plan } = options;
+  const store = await StoreServer.open(directory, {
+    ...(gc_bytes_per_s === undefined ? {} : { gc_bytes_per_s }),
+    ...(max_open_files === undefined ? {} : { max_open_files }),
+  });
   let control: { close(): Promise<void> } | undefined;
   try {
     await store.serve({ ...plan, socketPath });

@@ -19,7 +19,7 @@ import { join } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
 import type { ImportTarget, OpenView, StoreService } from '../cow-disk/control-protocol.js';
 import { originOf } from '../cow-disk/lineage.js';
-import type { ListenOptions } from '../cow-disk/nbd-server.js';
+import type { LocalListenOptions, NbdServer } from '../cow-disk/nbd-server.js';
 import { Store, type StoreOptions } from '../cow-disk/store.js';
 import type {
   CreateDisk,
@@ -39,7 +39,7 @@ export interface Exported {
   generation: string | null;
 }
 
-export interface ServePlan extends ListenOptions {
+export interface ServePlan extends LocalListenOptions {
   /** Undefined: all disks and named generations, those made later too. */
   only?: Exported[];
   /** Also generations without a name, as `disk@id`. */
@@ -93,6 +93,11 @@ export class StoreServer implements StoreService {
       name,
       socket: this.#exports?.place.socketPath ?? '',
     }));
+  }
+
+  /** Once it serves. */
+  server(): Promise<NbdServer> | undefined {
+    return this.#exports?.listen();
   }
 
   async createDisk(p: CreateDisk): Promise<DiskEntry> {

@@ -55,6 +55,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
       vmGid: config.vmGid,
       address: config.address,
       mcdistPort: config.mcdistPort,
+      maxOpenFiles: config.maxOpenFiles,
       logPath: join(config.stateDir, 'log', 'dataplane.log'),
     },
     log,
@@ -89,8 +90,12 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
     if (event.event === 'vm.lost') {
       log.error({ vm: event.vm, code: event.code }, event.message);
       endSoon(host, event.vm, { status: null, reason: 'lost', message: event.message });
-    } else {
+    } else if (event.event === 'generation.failed') {
       log.error({ vm: event.vm, generation: event.generation }, event.message);
+    } else if (event.event === 'replica.complete') {
+      log.info({ generation: event.generation }, 'replica complete: its source is not needed');
+    } else {
+      log.error({ generation: event.generation, code: event.code }, event.message);
     }
   });
   const used = vms.all().map((record) => ({

@@ -15,6 +15,7 @@ export interface SupervisorOptions {
   vmGid: number;
   address: string;
   mcdistPort: number;
+  maxOpenFiles: number;
   logPath: string;
 }
 
@@ -199,6 +200,8 @@ export class DataplaneSupervisor extends EventEmitter<{ event: [DataplaneEvent] 
           o.address,
           '--mcdist-port',
           String(o.mcdistPort),
+          '--max-open-files',
+          String(o.maxOpenFiles),
         ],
         { detached: true, stdio: ['ignore', log, log] },
       );

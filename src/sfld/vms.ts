@@ -259,6 +259,13 @@ export async function openDisk(call: Call, host: Host, record: VmRecord): Promis
     uid: record.uid,
     gid: host.config.vmGid,
   });
+  // After its disk is open, so that what the clone has overwritten is left out.
+  if (base !== null && host.config.prefetchBytesPerS > 0) {
+    await call('replica.prefetch', {
+      generation: base.disk.generation,
+      rate_bytes_per_s: host.config.prefetchBytesPerS,
+    });
+  }
 }
 
 /** Joins a started VM with its guest channel and watches for its end. */

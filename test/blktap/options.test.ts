@@ -39,7 +39,7 @@ async function greeted(socketPath: string): Promise<RawNbd> {
   return raw;
 }
 
-const { ack, invalid, unknown, unsup, tooBig } = REP;
+const { ack, invalid, policy, unknown, unsup, tooBig } = REP;
 const LIE = u32(0xffffffff);
 
 // What the protocol demands, the option, its data, the types of the replies.
@@ -47,7 +47,7 @@ const table: [string, number, Buffer, number[]][] = [
   ['an option that does not exist is unsupported', 0xffffffff, Buffer.alloc(300), [unsup]],
   ['option 0 does not exist', 0, NONE, [unsup]],
   ['PEEK_EXPORT was withdrawn', OPT.peek, NONE, [unsup]],
-  ['STARTTLS is not offered here', OPT.startTls, NONE, [unsup]],
+  ['STARTTLS is against the policy of a Unix socket', OPT.startTls, NONE, [policy]],
   ['EXTENDED_HEADERS is experimental', OPT.extended, NONE, [unsup]],
   ['more data than any option takes', 99, Buffer.alloc(20_000), [tooBig]],
   ['LIST names every export', OPT.list, NONE, [REP.server, REP.server, ack]],

@@ -26,6 +26,7 @@ export const REP = {
   unsup: 0x80000001,
   policy: 0x80000002,
   invalid: 0x80000003,
+  tlsRequired: 0x80000005,
   unknown: 0x80000006,
   tooBig: 0x80000009,
 };
@@ -46,8 +47,8 @@ export interface RawNbd {
 }
 
 /** Connected; the server's greeting is read and checked, nothing sent. */
-export async function rawNbd(socketPath: string): Promise<RawNbd> {
-  const socket = connect(socketPath);
+export async function rawNbd(where: string | { host: string; port: number }): Promise<RawNbd> {
+  const socket = typeof where === 'string' ? connect(where) : connect(where);
   cleanup(() => socket.destroy());
   socket.on('error', () => undefined); // resets are what some of them ask for
   await once(socket, 'connect');
@@ -55,6 +56,11 @@ export async function rawNbd(socketPath: string): Promise<RawNbd> {
   const hello = await reader.take(18);
   expect(hello.toString('latin1', 0, 16)).toBe('NBDMAGICIHAVEOPT');
   expect(hello.readUInt16BE(16)).toBe(3);
+  return options(socket, reader);
+}
+
+/** Asks options on a connection that has been greeted. */
+export function options(socket: Socket, reader: ByteReader): RawNbd {
   const ask = async (number: number, data: Buffer) => {
     socket.write(option(number, data));
     const replies: Reply[] = [];

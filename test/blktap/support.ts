@@ -11,7 +11,7 @@ import { afterEach, expect } from 'vitest';
 import { asSnowflockError } from '../../src/common/errors.js';
 import { loadAddon } from '../../src/common/native.js';
 import { Disk, type ReplicaHandle } from '../../src/cow-disk/disk.js';
-import { addon } from '../../src/cow-disk/native.js';
+import { addon, type SliceCheck } from '../../src/cow-disk/native.js';
 import { type ListenOptions, NbdServer } from '../../src/cow-disk/nbd-server.js';
 import { NbdClient } from './nbd-client.js';
 
@@ -54,6 +54,14 @@ export async function allocatedBytes(directory: string): Promise<number> {
     if (name.endsWith('.data')) bytes += (await stat(join(directory, name))).blocks * 512;
   }
   return bytes;
+}
+
+/** What the slice that is written to holds. */
+export async function topSlice(disk: Disk): Promise<SliceCheck> {
+  await disk.flush();
+  const { sizeBytes, slices } = disk.info();
+  const id = slices.at(-1)?.id ?? '';
+  return addon().checkSlice({ directory: disk.directory, id, map: 0, sizeBytes });
 }
 
 export async function openDisk(

@@ -1,4 +1,5 @@
-// Threads of a server with many exports, some of whose devices hang.
+// Threads of a server with many exports, some of whose devices hang: where the kernel refuses
+// io_uring, as with a ring the reads of a device hold none of them.
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { readdir, readFile } from 'node:fs/promises';
@@ -10,6 +11,7 @@ import { FLAGS, NONE, OPT, rawNbd } from './raw-nbd.js';
 import { cleanup, connectTo, exists, newServer, openDisk, PAGE, temporary } from './support.js';
 
 const MIB = 2 ** 20;
+process.env.SNOWFLOCK_IO_URING = '0'; // read when a connection is made
 
 async function workers(): Promise<number> {
   const names = (await readdir('/proc/self/task')).map((id) =>
@@ -54,8 +56,12 @@ async function hangingImage(): Promise<{ path: string; hang(): void; resume(): v
   });
   while (!(await exists(socket))) await new Promise((resolve) => setTimeout(resolve, 5));
   const { file } = await mountExport(`nbd+unix:///?socket=${socket}`);
-  cleanup(() => child.kill('SIGCONT')); // whatever reads it must end before it is unmounted
-  return { path: file, hang: () => child.kill('SIGSTOP'), resume: () => child.kill('SIGCONT') };
+  const resume = () => child.kill('SIGCONT');
+  const hang = () => {
+    child.kill('SIGSTOP');
+    cleanup(resume); // before the disks are closed, which wait for their reads
+  };
+  return { path: file, hang, resume };
 }
 
 test('a thousand exports that nobody uses cost no thread', async () => {

@@ -44,7 +44,12 @@ describe('cluster folder', () => {
       'host.crt',
       'host.json',
       'host.key',
+      'nbd-tls',
     ]);
+    const nbd = join(dir, 'hosts', 'h1', 'nbd-tls');
+    expect(readFileSync(join(nbd, 'server-cert.pem'))).toEqual(
+      readFileSync(join(dir, 'hosts', 'h1', 'host.crt')),
+    );
   });
 
   it('gets further hosts, and the others learn of them', async () => {

@@ -35,6 +35,8 @@ describe('host configuration', () => {
       uplink: 'eth0',
       imageDir: '/var/lib/snowflock/image',
       mcdistPort: 7448,
+      prefetchBytesPerS: 0,
+      maxOpenFiles: 256,
       leaseMs: 15_000,
       vmUid: 1_900_000_000,
       vmGid: 1_900_000_000,

@@ -212,7 +212,7 @@ test('an aborted merge leaves everything as it was, and its space free', async (
     expect(await names(bare)).toEqual(before);
     expect(await allocated()).toEqual(space);
     expect(hash(await bare.image(disk.below))).toBe(images[1]);
-    expect(await codeOf(merge.step(1))).toBe('E_STATE');
+    expect(await codeOf((async () => merge.step(1))())).toBe('E_STATE');
   }
 });
 

@@ -5,12 +5,12 @@ import {
   addon,
   type NativeChain,
   type NativeDisk,
-  type NativeServer,
   type NativeStep,
   type NativeStore,
   type NativeView,
   type SliceRef,
 } from '../../src/cow-disk/native.js';
+import { type ServedExport, serveDevice } from '../../src/cow-disk/nbd-server.js';
 import { newSliceId } from '../../src/cow-disk/slice-files.js';
 import { NbdClient } from '../blktap/nbd-client.js';
 import { cleanup, connectTo, newGeneration, PAGE } from '../blktap/support.js';
@@ -87,7 +87,7 @@ export class Bare {
   async image(slices: SliceRef[], replica?: unknown): Promise<Buffer> {
     const view = await this.view(slices, replica);
     const socketPath = join(this.directory, `nbd${sockets++}`);
-    const server = view.serve({ socketPath });
+    const server = await serveDevice(view.device(), { socketPath });
     view.close();
     try {
       const client = await NbdClient.connect(socketPath);
@@ -120,7 +120,7 @@ export class Bare {
 export class BareDisk {
   #closed = false;
   #client: NbdClient | undefined;
-  #server: NativeServer | undefined;
+  #server: ServedExport | undefined;
 
   constructor(
     readonly of: Bare,
@@ -137,7 +137,7 @@ export class BareDisk {
   async client(): Promise<NbdClient> {
     if (this.#client === undefined) {
       const socketPath = join(this.of.directory, `nbd${sockets++}`);
-      const server = this.native.serve({ socketPath });
+      const server = await serveDevice(this.native.device(), { socketPath });
       this.#server = server;
       this.#client = await connectTo(socketPath);
     }

@@ -86,6 +86,9 @@ const operations = {
       await new Promise((resolve) => setTimeout(resolve, 2));
     }
   },
+  prefetcher({ name, replica }) {
+    objects.set(name, new native.Prefetcher(objects.get(replica).handle, () => {}));
+  },
   /** One page after the other; microseconds each took. */
   fetchTimed: ({ replica, from, count }) =>
     native.mcdistBench.fetch(objects.get(replica).handle, from, count),

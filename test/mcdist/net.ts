@@ -7,6 +7,7 @@ import { projectRoot } from '../../src/common/native.js';
 import { groupFor } from '../../src/mcdist/mcdist.js';
 
 const run = promisify(execFile);
+const HOST = join(projectRoot, 'test', 'mcdist', 'host.mjs');
 
 export interface HostError {
   code?: string;
@@ -37,19 +38,11 @@ export class Host {
     });
   }
 
-  static async start(namespace: string, address: string): Promise<Host> {
+  static async start(namespace: string, address: string, program: string[]): Promise<Host> {
     // `ip netns exec` becomes node itself, so the pid is node's.
-    const child = spawn(
-      'ip',
-      [
-        'netns',
-        'exec',
-        namespace,
-        process.execPath,
-        join(projectRoot, 'test', 'mcdist', 'host.mjs'),
-      ],
-      { stdio: ['ignore', 'inherit', 'inherit', 'ipc'] },
-    );
+    const child = spawn('ip', ['netns', 'exec', namespace, process.execPath, ...program], {
+      stdio: ['ignore', 'inherit', 'inherit', 'ipc'],
+    });
     const host = new Host(namespace, address, child);
     await new Promise<void>((resolve, reject) => {
       child.once('message', () => resolve());
@@ -86,13 +79,17 @@ export class Net {
   readonly #hosts: Host[] = [];
   readonly folder: Promise<string>;
 
-  private constructor(readonly mtu: number) {
+  private constructor(
+    readonly mtu: number,
+    readonly program: string[],
+  ) {
     // The replicas are on tmpfs, as those of memory are.
     this.folder = mkdtemp('/dev/shm/sf-mcdist-');
   }
 
-  static async make(mtu = 1500): Promise<Net> {
-    const net = new Net(mtu);
+  /** `program`: what runs as a host, arguments of node; it answers messages as host.mjs does. */
+  static async make(mtu = 1500, program = [HOST]): Promise<Net> {
+    const net = new Net(mtu, program);
     const hub = net.#name('hub');
     await run('ip', ['netns', 'add', hub]);
     net.#namespaces.push(hub);
@@ -127,7 +124,7 @@ export class Net {
 
   /** Another process in a namespace that is there. */
   async restart(namespace: string, address: string): Promise<Host> {
-    const host = await Host.start(namespace, address);
+    const host = await Host.start(namespace, address, this.program);
     this.#hosts.push(host);
     return host;
   }
