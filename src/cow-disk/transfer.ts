@@ -12,11 +12,21 @@ export interface TransferOptions {
 export const IMAGE_FORMATS = ['raw', 'qcow2', 'vmdk', 'vhdx', 'vpc', 'vdi'] as const;
 export type ImageFormat = (typeof IMAGE_FORMATS)[number];
 
-/** An NBD URI: `nbd+unix:///NAME?socket=PATH` (NBD's uri.md). */
-export function nbdUri(place: { socket: string; export_name: string }): string {
+/**
+ * An NBD URI (NBD's uri.md): `nbd+unix:///NAME?socket=PATH`, `nbds://HOST:PORT/NAME`, or `nbd://...`
+ * without TLS.
+ */
+export function nbdUri(
+  place: ({ socket: string } | { host: string; port: number; tls: boolean }) & {
+    export_name: string;
+  },
+): string {
   const readable = (text: string) =>
     encodeURIComponent(text).replaceAll('%40', '@').replaceAll('%2F', '/');
-  return `nbd+unix:///${readable(place.export_name)}?socket=${readable(place.socket)}`;
+  const name = readable(place.export_name);
+  if ('socket' in place) return `nbd+unix:///${name}?socket=${readable(place.socket)}`;
+  const host = place.host.includes(':') ? `[${place.host}]` : place.host;
+  return `${place.tls ? 'nbds' : 'nbd'}://${host}:${place.port}/${name}`;
 }
 
 /** `nbdcopy`: raw pages either way, holes stay holes. `-` is standard input or output. */

@@ -12,7 +12,7 @@ export interface Servable {
   close(): Promise<void> | void;
 }
 
-/** The NBD server of a store: its exports by name. It listens from its first export on. */
+/** The NBD server of a store: its exports by name. It listens from its first export on, or from `listen()`. */
 export class Exports {
   readonly place: LocalListenOptions;
   #server: Promise<NbdServer> | undefined;

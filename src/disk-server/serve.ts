@@ -2,6 +2,8 @@ import { join, resolve } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
 import type { Logger } from '../common/log.js';
 import { listenForControl } from '../cow-disk/control.js';
+import type { NbdServer } from '../cow-disk/nbd-server.js';
+import { nbdUri } from '../cow-disk/transfer.js';
 import { notifyServiceManager } from './notify.js';
 import { type ServePlan, StoreServer } from './store-server.js';
 
@@ -13,19 +15,21 @@ export type ServeStoreOptions = Omit<ServePlan, 'socketPath'> & {
   max_open_files?: number;
 };
 
+const REFUSALS_MS = 5000;
+
 /** sun_path of unix(7), with its final NUL. */
 const SOCKET_PATH_BYTES = 107;
 
 /**
  * Serves a store in the foreground: NBD and control socket, until SIGINT or SIGTERM; then clients
  * are disconnected, everything is made durable and this resolves. A second signal ends the process at
- * once (what NBD clients flushed is safe). `onExport` is told what can be connected to.
+ * once (what NBD clients flushed is safe). `onExport` is told what can be connected to, and how.
  */
 export async function serveStore(
   directory: string,
   options: ServeStoreOptions,
   log: Logger,
-  onExport: (one: { name: string; socket: string }) => void,
+  onExport: (one: { name: string; uris: string[] }) => void,
 ): Promise<void> {
   const socketPath = resolve(options.socketPath ?? join(directory, 'nbd.sock'));
   for (const path of [socketPath, join(directory, 'store.sock')]) {
@@ -44,17 +48,35 @@ export async function serveStore(
     ...(max_open_files === undefined ? {} : { max_open_files }),
   });
   let control: { close(): Promise<void> } | undefined;
+  let watch: NodeJS.Timeout | undefined;
   try {
     await store.serve({ ...plan, socketPath });
     control = await listenForControl(store, log);
-    for (const one of store.exported()) onExport(one);
+    const server = await store.server();
+    for (const { name: export_name, socket } of store.exported()) {
+      const tcp = server?.tcp === undefined ? [] : [nbdUri({ ...server.tcp, export_name })];
+      onExport({ name: export_name, uris: [nbdUri({ socket, export_name }), ...tcp] });
+    }
+    if (server !== undefined) watch = reportRefusals(server, log);
     notifyServiceManager('READY=1');
     await ended;
     notifyServiceManager('STOPPING=1');
   } finally {
+    clearInterval(watch);
     await control?.close();
     await store.close();
   }
+}
+
+/** Logs TLS clients that were not let in; at most a line every few seconds, however many they are. */
+function reportRefusals(server: NbdServer, log: Logger): NodeJS.Timeout {
+  let known = 0;
+  return setInterval(() => {
+    const { failed, lastError } = server.stats().tls;
+    if (failed === known) return;
+    log.warn({ clients: failed - known, last: lastError }, 'TLS clients were not let in');
+    known = failed;
+  }, REFUSALS_MS).unref();
 }
 
 function endSignal(): Promise<void> {

@@ -1,6 +1,6 @@
 // Certificates, keys and connections for tests of NBD over TLS, by GnuTLS's own tools and Node's TLS.
 import { once } from 'node:events';
-import { mkdir, rm, writeFile } from 'node:fs/promises';
+import { mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { connect, type TLSSocket } from 'node:tls';
 import type { Disk } from '../../src/cow-disk/disk.js';
@@ -125,17 +125,13 @@ export async function beforeTls(place: { host: string; port: number }): Promise<
 /** An option phase inside TLS, by a client with these credentials. */
 export async function insideTls(
   place: { host: string; port: number },
-  credentials: { ca?: Buffer; cert?: Buffer; key?: Buffer; maxVersion?: 'TLSv1.2' },
-): Promise<RawNbd> {
+  credentials: { cert?: Buffer; key?: Buffer; maxVersion?: 'TLSv1.2' },
+): Promise<RawNbd & { secure: TLSSocket }> {
   const { socket } = await beforeTls(place);
   const secure: TLSSocket = connect({ socket, rejectUnauthorized: false, ...credentials });
   cleanup(() => secure.destroy());
   secure.on('error', () => undefined);
   const reader = new ByteReader(secure);
   await once(secure, 'secureConnect');
-  return options(secure, reader);
-}
-
-export async function remove(path: string): Promise<void> {
-  await rm(path);
+  return { ...options(secure, reader), secure };
 }

@@ -1,4 +1,3 @@
-import { join } from 'node:path';
 import { expect, test } from 'vitest';
 import { execute, newSeed } from './support.js';
 import { Authority, HOST, keyFile, serveTls } from './tls-support.js';

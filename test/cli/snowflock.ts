@@ -57,6 +57,7 @@ export interface Serving {
   pid: number;
   /** URIs by export. */
   uris: Map<string, string>;
+  tcpUris: Map<string, string>;
   kill(signal: NodeJS.Signals): void;
   ended: Promise<Outcome>;
 }
@@ -70,13 +71,15 @@ export async function serve(
   const child = start(['disk', 'serve', ...args, '--json'], env);
   const ended = outcome(child);
   const uris = new Map<string, string>();
+  const tcpUris = new Map<string, string>();
   if (child.stdout === null) throw new Error('no output');
   const lines = createInterface({ input: child.stdout })[Symbol.asyncIterator]();
   while (uris.size < exports) {
     const line = await lines.next();
     if (line.done === true) throw new Error(`disk serve ended: ${(await ended).stderr}`);
-    const { export: name, uri } = JSON.parse(line.value) as { export: string; uri: string };
-    uris.set(name, uri);
+    const said = JSON.parse(line.value) as { export: string; uri: string; tcp_uri?: string };
+    uris.set(said.export, said.uri);
+    if (said.tcp_uri !== undefined) tcpUris.set(said.export, said.tcp_uri);
   }
-  return { pid: child.pid ?? 0, uris, kill: (signal) => child.kill(signal), ended };
+  return { pid: child.pid ?? 0, uris, tcpUris, kill: (signal) => child.kill(signal), ended };
 }
