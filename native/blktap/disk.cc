@@ -148,10 +148,7 @@ Status Disk::attach_spare(const std::string& id) {
   std::shared_ptr<Slice> slice;
   NodePtr node;
   Status status =
-      Slice::Open(store_->directory(), id, 0, chain_.size, store_->file_errors(), &slice);
-  if (status.ok() && slice->state() != SliceState::kSpare) {
-    status = Status::Error("E_STATE", "slice " + id + " is not a spare");
-  }
+      Slice::OpenNewSpare(store_->directory(), id, chain_.size, store_->file_errors(), &slice);
   if (status.ok()) status = store_->adopt(slice, &node);
   if (!status.ok()) return status;
   std::unique_lock gate(gate_);

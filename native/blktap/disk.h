@@ -20,9 +20,10 @@
 // Locks, in this order:
 //   store.build_mutex   open, detach
 //   flush_mutex_        one persist/settle at a time
-//   gate_               shared: a write of one stretch; exclusive: fork, detach. Guards top_,
-//   spare_ page_locks_         one of 256 by stretch: two writes of one stretch index_lock_ shared:
-//   a look-up; exclusive: a change store.mutex
+//   gate_               shared: a write of one stretch; exclusive: fork, detach (guards top_)
+//   page_locks_         one of 256 by stretch: two writes of one stretch
+//   index_lock_         shared: a look-up; exclusive: a change
+//   store.mutex
 // A read takes none but index_lock_; it is in a section of the table's read gate (read_gate.h).
 //
 // The last page of a disk whose size is no multiple of 4096 is zeros beyond the disk's end, in

@@ -21,17 +21,22 @@ constexpr size_t kRoundBlocks = 256;  // persist() copies at most 1 MiB of map b
 Status Slice::Open(const std::string& directory, const std::string& id, uint32_t edition,
                    uint64_t size_bytes, std::shared_ptr<FileErrors> errors,
                    std::shared_ptr<Slice>* out) {
-  return OpenAny(directory, id, edition, size_bytes, false, std::move(errors), out);
+  return OpenAny(directory, id, edition, size_bytes, Expected::kAny, std::move(errors), out);
 }
 
 Status Slice::OpenSealed(const std::string& directory, const std::string& id, uint32_t edition,
                          uint64_t size_bytes, std::shared_ptr<FileErrors> errors,
                          std::shared_ptr<Slice>* out) {
-  return OpenAny(directory, id, edition, size_bytes, true, std::move(errors), out);
+  return OpenAny(directory, id, edition, size_bytes, Expected::kSealed, std::move(errors), out);
+}
+
+Status Slice::OpenNewSpare(const std::string& directory, const std::string& id, uint64_t size_bytes,
+                           std::shared_ptr<FileErrors> errors, std::shared_ptr<Slice>* out) {
+  return OpenAny(directory, id, 0, size_bytes, Expected::kNewSpare, std::move(errors), out);
 }
 
 Status Slice::OpenAny(const std::string& directory, const std::string& id, uint32_t edition,
-                      uint64_t size_bytes, bool sealed_only, std::shared_ptr<FileErrors> errors,
+                      uint64_t size_bytes, Expected expected, std::shared_ptr<FileErrors> errors,
                       std::shared_ptr<Slice>* out) {
   if (!is_hex_id(id)) return Status::Error("E_ARGUMENT", "bad slice id " + id);
   std::string boot;
@@ -43,6 +48,7 @@ Status Slice::OpenAny(const std::string& directory, const std::string& id, uint3
   s->edition_ = edition;
   s->size_bytes_ = size_bytes;
   s->map_bytes_ = map_file_bytes(size_bytes);
+  const bool sealed_only = expected == Expected::kSealed;
   s->live_path_ = s->path("." + boot + ".live");
   const std::string map_path = s->map_path();
   status = open_sized(map_path, sealed_only ? O_RDONLY : O_RDWR, s->map_bytes_, &s->map_);
@@ -68,16 +74,19 @@ Status Slice::OpenAny(const std::string& directory, const std::string& id, uint3
       ::unlink(s->live_path_.c_str());  // left over from a kill between seal and unlink
     s->settle();
   } else {
-    status = s->open_live();
+    status = s->open_live(expected);
     if (!status.ok()) return status;
+  }
+  if (expected == Expected::kNewSpare && s->state() != SliceState::kSpare) {
+    return Status::Error("E_STATE", "slice " + id + " is not a spare");
   }
   *out = std::move(s);
   return Status::Ok();
 }
 
-Status Slice::open_live() {
+Status Slice::open_live(Expected expected) {
   dirty_.assign((map_bytes_ / kPageBytes + 63) / 64, 0);
-  if (::access(live_path_.c_str(), F_OK) != 0) return remake_live();
+  if (::access(live_path_.c_str(), F_OK) != 0) return remake_live(expected);
   SliceHeader live = {};
   Status status = open_sized(live_path_, O_RDWR, map_bytes_, &live_);
   if (status.ok()) {
@@ -98,7 +107,7 @@ Status Slice::open_live() {
 
 // After a power cut, and for a slice just made: .live begins as a copy of .map. It gets its name
 // only when it is whole.
-Status Slice::remake_live() {
+Status Slice::remake_live(Expected expected) {
   const std::string fresh = path(".live-new");
   ::unlink(fresh.c_str());
   Fd fd(::open(fresh.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
@@ -115,6 +124,7 @@ Status Slice::remake_live() {
   }
   if (!status.ok()) return status;
   if (::rename(fresh.c_str(), live_path_.c_str()) != 0) return file_error("rename " + fresh);
+  if (expected == Expected::kNewSpare) return Status::Ok();
   return remove_stale_live(directory_, id_, live_path_);
 }
 

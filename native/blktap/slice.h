@@ -64,6 +64,11 @@ class Slice {
   static Status Open(const std::string& directory, const std::string& id, uint32_t edition,
                      uint64_t size_bytes, std::shared_ptr<FileErrors> errors,
                      std::shared_ptr<Slice>* out);
+  // The same of a spare that was made under this boot, else E_STATE: there are no live maps of
+  // earlier ones, for which Open looks through the whole folder.
+  static Status OpenNewSpare(const std::string& directory, const std::string& id,
+                             uint64_t size_bytes, std::shared_ptr<FileErrors> errors,
+                             std::shared_ptr<Slice>* out);
   // The same of a sealed slice only, else E_STATE; changes nothing in the folder.
   static Status OpenSealed(const std::string& directory, const std::string& id, uint32_t edition,
                            uint64_t size_bytes, std::shared_ptr<FileErrors> errors,
@@ -114,13 +119,14 @@ class Slice {
 
  private:
   Slice() = default;
+  enum class Expected : uint8_t { kAny, kNewSpare, kSealed };
   static Status OpenAny(const std::string& directory, const std::string& id, uint32_t edition,
-                        uint64_t size_bytes, bool sealed_only, std::shared_ptr<FileErrors> errors,
+                        uint64_t size_bytes, Expected expected, std::shared_ptr<FileErrors> errors,
                         std::shared_ptr<Slice>* out);
   std::string path(const std::string& suffix) const { return directory_ + "/" + id_ + suffix; }
   std::string map_path() const { return path(map_suffix(edition())); }
-  Status open_live();
-  Status remake_live();
+  Status open_live(Expected expected);
+  Status remake_live(Expected expected);
   void settle();
   Status write_header(const DataFile& file, const std::string& name, MapKind kind);
 
