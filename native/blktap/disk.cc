@@ -165,8 +165,8 @@ Status Disk::fork(const std::string& generation, bool wait, bool* busy, ForkResu
 Status Disk::attach_spare(const std::string& id) {
   std::shared_ptr<Slice> slice;
   NodePtr node;
-  Status status = Slice::OpenNewSpare(store_->directory(), id, chain_.size, store_->file_errors(),
-                                      &slice);
+  Status status =
+      Slice::OpenNewSpare(store_->directory(), id, chain_.size, store_->file_errors(), &slice);
   if (status.ok()) status = store_->adopt(slice, &node);
   if (!status.ok()) return status;
   std::unique_lock gate(gate_);

@@ -30,9 +30,8 @@ Status Slice::OpenSealed(const std::string& directory, const std::string& id, ui
   return OpenAny(directory, id, edition, size_bytes, Expected::kSealed, std::move(errors), out);
 }
 
-Status Slice::OpenNewSpare(const std::string& directory, const std::string& id,
-                           uint64_t size_bytes, std::shared_ptr<FileErrors> errors,
-                           std::shared_ptr<Slice>* out) {
+Status Slice::OpenNewSpare(const std::string& directory, const std::string& id, uint64_t size_bytes,
+                           std::shared_ptr<FileErrors> errors, std::shared_ptr<Slice>* out) {
   return OpenAny(directory, id, 0, size_bytes, Expected::kNewSpare, std::move(errors), out);
 }
 
