@@ -3,12 +3,17 @@ import { SnowflockError } from '../common/errors.js';
 import type { Logger } from '../common/log.js';
 import { listenForControl } from '../cow-disk/control.js';
 import { notifyServiceManager } from './notify.js';
+import type { Publication, PublishPlan } from './publications.js';
+import type { ReplicasOptions } from './replicas.js';
 import { type ServePlan, StoreServer } from './store-server.js';
 
 export type ServeStoreOptions = Omit<ServePlan, 'socketPath'> & {
   /** Default: `nbd.sock` in the store. */
   socketPath?: string;
   gc_bytes_per_s?: number;
+  replicas?: Omit<ReplicasOptions, 'warn'>;
+  /** Generations offered to other hosts, each by a source file. */
+  publish?: (PublishPlan & { disk: string; generation: string })[];
 };
 
 /** sun_path of unix(7), with its final NUL. */
@@ -24,6 +29,7 @@ export async function serveStore(
   options: ServeStoreOptions,
   log: Logger,
   onExport: (one: { name: string; socket: string }) => void,
+  onPublished: (one: Publication) => void = () => undefined,
 ): Promise<void> {
   const socketPath = resolve(options.socketPath ?? join(directory, 'nbd.sock'));
   for (const path of [socketPath, join(directory, 'store.sock')]) {
@@ -36,16 +42,20 @@ export async function serveStore(
   }
   // From here on: a signal during start-up must not leave sockets behind.
   const ended = endSignal();
-  const { gc_bytes_per_s, ...plan } = options;
-  const store = await StoreServer.open(
-    directory,
-    gc_bytes_per_s === undefined ? {} : { gc_bytes_per_s },
-  );
+  const { gc_bytes_per_s, replicas, publish = [], ...plan } = options;
+  const store = await StoreServer.open(directory, {
+    ...replicas,
+    ...(gc_bytes_per_s === undefined ? {} : { gc_bytes_per_s }),
+    warn: (message) => log.warn(message),
+  });
   let control: { close(): Promise<void> } | undefined;
   try {
     await store.serve({ ...plan, socketPath });
+    const published: Publication[] = [];
+    for (const one of publish) published.push(await store.publish(one, one));
     control = await listenForControl(store, log);
     for (const one of store.exported()) onExport(one);
+    for (const one of published) onPublished(one);
     notifyServiceManager('READY=1');
     await ended;
     notifyServiceManager('STOPPING=1');
