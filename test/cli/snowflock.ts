@@ -15,8 +15,19 @@ export interface Outcome {
 }
 
 /** Starts the command line tool, as a process of its own. Standard input is a pipe. */
-export function start(args: string[], env: Record<string, string> = {}): ChildProcess {
-  return spawn(process.execPath, [MAIN, ...args], {
+export function start(
+  args: string[],
+  env: Record<string, string> = {},
+  namespace?: string,
+): ChildProcess {
+  // `ip netns exec` becomes node itself, so the pid is node's.
+  const [program = '', ...words] = [
+    ...(namespace === undefined ? [] : ['ip', 'netns', 'exec', namespace]),
+    process.execPath,
+    MAIN,
+    ...args,
+  ];
+  return spawn(program, words, {
     env: { ...process.env, ...env },
     stdio: ['pipe', 'pipe', 'pipe'],
   });
@@ -38,9 +49,9 @@ export async function outcome(child: ChildProcess): Promise<Outcome> {
 /** Runs the tool to its end. */
 export async function snowflock(
   args: string[],
-  options: { input?: Buffer; env?: Record<string, string> } = {},
+  options: { input?: Buffer; env?: Record<string, string>; namespace?: string } = {},
 ): Promise<Outcome> {
-  const child = start(args, options.env);
+  const child = start(args, options.env, options.namespace);
   child.stdin?.on('error', () => undefined); // it ended without reading
   child.stdin?.end(options.input);
   return outcome(child);
@@ -57,6 +68,8 @@ export interface Serving {
   pid: number;
   /** URIs by export. */
   uris: Map<string, string>;
+  /** What it wrote to standard error so far. */
+  said(): string;
   kill(signal: NodeJS.Signals): void;
   ended: Promise<Outcome>;
 }
@@ -66,9 +79,14 @@ export async function serve(
   args: string[],
   exports: number,
   env: Record<string, string> = {},
+  namespace?: string,
 ): Promise<Serving> {
-  const child = start(['disk', 'serve', ...args, '--json'], env);
+  const child = start(['disk', 'serve', ...args, '--json'], env, namespace);
   const ended = outcome(child);
+  let said = '';
+  child.stderr?.on('data', (data: Buffer) => {
+    said += data.toString();
+  });
   const uris = new Map<string, string>();
   if (child.stdout === null) throw new Error('no output');
   const lines = createInterface({ input: child.stdout })[Symbol.asyncIterator]();
@@ -78,5 +96,11 @@ export async function serve(
     const { export: name, uri } = JSON.parse(line.value) as { export: string; uri: string };
     uris.set(name, uri);
   }
-  return { pid: child.pid ?? 0, uris, kill: (signal) => child.kill(signal), ended };
+  return {
+    pid: child.pid ?? 0,
+    uris,
+    said: () => said,
+    kill: (signal) => child.kill(signal),
+    ended,
+  };
 }
