@@ -79,9 +79,7 @@ class ReplicaJs : public Napi::ObjectWrap<ReplicaJs> {
   void Fail(const Napi::CallbackInfo& info) {
     open(info.Env()).fail(Status::Error(info[0].ToString(), info[1].ToString()));
   }
-  void NeedAll(const Napi::CallbackInfo& info) {
-    open(info.Env()).need_all(info[0].ToBoolean());
-  }
+  void NeedAll(const Napi::CallbackInfo& info) { open(info.Env()).need_all(info[0].ToBoolean()); }
   Napi::Value Stats(const Napi::CallbackInfo& info) {
     auto& replica = open(info.Env());
     auto stats = Napi::Object::New(info.Env());

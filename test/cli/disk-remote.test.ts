@@ -1,9 +1,9 @@
 // A generation published by one host, and disks over it on another: the command line tool, each host
 // in a network namespace of its own, real mcdist between them, real NBD clients.
 import { randomBytes } from 'node:crypto';
-import { once } from 'node:events';
 import { chmod, readdir, readFile, stat, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
+import { setTimeout as pause } from 'node:timers/promises';
 import { expect, test } from 'vitest';
 import { RemoteStore } from '../../src/cow-disk/control.js';
 import type { DiskEntry, StoreTask, StoreUsage } from '../../src/cow-disk/store-api.js';
@@ -73,7 +73,7 @@ async function replica(store: string, name: string) {
 async function untilTasks(store: string, fits: (tasks: StoreTask[]) => boolean): Promise<void> {
   const remote = await RemoteStore.connect(store);
   try {
-    while (!fits(await remote.tasks())) await new Promise((resolve) => setTimeout(resolve, 20));
+    while (!fits(await remote.tasks())) await pause(20);
   } finally {
     await remote.close();
   }
@@ -86,7 +86,7 @@ async function untilComplete(store: string, name: string): Promise<void> {
     for (;;) {
       const { disks } = await remote.list();
       if (disks.find((disk) => disk.name === name)?.replica?.complete === true) return;
-      await new Promise((resolve) => setTimeout(resolve, 20));
+      await pause(20);
     }
   } finally {
     await remote.close();
@@ -168,8 +168,7 @@ test('a publisher that is gone costs absent pages alone, and is used again when 
   expect((await client.read(500 * PAGE, PAGE)).equals(Buffer.alloc(PAGE, 5))).toBe(true);
   const entry = await snowflockJson<DiskEntry>(['disk', 'info', `${store}/copy`]);
   expect(entry.exports).toHaveLength(1);
-  while (!serving.said().includes('does not answer'))
-    await once(process, 'never', { signal: AbortSignal.timeout(50) }).catch(() => undefined);
+  while (!serving.said().includes('does not answer')) await pause(20);
   // The same key, group and port: the source file given out is still good.
   publisher = await publish();
   for (;;) {
