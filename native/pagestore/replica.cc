@@ -193,7 +193,13 @@ void Replica::add_user(std::weak_ptr<const PageUser> user) {
   users_version_.fetch_add(1, std::memory_order_acq_rel);
 }
 
+void Replica::need_all(bool all) {
+  if (need_all_.exchange(all) == all || !all) return;
+  users_version_.fetch_add(1, std::memory_order_acq_rel);
+}
+
 uint64_t Replica::needed_mask(PageIndex first) const {
+  if (need_all_) return ~uint64_t{0};
   std::vector<std::shared_ptr<const PageUser>> users;
   {
     std::lock_guard lock(users_mutex_);

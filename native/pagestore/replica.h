@@ -86,6 +86,8 @@ class Replica final : public PageProvider {
   // Those of 64 pages that one of its users may still read; all if it has no users.
   uint64_t needed_mask(PageIndex first) const;
   void add_user(std::weak_ptr<const PageUser> user);
+  // True: pages may be read by somebody who is no user (yet), so all are needed.
+  void need_all(bool all);
   // Changes with each user added: a page not needed before may be needed now.
   uint64_t users_version() const { return users_version_.load(std::memory_order_acquire); }
 
@@ -146,6 +148,7 @@ class Replica final : public PageProvider {
   mutable std::mutex users_mutex_;
   std::vector<std::weak_ptr<const PageUser>> users_;
   std::atomic<uint64_t> users_version_{0};
+  std::atomic<bool> need_all_{false};
 
   struct Waiters {
     bool urgent = false;

@@ -18,6 +18,7 @@ class ReplicaJs : public Napi::ObjectWrap<ReplicaJs> {
                                 InstanceMethod("read", &ReplicaJs::Read),
                                 InstanceMethod("prefetch", &ReplicaJs::Prefetch),
                                 InstanceMethod("fail", &ReplicaJs::Fail),
+                                InstanceMethod("needAll", &ReplicaJs::NeedAll),
                                 InstanceMethod("stats", &ReplicaJs::Stats),
                                 InstanceMethod("onComplete", &ReplicaJs::OnComplete),
                                 InstanceMethod("sync", &ReplicaJs::Sync),
@@ -78,6 +79,7 @@ class ReplicaJs : public Napi::ObjectWrap<ReplicaJs> {
   void Fail(const Napi::CallbackInfo& info) {
     open(info.Env()).fail(Status::Error(info[0].ToString(), info[1].ToString()));
   }
+  void NeedAll(const Napi::CallbackInfo& info) { open(info.Env()).need_all(info[0].ToBoolean()); }
   Napi::Value Stats(const Napi::CallbackInfo& info) {
     auto& replica = open(info.Env());
     auto stats = Napi::Object::New(info.Env());

@@ -3,6 +3,7 @@ import { resolve } from 'node:path';
 import { type Command, Option } from 'commander';
 import { SnowflockError } from '../common/errors.js';
 import type { StoreService } from '../cow-disk/control-protocol.js';
+import { readSourceFile } from '../disk-server/source-file.js';
 import { confirm } from './confirm.js';
 import { diskSize, parseDisk, parseDiskName, parseGeneration } from './disk-names.js';
 import { withStore } from './disk-open.js';
@@ -59,8 +60,26 @@ export function addDiskChangeCommands(disk: Command, json: () => boolean): void 
     .command('clone')
     .description('make a disk on a generation of another one, in constant time')
     .argument('<source>', 'STORE/DISK@GENERATION; without @: a snapshot is made first')
-    .argument('<new>', 'name of the new disk, in the same store')
-    .action(async (text: string, target: string) => {
+    .argument('[new]', 'name of the new disk, in the same store')
+    .option(
+      '--from-source <file>',
+      'of a generation that another host publishes; the one argument is the new STORE/DISK',
+    )
+    .action(async (text: string, target: string | undefined, o: { fromSource?: string }) => {
+      if (o.fromSource !== undefined) {
+        if (target !== undefined) {
+          throw new SnowflockError('E_ARGUMENT', 'with --from-source there is one argument');
+        }
+        const { store, disk: name } = parseDisk(text);
+        const source = await readSourceFile(o.fromSource);
+        const work = (open: StoreService) => open.cloneFromSource({ name, source });
+        const made = await withStore(store, work, { create: true });
+        answer(made, made.name);
+        return;
+      }
+      if (target === undefined) {
+        throw new SnowflockError('E_ARGUMENT', 'say how the new disk is called');
+      }
       const from = parseDiskName(text);
       const to = target.includes('/') ? parseDisk(target) : parseDisk(`${from.store}/${target}`);
       if (to.store !== from.store) {
@@ -126,6 +145,7 @@ export function addDiskChangeCommands(disk: Command, json: () => boolean): void 
             open.flatten({
               disk: name,
               ...(o.rate === undefined ? {} : { rate_bytes_per_s: o.rate }),
+              signal,
             }),
             signal,
             (task) => task.kind === 'flatten' && task.disk === name,

@@ -68,6 +68,14 @@ export function addDiskCheckCommands(disk: Command, json: () => boolean): void {
             signal,
             (task) => task.kind === 'merge' || task.kind === 'punch',
           );
+          if (!json()) {
+            for (const task of await open.tasks()) {
+              if (task.kind !== 'prefetch') continue;
+              const share = Math.floor((100 * task.done_bytes) / (task.total_bytes ?? 1));
+              const name = task.disk === null ? 'prefetch' : `prefetch of ${task.disk}`;
+              note(`${name}: ${share} %${task.error === null ? '' : `, ${task.error}`}`);
+            }
+          }
           return { before, after: (await open.usage()).total_bytes };
         }),
       );

@@ -7,6 +7,7 @@ import type { StoreService } from '../cow-disk/control-protocol.js';
 import { Store } from '../cow-disk/store.js';
 import { StoreServer } from '../disk-server/store-server.js';
 import { defaultStore, isStore } from './disk-names.js';
+import { note } from './output.js';
 
 /** Another command has the store for moments only; who serves it answers on its socket. */
 const ATTEMPTS = 25;
@@ -38,7 +39,7 @@ async function openStore(directory: string): Promise<StoreService> {
   if (!isStore(directory)) throw noStore(directory);
   for (let attempt = 1; ; attempt++) {
     try {
-      return await StoreServer.open(directory);
+      return await StoreServer.open(directory, { warn: note });
     } catch (error) {
       if (asSnowflockError(error).code !== 'E_IN_USE') throw error;
       const served = await RemoteStore.connect(directory).catch(() => undefined);

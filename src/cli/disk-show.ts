@@ -61,6 +61,9 @@ export function addDiskShowCommands(disk: Command, json: () => boolean): void {
         usage.unreferenced_bytes > 0
           ? `, of which ${sizeText(usage.unreferenced_bytes)} wait to be cleaned up`
           : '';
+      for (const { generation, own_bytes } of usage.replicas) {
+        process.stdout.write(`replica of ${generation} ${sizeText(own_bytes)}\n`);
+      }
       process.stdout.write(`total ${sizeText(usage.total_bytes)}${waiting}\n`);
     });
 
@@ -122,11 +125,28 @@ function aboutDisk(listing: StoreListing, disk: DiskEntry): [string, string][] {
           ? `replica of generation ${base.generation}`
           : '-',
     ],
+    ...aboutReplica(disk),
     ['open', disk.open ? 'yes' : 'no'],
     ...disk.exports.map((one): [string, string] => [
       'export',
       nbdUri({ socket: one.socket, export_name: one.name }),
     ]),
+  ];
+}
+
+function aboutReplica({ replica }: DiskEntry): [string, string][] {
+  if (replica === undefined) return [];
+  const { present_bytes, size_bytes, complete, source } = replica;
+  const share = Math.floor((100 * present_bytes) / size_bytes);
+  const here = complete ? 'all' : `${share} % (${sizeText(present_bytes)})`;
+  const state = {
+    open: 'fetched on demand',
+    lost: 'does not answer: absent pages are I/O errors',
+    closed: 'not needed any more',
+  }[source];
+  return [
+    ['here', here],
+    ['source', state],
   ];
 }
 

@@ -1,10 +1,12 @@
 import { stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { asSnowflockError } from '../common/errors.js';
+import { readSourceFile } from '../disk-server/source-file.js';
 import { JOURNAL, Journal } from './journal.js';
 import { readJournal } from './journal-read.js';
 import { addon, type NativeStore, native } from './native.js';
 import { strayHolds } from './recover.js';
+import { checkReplica } from './replica-check.js';
 import {
   bootId,
   fileNames,
@@ -12,6 +14,7 @@ import {
   mapName,
   readHeader,
   removeFiles,
+  replicaFiles,
   type SliceFiles,
   type StoreFolder,
   scanFolder,
@@ -248,8 +251,10 @@ function settling(tree: Tree, { id, expected }: Slice, state: string | null): bo
   return disk !== undefined && disk.spare !== null;
 }
 
-async function lookAtBases({ directory, tree, folder, found }: Look): Promise<void> {
-  for (const [id, { base }] of tree.slices) {
+async function lookAtBases(looking: Look): Promise<void> {
+  const { tree, found } = looking;
+  const replicas = new Map<string, { id: string; size_bytes: number }>();
+  for (const [id, { base, size_bytes }] of tree.slices) {
     if (base?.kind === 'image') {
       const size = await stat(base.path).then(
         (file) => file.size,
@@ -265,15 +270,50 @@ async function lookAtBases({ directory, tree, folder, found }: Look): Promise<vo
       const text = `${message}; ${affected(tree, id)}`;
       found.push({ severity: 'error', file: base.path, message: text, repaired: false });
     }
-    if (base?.kind === 'replica') {
-      // A replica may be kept elsewhere; here it has two files or none.
-      const names = [`${base.generation}.replica`, `${base.generation}.replica.map`];
-      const missing = names.filter((name) => !folder.others.includes(name));
-      if (missing.length !== 1) continue;
-      const file = join(directory, missing[0] as string);
-      const message = `is missing; ${affected(tree, id)}`;
-      found.push({ severity: 'error', file, message, repaired: false });
+    if (base?.kind === 'replica') replicas.set(base.generation, { id, size_bytes });
+  }
+  for (const [generation, at] of replicas) await lookAtReplica(looking, generation, at);
+}
+
+async function lookAtReplica(
+  { directory, tree, folder, found }: Look,
+  generation: string,
+  { id, size_bytes }: { id: string; size_bytes: number },
+): Promise<void> {
+  const affects = affected(tree, id);
+  const [data, map, source] = replicaFiles(generation);
+  const say = (severity: 'error' | 'note', name: string, message: string) =>
+    found.push({
+      severity,
+      file: join(directory, name),
+      message: `${message}; ${affects}`,
+      repaired: false,
+    });
+  const here = [data, map].filter((name) => folder.others.includes(name));
+  let complete = false;
+  if (here.length === 1) {
+    say('error', here[0] === data ? map : data, 'is missing');
+  } else if (here.length === 2) {
+    const checked = await checkReplica(join(directory, data), generation, size_bytes);
+    for (const [name, message] of checked.errors)
+      say('error', name === 'map' ? map : data, message);
+    complete = checked.complete;
+    if (checked.errors.length > 0) return;
+  }
+  // A replica may be kept elsewhere by who opens the store: nothing at all is no error.
+  if (!folder.others.includes(source)) {
+    if (here.length === 2 && !complete) {
+      say('error', source, 'is missing, and pages of the replica are');
     }
+    return;
+  }
+  const path = join(directory, source);
+  const fault = await readSourceFile(path).then(
+    (read) => (read.generation === generation ? undefined : 'is of another generation'),
+    (error: unknown) => asSnowflockError(error).message,
+  );
+  if (fault !== undefined) {
+    say(complete ? 'note' : 'error', source, `cannot be used: ${fault}`);
   }
 }
 
@@ -334,7 +374,7 @@ async function lookAtStray(
 }
 
 const ORDINARY =
-  /^(store\.(lock|sock|journal)|[0-9a-f]{32}\.(replica|replica\.map|source)|.*\.sock)$/;
+  /^(store\.(lock|sock|journal)|[0-9a-f]{32}\.(replica|replica\.map|source)|[A-Za-z0-9_][\w.-]*@[A-Za-z0-9_][\w.-]*\.source|.*\.sock)$/;
 
 function lookAtOthers({ directory, tree, folder, found }: Look): void {
   const bases = new Set<string>();

@@ -6,6 +6,7 @@
 import { type Static, type TSchema, Type } from 'typebox';
 import { Value } from 'typebox/value';
 import { SnowflockError } from '../common/errors.js';
+import { Source } from '../disk-server/source-file.js';
 import type {
   DiskEntry,
   GenerationEntry,
@@ -45,6 +46,11 @@ export interface OpenView extends NbdPlace {
 /** A store, whoever has it open. */
 export interface StoreService extends StoreApi {
   readonly directory: string;
+  /**
+   * A new disk over a generation that another host publishes; nothing is fetched. The source stays in
+   * the store. E_EXISTS, E_REPLICA_MISMATCH.
+   */
+  cloneFromSource(p: { name: string; source: Source }): Promise<DiskEntry>;
   /** E_EXISTS if there is a disk `name`, E_ARGUMENT. */
   beginImport(p: { name: string; size_bytes: number }): Promise<ImportTarget>;
   /** `generation` null: what the disk holds now, sealed for as long as the view is open. */
@@ -70,6 +76,7 @@ const Base = Type.Union([
 const params = {
   hello: Type.Object({}, strict),
   createDisk: Type.Object({ name: Name, size_bytes: Bytes, base: Type.Optional(Base) }, strict),
+  cloneFromSource: Type.Object({ name: Name, source: Source }, strict),
   clone: Type.Object({ disk: Name, generation: Name, name: Name }, strict),
   snapshot: Type.Object({ disk: Name, name: Type.Optional(Name) }, strict),
   removeGeneration: Type.Object({ disk: Name, generation: Name }, strict),
@@ -91,6 +98,7 @@ const params = {
 interface Results {
   hello: { pid: number; directory: string };
   createDisk: DiskEntry;
+  cloneFromSource: DiskEntry;
   clone: DiskEntry;
   snapshot: GenerationEntry;
   removeGeneration: Record<string, never>;

@@ -6,6 +6,7 @@ import { join } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
 import type { Logger } from '../common/log.js';
 import { type Caller, RpcClient, RpcServer } from '../common/rpc.js';
+import { checkSource } from '../disk-server/source-file.js';
 import {
   CONTROL_ANSWER_BYTES,
   CONTROL_CALL_BYTES,
@@ -104,12 +105,23 @@ export function listenForControl(
     {
       hello: () => ({ pid: process.pid, directory: service.directory }),
       createDisk: (p) => service.createDisk(p),
+      cloneFromSource: ({ name, source }) =>
+        service.cloneFromSource({ name, source: checkSource(source, 'the source') }),
       clone: (p) => service.clone(p),
       snapshot: (p) => service.snapshot(p),
       removeGeneration: (p) => nothing(service.removeGeneration(p)),
       removeDisk: (p) => nothing(service.removeDisk(p)),
       rollback: (p) => nothing(service.rollback(p)),
-      flatten: (p) => nothing(service.flatten(p)),
+      flatten: async (p, caller) => {
+        const gone = new AbortController();
+        const abort = () => gone.abort();
+        caller.closed.once('closed', abort);
+        try {
+          return await nothing(service.flatten({ ...p, signal: gone.signal }));
+        } finally {
+          caller.closed.off('closed', abort);
+        }
+      },
       commit: (p) => service.commit(p),
       list: () => service.list(),
       usage: () => service.usage(),
@@ -186,6 +198,9 @@ export class RemoteStore implements StoreService {
   createDisk(p: ControlMethods['createDisk']['params']) {
     return this.#call('createDisk', p);
   }
+  cloneFromSource(p: ControlMethods['cloneFromSource']['params']) {
+    return this.#call('cloneFromSource', p);
+  }
   clone(p: ControlMethods['clone']['params']) {
     return this.#call('clone', p);
   }
@@ -201,8 +216,10 @@ export class RemoteStore implements StoreService {
   async rollback(p: ControlMethods['rollback']['params']): Promise<void> {
     await this.#call('rollback', p);
   }
-  async flatten(p: ControlMethods['flatten']['params']): Promise<void> {
-    await this.#call('flatten', p);
+  /** The end of the connection is what aborts it. */
+  async flatten(p: ControlMethods['flatten']['params'] & { signal?: AbortSignal }): Promise<void> {
+    const { signal: _signal, ...params } = p;
+    await this.#call('flatten', params);
   }
   commit(p: ControlMethods['commit']['params']): Promise<{ origin: string }> {
     return this.#call('commit', p);

@@ -12,17 +12,22 @@ const ATTEMPTS = 8;
 /**
  * Copies what a disk reads from below into its top, then cuts the top loose: everything pulled is
  * durable before the transaction that names no parent. A fork in between leaves what was pulled in
- * a sealed slice, and the pull begins again in the new top. E_STATE, E_NO_SPACE, E_IO, E_CLOSED.
+ * a sealed slice, and the pull begins again in the new top. E_STATE, E_NO_SPACE,
+ * E_IO, E_CLOSED, E_SOURCE_LOST; E_INTERRUPTED: what was copied stays, and lies on what it lay on.
  */
 export async function flatten(
   { ledger }: StoreParts,
   disk: Disk,
   task: StoreTask,
   rate_bytes_per_s: number,
+  signal: AbortSignal,
 ): Promise<void> {
-  const never = new AbortController().signal;
   const rate = new Rate(rate_bytes_per_s);
-  await disk.during(async (check) => {
+  await disk.during(async (checkOpen) => {
+    const check = () => {
+      checkOpen();
+      if (signal.aborted) throw new SnowflockError('E_INTERRUPTED', 'the flatten was interrupted');
+    };
     for (let attempt = 0; attempt < ATTEMPTS; attempt++) {
       await disk.journalled();
       const pull = await native(() => disk.device.pullBegin());
@@ -38,7 +43,7 @@ export async function flatten(
           // Short pauses, so that a closed disk does not wait for a slow flatten.
           for (let ms = rate.spend(step.bytes); ms > 1; ms = rate.spend(0)) {
             check();
-            await pause(Math.min(ms, 200), never);
+            await pause(Math.min(ms, 200), signal);
           }
         }
         check();

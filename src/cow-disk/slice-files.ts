@@ -68,6 +68,11 @@ export async function scanFolder(directory: string): Promise<StoreFolder> {
 export const mapName = (id: string, edition: number) => `${id}.${edition}.map`;
 export const liveName = (id: string, boot: string) => `${id}.${boot}.live`;
 
+/** Files of the copy of a generation of another host: pages, map, source. */
+export function replicaFiles(generation: string): [string, string, string] {
+  return [`${generation}.replica`, `${generation}.replica.map`, `${generation}.source`];
+}
+
 /** Every file of a slice, by name. */
 export function fileNames(id: string, files: SliceFiles): string[] {
   return [

@@ -20,9 +20,10 @@ export interface StoreApi {
   rollback(p: { disk: string; generation: string }): Promise<void>;
   /**
    * Gives the disk a copy of all pages it reads from its base and the slices below, and cuts it
-   * loose from them. Works while it is served; progress by `tasks()`.
+   * loose from them. Works while it is served; progress by `tasks()`. The signal, or the end of the
+   * caller's connection, ends it with E_INTERRUPTED.
    */
-  flatten(p: { disk: string; rate_bytes_per_s?: number }): Promise<void>;
+  flatten(p: { disk: string; rate_bytes_per_s?: number; signal?: AbortSignal }): Promise<void>;
   /**
    * Makes the disk that a clone was made from hold what the clone holds, and removes the clone, in
    * constant time. E_STATE if the origin was written since the clone's generation, unless `discard`.
@@ -59,6 +60,19 @@ export interface DiskEntry {
   /** Open in this process, and served over NBD. */
   open: boolean;
   exports: { socket: string; name: string }[];
+  /** Of a base of kind `replica`, while it is open. */
+  replica?: ReplicaStatus;
+}
+
+/** How much of a generation of another host is here. */
+export interface ReplicaStatus {
+  generation: string;
+  size_bytes: number;
+  /** Pages that are here, known zeros too; with all of them the source is not needed any more. */
+  present_bytes: number;
+  complete: boolean;
+  /** `lost`: absent pages are I/O errors until it answers. `closed`: not needed any more. */
+  source: 'open' | 'lost' | 'closed';
 }
 
 export interface GenerationEntry {
@@ -81,7 +95,9 @@ export interface StoreListing {
 export interface StoreUsage {
   disks: (SpaceUsage & { name: string })[];
   generations: (SpaceUsage & { id: string; disk: string; name: string | null })[];
-  /** Taken by all slices, and by those that no disk or generation names (to be merged). */
+  /** Copies of generations of other hosts; whoever lies on them shares them. */
+  replicas: { generation: string; virtual_bytes: number; own_bytes: number }[];
+  /** Taken by all slices and replicas, and by those that no disk or generation names (to be merged). */
   total_bytes: number;
   unreferenced_bytes: number;
 }

@@ -34,7 +34,10 @@ export interface StoreOptions {
   /** Files of sealed slices open at once in this process, from now on (setFileCacheCapacity()). */
   max_open_files?: number;
   /** The replica of a generation of another host, for disks over one that no caller opens. */
-  replica?: (generation: string) => ReplicaHandle | undefined;
+  replica?: (
+    generation: string,
+    size_bytes: number,
+  ) => ReplicaHandle | undefined | Promise<ReplicaHandle | undefined>;
   /** The store closes with the first disk that is closed (a store of one disk). */
   closeWithDisk?: boolean;
 }
@@ -45,6 +48,14 @@ interface OpenEntry {
   /** A caller of openDisk() has it; else it is closed when nobody uses it any more. */
   owned: boolean;
   users: number;
+  ready: boolean;
+}
+
+/** What disks and generations of a store read of a replica. */
+export interface ReplicaUse {
+  size_bytes: number;
+  /** False: also something that no open disk tells the replica of, so it needs all its pages. */
+  told: boolean;
 }
 
 /**
@@ -179,7 +190,11 @@ export class Store implements StoreApi {
     this.#parts.changed();
   }
 
-  async flatten(p: { disk: string; rate_bytes_per_s?: number }): Promise<void> {
+  async flatten(p: {
+    disk: string;
+    rate_bytes_per_s?: number;
+    signal?: AbortSignal;
+  }): Promise<void> {
     this.#check();
     if (this.#flattening.has(p.disk)) {
       throw new SnowflockError('E_STATE', `disk ${p.disk} is being flattened already`);
@@ -194,7 +209,13 @@ export class Store implements StoreApi {
     this.#flattening.set(p.disk, task);
     try {
       await this.#with(p.disk, (disk) =>
-        flatten(this.#parts, disk, task, p.rate_bytes_per_s ?? Number.POSITIVE_INFINITY),
+        flatten(
+          this.#parts,
+          disk,
+          task,
+          p.rate_bytes_per_s ?? Number.POSITIVE_INFINITY,
+          p.signal ?? new AbortController().signal,
+        ),
       );
     } finally {
       this.#flattening.delete(p.disk);
@@ -285,9 +306,28 @@ export class Store implements StoreApi {
     const { slice } = this.#generation(tree, disk, generation);
     return openView(
       this.#parts,
-      options.replica ?? this.#replicaBelow(slice),
+      options.replica ?? (await this.#replicaBelow(slice)),
       (now) => this.#generation(now, disk, generation).slice,
     );
+  }
+
+  /** The replicas that slices lie on, by generation. */
+  replicas(): Map<string, ReplicaUse> {
+    const { tree } = this.#parts.ledger;
+    const told = new Set<string>();
+    for (const [name, { ready }] of this.#open) {
+      const top = ready ? tree.disks.get(name)?.top : undefined;
+      let root: string | undefined;
+      if (top !== undefined) for (const [id] of tree.down(top)) root = id;
+      if (root !== undefined) told.add(root);
+    }
+    const found = new Map<string, ReplicaUse>();
+    for (const [id, { base, size_bytes }] of tree.slices) {
+      if (base?.kind !== 'replica') continue;
+      const before = found.get(base.generation)?.told ?? true;
+      found.set(base.generation, { size_bytes, told: before && told.has(id) });
+    }
+    return found;
   }
 
   /** Closes all disks, then the store. Views and providers handed out stay readable. */
@@ -342,9 +382,11 @@ export class Store implements StoreApi {
     throw new SnowflockError('E_NOT_FOUND', `disk ${disk} has no generation ${ref.slice(0, 80)}`);
   }
 
-  #replicaBelow(slice: string): ReplicaHandle | undefined {
-    const base = this.#parts.ledger.tree.base(slice);
-    return base.kind === 'replica' ? this.#options.replica?.(base.generation) : undefined;
+  async #replicaBelow(slice: string): Promise<ReplicaHandle | undefined> {
+    const { tree } = this.#parts.ledger;
+    const base = tree.base(slice);
+    if (base.kind !== 'replica') return undefined;
+    return this.#options.replica?.(base.generation, sliceOf(tree, slice).size_bytes);
   }
 
   /** Makes a slice's files for a transaction to name; they go again if that fails. */
@@ -408,15 +450,20 @@ export class Store implements StoreApi {
 
   #start(name: string, replica: ReplicaHandle | undefined): OpenEntry {
     const disk = this.#openDisk(name, replica);
-    const entry: OpenEntry = { disk, owned: false, users: 0 };
+    const entry: OpenEntry = { disk, owned: false, users: 0, ready: false };
     this.#open.set(name, entry);
-    disk.catch(() => this.#open.delete(name));
+    disk.then(
+      () => {
+        entry.ready = true;
+      },
+      () => this.#open.delete(name),
+    );
     return entry;
   }
 
   async #openDisk(name: string, given: ReplicaHandle | undefined): Promise<Disk> {
     const { ledger, gate } = this.#parts;
-    const replica = given ?? this.#replicaBelow(diskOf(ledger.tree, name).top);
+    const replica = given ?? (await this.#replicaBelow(diskOf(ledger.tree, name).top));
     const opened = await gate.shared(() =>
       native(() => this.#parts.native.openDisk(Disk.chain(this.#parts, name), replica)),
     );

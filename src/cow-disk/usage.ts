@@ -3,7 +3,7 @@ import { join } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
 import { wanted } from './gc.js';
 import { diskOf, sliceOf } from './parts.js';
-import { fileNames, scanFolder } from './slice-files.js';
+import { fileNames, replicaFiles, scanFolder } from './slice-files.js';
 import type { StoreUsage } from './store-api.js';
 import type { Tree } from './tree.js';
 
@@ -67,7 +67,36 @@ export async function storeUsage(directory: string, tree: Tree): Promise<StoreUs
       shared_bytes: at === null ? 0 : (below.get(at) ?? 0),
     });
   }
-  return { disks, generations, total_bytes, unreferenced_bytes };
+  const replicas = await replicaUsage(directory, tree);
+  for (const { own_bytes } of replicas) total_bytes += own_bytes;
+  return { disks, generations, replicas, total_bytes, unreferenced_bytes };
+}
+
+async function replicaUsage(directory: string, tree: Tree): Promise<StoreUsage['replicas']> {
+  const sizes = new Map<string, number>();
+  for (const { base, size_bytes } of tree.slices.values()) {
+    if (base?.kind === 'replica') sizes.set(base.generation, size_bytes);
+  }
+  const replicas: StoreUsage['replicas'] = [];
+  for (const [generation, virtual_bytes] of sizes) {
+    let own_bytes = 0;
+    for (const name of replicaFiles(generation)) {
+      own_bytes += await allocatedBytes(join(directory, name));
+    }
+    replicas.push({ generation, virtual_bytes, own_bytes });
+  }
+  return replicas;
+}
+
+/** Of a file; 0 if it is not there (merged, or made durable, meanwhile). E_IO. */
+async function allocatedBytes(path: string): Promise<number> {
+  try {
+    return 512 * (await stat(path)).blocks;
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException;
+    if (code === 'ENOENT') return 0;
+    throw new SnowflockError('E_IO', `cannot look at ${path}: ${code}`, { cause: error });
+  }
 }
 
 /** Bytes that a slice's files take, for all slices and spares. */
@@ -79,12 +108,7 @@ async function allocated(directory: string, tree: Tree): Promise<Map<string, num
     const files = slices.get(id);
     let sum = 0;
     for (const name of files === undefined ? [] : fileNames(id, files)) {
-      const found = await stat(join(directory, name)).catch((error: unknown) => {
-        const { code } = error as NodeJS.ErrnoException;
-        if (code === 'ENOENT') return undefined; // merged, or made durable, meanwhile
-        throw new SnowflockError('E_IO', `cannot look at ${join(directory, name)}: ${code}`);
-      });
-      sum += 512 * (found?.blocks ?? 0);
+      sum += await allocatedBytes(join(directory, name));
     }
     bytes.set(id, sum);
   }

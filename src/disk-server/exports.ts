@@ -6,6 +6,9 @@ import {
   type SharedServer,
 } from '../cow-disk/nbd-server.js';
 
+/** Of one server (native/blktap/nbd_exports.h). */
+export const MAX_EXPORTS = 1024;
+
 /** A disk or a generation that is open. */
 export interface Servable {
   serve(options: SharedServer): Promise<ServedExport>;

@@ -2,7 +2,11 @@ import { createSocket } from 'node:dgram';
 import { once } from 'node:events';
 import { resolve } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
-import { RemoteReplica, type RemoteReplicaStats } from '../pagestore/remote-replica.js';
+import {
+  type PageSource,
+  RemoteReplica,
+  type RemoteReplicaStats,
+} from '../pagestore/remote-replica.js';
 import type { ReplicaHandle } from '../pagestore/replica.js';
 import type { Source } from './source-file.js';
 
@@ -33,6 +37,10 @@ export interface RemoteGeneration {
   readonly events: RemoteReplica;
   /** Bytes a second, 0: no limit. Also starts one that failed again, or changes the rate. */
   prefetch(rateBytesPerS: number): void;
+  /** While true a prefetch leaves out no page, whatever the disks over the replica say. */
+  needAll(all: boolean): void;
+  /** Another source of the same generation. E_REPLICA_MISMATCH, E_NETWORK. */
+  setSource(source: Source): Promise<void>;
   /** Tries a source that was lost once more. */
   reconnect(server?: { address: string; port: number }): void;
   stats(): RemoteReplicaStats;
@@ -42,27 +50,39 @@ export interface RemoteGeneration {
 
 interface Shared {
   readonly remote: RemoteReplica;
-  readonly source: Source;
+  readonly source: KnownGeneration;
+  readonly options: RemoteOptions;
   users: number;
 }
+
+/** What is known of a generation if its source is not. */
+export type KnownGeneration = Pick<Source, 'generation' | 'size_bytes'>;
 
 /** Replicas open in this process by path: clones of one generation share one, and one client. */
 const open = new Map<string, Shared>();
 /** Closes under way: the files are free when they are done. */
 const closing = new Map<string, Promise<void>>();
 
+function pageSource(source: Source): PageSource {
+  const { address, port, group, group_port, key } = source;
+  return { address, port, group, groupPort: group_port, key: Buffer.from(key, 'hex') };
+}
+
 /**
  * Opens the replica at `replicaPath` (made if missing) of a published generation. The source is not
- * waited for: it may come up later, or be gone for good if the replica is complete.
+ * waited for: it may come up later, or be gone for good if the replica is complete. Without one
+ * (only the generation and its size known) absent pages end with E_SOURCE_LOST.
  * @throws E_REPLICA_MISMATCH, E_IN_USE (by another process), E_IO, E_CORRUPT, E_NETWORK
  */
 export async function openRemoteGeneration(
-  source: Source,
+  source: Source | KnownGeneration,
   replicaPath: string,
   options: RemoteOptions = {},
 ): Promise<RemoteGeneration> {
   const path = resolve(replicaPath);
-  const interfaceAddress = options.interfaceAddress ?? (await addressTowards(source.address));
+  const interfaceAddress =
+    options.interfaceAddress ??
+    ('address' in source ? await addressTowards(source.address) : '0.0.0.0');
   await closing.get(path);
   // Nothing is awaited from here on: two that open it at once share it.
   let shared = open.get(path);
@@ -70,15 +90,9 @@ export async function openRemoteGeneration(
     const remote = new RemoteReplica({
       path,
       generation: source.generation,
-      pages: source.size_bytes / 4096,
+      pages: Math.ceil(source.size_bytes / 4096),
       medium: 'disk',
-      source: {
-        address: source.address,
-        port: source.port,
-        group: source.group,
-        groupPort: source.group_port,
-        key: Buffer.from(source.key, 'hex'),
-      },
+      ...('address' in source ? { source: pageSource(source) } : {}),
       interfaceAddress,
       syncIntervalMs: options.syncIntervalMs ?? 30_000,
       ...(options.sourceTimeoutMs === undefined
@@ -86,7 +100,7 @@ export async function openRemoteGeneration(
         : { sourceTimeoutMs: options.sourceTimeoutMs }),
       ...(options.mtuBytes === undefined ? {} : { mtuBytes: options.mtuBytes }),
     });
-    shared = { remote, source, users: 0 };
+    shared = { remote, source, options, users: 0 };
     open.set(path, shared);
   } else if (shared.source.generation !== source.generation) {
     throw new SnowflockError(
@@ -109,6 +123,12 @@ function handle(path: string, shared: Shared): RemoteGeneration {
     replica: remote.replica.handle,
     events: remote,
     prefetch: (rateBytesPerS) => remote.prefetch({ rateBytesPerS }),
+    needAll: (all) => remote.replica.needAll(all),
+    setSource: async (next) => {
+      checkSame(next, source);
+      const from = shared.options.interfaceAddress ?? (await addressTowards(next.address));
+      await remote.setSource(pageSource(next), from);
+    },
     reconnect: (server) => remote.reconnect(server),
     stats: () => remote.stats(),
     close: () => {
@@ -124,6 +144,15 @@ async function release(path: string, shared: Shared): Promise<void> {
   const done = shared.remote.close().finally(() => closing.delete(path));
   closing.set(path, done);
   await done;
+}
+
+/** E_REPLICA_MISMATCH. */
+export function checkSame(source: KnownGeneration, known: KnownGeneration): void {
+  if (source.generation === known.generation && source.size_bytes === known.size_bytes) return;
+  throw new SnowflockError(
+    'E_REPLICA_MISMATCH',
+    `the source is of generation ${source.generation} (${source.size_bytes} bytes), not ${known.generation} (${known.size_bytes} bytes)`,
+  );
 }
 
 /** The address packets to a host leave from. Sends nothing. @throws E_NETWORK */

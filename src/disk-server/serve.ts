@@ -5,6 +5,8 @@ import { listenForControl } from '../cow-disk/control.js';
 import type { NbdServer } from '../cow-disk/nbd-server.js';
 import { nbdUri } from '../cow-disk/transfer.js';
 import { notifyServiceManager } from './notify.js';
+import type { Publication, PublishPlan } from './publications.js';
+import type { ReplicasOptions } from './replicas.js';
 import { type ServePlan, StoreServer } from './store-server.js';
 
 export type ServeStoreOptions = Omit<ServePlan, 'socketPath'> & {
@@ -13,6 +15,9 @@ export type ServeStoreOptions = Omit<ServePlan, 'socketPath'> & {
   gc_bytes_per_s?: number;
   /** Of sealed slices; default 256. */
   max_open_files?: number;
+  replicas?: Omit<ReplicasOptions, 'warn'>;
+  /** Generations offered to other hosts, each by a source file. */
+  publish?: (PublishPlan & { disk: string; generation: string })[];
 };
 
 const REFUSALS_MS = 5000;
@@ -30,6 +35,7 @@ export async function serveStore(
   options: ServeStoreOptions,
   log: Logger,
   onExport: (one: { name: string; uris: string[] }) => void,
+  onPublished: (one: Publication) => void = () => undefined,
 ): Promise<void> {
   const socketPath = resolve(options.socketPath ?? join(directory, 'nbd.sock'));
   for (const path of [socketPath, join(directory, 'store.sock')]) {
@@ -42,15 +48,19 @@ export async function serveStore(
   }
   // From here on: a signal during start-up must not leave sockets behind.
   const ended = endSignal();
-  const { gc_bytes_per_s, max_open_files, ...plan } = options;
+  const { gc_bytes_per_s, max_open_files, replicas, publish = [], ...plan } = options;
   const store = await StoreServer.open(directory, {
+    ...replicas,
     ...(gc_bytes_per_s === undefined ? {} : { gc_bytes_per_s }),
     ...(max_open_files === undefined ? {} : { max_open_files }),
+    warn: (message) => log.warn(message),
   });
   let control: { close(): Promise<void> } | undefined;
   let watch: NodeJS.Timeout | undefined;
   try {
     await store.serve({ ...plan, socketPath });
+    const published: Publication[] = [];
+    for (const one of publish) published.push(await store.publish(one, one));
     control = await listenForControl(store, log);
     const server = await store.server();
     for (const { name: export_name, socket } of store.exported()) {
@@ -58,6 +68,7 @@ export async function serveStore(
       onExport({ name: export_name, uris: [nbdUri({ socket, export_name }), ...tcp] });
     }
     if (server !== undefined) watch = reportRefusals(server, log);
+    for (const one of published) onPublished(one);
     notifyServiceManager('READY=1');
     await ended;
     notifyServiceManager('STOPPING=1');

@@ -14,7 +14,7 @@ export const Source = Type.Object(
     format: Type.Literal('snowflock-source'),
     version: Type.Literal(1),
     generation: Type.String({ pattern: '^[0-9a-f]{32}$' }),
-    size_bytes: Type.Integer({ minimum: 4096, maximum: 2 ** 46, multipleOf: 4096 }),
+    size_bytes: Type.Integer({ minimum: 1, maximum: 2 ** 46 }),
     /** Where requests go to: IPv4 and UDP port. */
     address: Type.String(),
     port: Type.Integer({ minimum: 1, maximum: 65535 }),

@@ -16,7 +16,7 @@ import { randomBytes } from 'node:crypto';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { SnowflockError } from '../common/errors.js';
+import { asSnowflockError, SnowflockError } from '../common/errors.js';
 import type { ImportTarget, OpenView, StoreService } from '../cow-disk/control-protocol.js';
 import { originOf } from '../cow-disk/lineage.js';
 import type { LocalListenOptions, NbdServer } from '../cow-disk/nbd-server.js';
@@ -29,7 +29,10 @@ import type {
   StoreTask,
   StoreUsage,
 } from '../cow-disk/store-api.js';
-import { Exports, type Servable } from './exports.js';
+import { Exports, MAX_EXPORTS, type Servable } from './exports.js';
+import { type Publication, Publications, type PublishPlan } from './publications.js';
+import { Replicas, type ReplicasOptions } from './replicas.js';
+import type { Source } from './source-file.js';
 
 const IN_PROGRESS = /^in-progress-[0-9a-f]{16}$/;
 
@@ -40,10 +43,12 @@ export interface Exported {
 }
 
 export interface ServePlan extends LocalListenOptions {
-  /** Undefined: all disks and named generations, those made later too. */
-  only?: Exported[];
-  /** Also generations without a name, as `disk@id`. */
-  unnamed?: boolean;
+  /** All disks, those made later too. */
+  disks?: boolean;
+  /** Besides: `named` generations or `all` of them, those made later too. */
+  generations?: 'named' | 'all';
+  /** Besides. */
+  also?: Exported[];
   /** Disks can only be read. */
   readOnly?: boolean;
 }
@@ -57,27 +62,55 @@ export class StoreServer implements StoreService {
   #private: string | undefined;
   #turn: Promise<unknown> = Promise.resolve();
   readonly #served = new Map<string, Exported>();
+  readonly #replicas: Replicas;
+  readonly #publications: Publications;
+  readonly #warn: (message: string) => void;
   readonly #imports = new Map<string, { name: string; size_bytes: number }>();
   #swept = false;
 
-  private constructor(store: Store, directory: string) {
+  private constructor(
+    store: Store,
+    directory: string,
+    replicas: Replicas,
+    warn: (message: string) => void,
+  ) {
     this.#store = store;
     this.directory = directory;
+    this.#replicas = replicas;
+    this.#publications = new Publications(store);
+    this.#warn = warn;
   }
 
   /** E_IN_USE, E_NOT_FOUND, E_CORRUPT. */
-  static async open(directory: string, options: StoreOptions = {}): Promise<StoreServer> {
-    return new StoreServer(await Store.open(directory, options), directory);
+  static async open(
+    directory: string,
+    options: Pick<StoreOptions, 'gc_bytes_per_s'> & ReplicasOptions = {},
+  ): Promise<StoreServer> {
+    const { gc_bytes_per_s, ...others } = options;
+    const replicas = new Replicas(directory, others);
+    const store = await Store.open(directory, {
+      ...(gc_bytes_per_s === undefined ? {} : { gc_bytes_per_s }),
+      replica: (generation, size_bytes) => replicas.handle(generation, size_bytes),
+    });
+    replicas.watch(() => store.replicas());
+    return new StoreServer(store, directory, replicas, options.warn ?? (() => undefined));
   }
 
-  /** Exports what the plan says. On an error nothing is exported. */
+  /** Exports what the plan says. On an error nothing is exported. E_CAPACITY, E_NOT_FOUND. */
   serve(plan: ServePlan): Promise<void> {
     return this.#inTurn(async () => {
       await this.#sweep();
       this.#exports = new Exports(plan);
       this.#plan = plan;
       try {
-        for (const one of this.#wanted(await this.list(), plan)) await this.#add(one);
+        const wanted = this.#wanted(await this.list(), plan);
+        if (wanted.length > MAX_EXPORTS) {
+          throw new SnowflockError(
+            'E_CAPACITY',
+            `${wanted.length} exports are wanted, and a server has at most ${MAX_EXPORTS}: name the disks and generations to serve, or leave generations out`,
+          );
+        }
+        for (const one of wanted) await this.#add(one);
       } catch (error) {
         this.#plan = undefined;
         await this.#exports.close().catch(() => undefined);
@@ -100,6 +133,24 @@ export class StoreServer implements StoreService {
     return this.#exports?.listen();
   }
 
+  /** E_NOT_FOUND, and see Publications. */
+  async publish(one: Exported & { generation: string }, plan: PublishPlan): Promise<Publication> {
+    return this.#publications.add(await this.#generation(one), plan);
+  }
+
+  async cloneFromSource(p: { name: string; source: Source }): Promise<DiskEntry> {
+    checkFree(p.name);
+    const { generation, size_bytes } = p.source;
+    const made = await this.#replicas.adopt(p.source, () =>
+      this.#store.createDisk({
+        name: p.name,
+        size_bytes,
+        base: { kind: 'replica', generation },
+      }),
+    );
+    return this.#shown(made);
+  }
+
   async createDisk(p: CreateDisk): Promise<DiskEntry> {
     checkFree(p.name);
     return this.#shown(await this.#store.createDisk(p));
@@ -114,7 +165,7 @@ export class StoreServer implements StoreService {
     if (p.name !== undefined) checkFree(p.name);
     const made = await this.#store.snapshot(p);
     if (this.#plan !== undefined && wantsGeneration(this.#plan, made)) {
-      await this.#inTurn(() => this.#add({ disk: made.disk, generation: made.name ?? made.id }));
+      await this.#inTurn(() => this.#addMade(made.disk, made.name ?? made.id));
     }
     return made;
   }
@@ -122,6 +173,7 @@ export class StoreServer implements StoreService {
   removeGeneration(p: { disk: string; generation: string }): Promise<void> {
     return this.#inTurn(async () => {
       const found = await this.#generation(p);
+      this.#publications.check(({ id }) => id === found.id);
       await this.#withdrawn(
         (one) =>
           one.disk === p.disk &&
@@ -133,12 +185,13 @@ export class StoreServer implements StoreService {
   }
 
   removeDisk(p: { disk: string }): Promise<void> {
-    return this.#inTurn(() =>
-      this.#withdrawn(
+    return this.#inTurn(async () => {
+      this.#publications.check((one) => one.disk === p.disk);
+      await this.#withdrawn(
         (one) => one.disk === p.disk,
         () => this.#store.removeDisk(p),
-      ),
-    );
+      );
+    });
   }
 
   rollback(p: { disk: string; generation: string }): Promise<void> {
@@ -155,6 +208,7 @@ export class StoreServer implements StoreService {
       const listing = await this.#store.list();
       const disk = listing.disks.find((one) => one.name === p.disk);
       const origin = disk === undefined ? undefined : originOf(listing, disk)?.disk;
+      this.#publications.check((one) => one.disk === p.disk);
       return this.#withdrawn(
         (one) => one.disk === p.disk || (one.disk === origin && one.generation === null),
         () => this.#store.commit(p),
@@ -162,8 +216,13 @@ export class StoreServer implements StoreService {
     });
   }
 
-  flatten(p: { disk: string; rate_bytes_per_s?: number }): Promise<void> {
-    return this.#store.flatten(p);
+  async flatten(p: {
+    disk: string;
+    rate_bytes_per_s?: number;
+    signal?: AbortSignal;
+  }): Promise<void> {
+    await this.#store.flatten(p);
+    await this.#replicas.look(); // the one it lay on may have been its own
   }
 
   async list(): Promise<StoreListing> {
@@ -191,11 +250,18 @@ export class StoreServer implements StoreService {
         error: null,
       }),
     );
-    return [...(await this.#store.tasks()), ...imports];
+    const { disks } = await this.list();
+    const prefetches = this.#replicas.tasks((generation) =>
+      disks
+        .filter(({ base }) => base.kind === 'replica' && base.generation === generation)
+        .map(({ name }) => name),
+    );
+    return [...(await this.#store.tasks()), ...imports, ...prefetches];
   }
 
-  settled(): Promise<void> {
-    return this.#store.settled();
+  async settled(): Promise<void> {
+    await this.#store.settled();
+    await this.#replicas.look();
   }
 
   async beginImport(p: { name: string; size_bytes: number }): Promise<ImportTarget> {
@@ -290,11 +356,13 @@ export class StoreServer implements StoreService {
   async close(): Promise<void> {
     await this.#turn.catch(() => undefined);
     try {
+      await this.#publications.close();
       await this.#exports?.close();
     } finally {
       this.#served.clear();
       if (this.#private !== undefined) await rm(this.#private, { recursive: true, force: true });
-      await this.#store.close();
+      await this.#replicas.look();
+      await this.#store.close().finally(() => this.#replicas.close());
     }
   }
 
@@ -314,18 +382,33 @@ export class StoreServer implements StoreService {
   }
 
   #wanted(listing: StoreListing, plan: ServePlan): Exported[] {
-    if (plan.only !== undefined) return plan.only;
-    return [
-      ...listing.disks.map((disk) => ({ disk: disk.name, generation: null })),
+    const all = [
+      ...(plan.disks === true ? listing.disks : []).map((disk) => ({
+        disk: disk.name,
+        generation: null,
+      })),
       ...listing.generations
         .filter((one) => wantsGeneration(plan, one))
         .map((one) => ({ disk: one.disk, generation: one.name ?? one.id })),
+      ...(plan.also ?? []),
     ];
+    return [...new Map(all.map((one) => [exportName(one), one])).values()];
+  }
+
+  /** What was made is there whether it can be exported or not. */
+  async #addMade(disk: string, generation: string | null): Promise<void> {
+    try {
+      await this.#add({ disk, generation });
+    } catch (error) {
+      const { code, message } = asSnowflockError(error);
+      if (code !== 'E_CAPACITY') throw error;
+      this.#warn(`${exportName({ disk, generation })} is not exported: ${message}`);
+    }
   }
 
   async #add(one: Exported): Promise<void> {
     if (this.#exports === undefined) return;
-    const name = one.generation === null ? one.disk : `${one.disk}@${one.generation}`;
+    const name = exportName(one);
     if (this.#served.has(name)) return;
     const [thing, what] =
       one.generation !== null
@@ -393,16 +476,21 @@ export class StoreServer implements StoreService {
   }
 
   async #shown(disk: DiskEntry): Promise<DiskEntry> {
-    if (this.#plan !== undefined && this.#plan.only === undefined) {
-      await this.#inTurn(() => this.#add({ disk: disk.name, generation: null }));
+    if (this.#plan?.disks === true) {
+      await this.#inTurn(() => this.#addMade(disk.name, null));
     }
     return this.#withExports(disk);
   }
 
   #withExports(disk: DiskEntry): DiskEntry {
     const socket = this.#served.has(disk.name) ? this.#exports?.place.socketPath : undefined;
-    if (socket === undefined) return disk;
-    return { ...disk, open: true, exports: [{ socket, name: disk.name }] };
+    const replica =
+      disk.base.kind === 'replica' ? this.#replicas.status(disk.base.generation) : undefined;
+    return {
+      ...disk,
+      ...(socket === undefined ? {} : { open: true, exports: [{ socket, name: disk.name }] }),
+      ...(replica === undefined ? {} : { replica }),
+    };
   }
 
   /** E_NOT_FOUND. */
@@ -432,8 +520,12 @@ export class StoreServer implements StoreService {
 }
 
 function wantsGeneration(plan: ServePlan, one: GenerationEntry): boolean {
-  if (plan.only !== undefined) return false;
-  return one.name === null ? plan.unnamed === true : !IN_PROGRESS.test(one.name);
+  if (plan.generations === undefined) return false;
+  return one.name === null ? plan.generations === 'all' : !IN_PROGRESS.test(one.name);
+}
+
+function exportName({ disk, generation }: Exported): string {
+  return generation === null ? disk : `${disk}@${generation}`;
 }
 
 function newTemporary(): string {

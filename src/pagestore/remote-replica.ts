@@ -9,18 +9,21 @@ import {
   type Replica,
 } from './replica.js';
 
+export interface PageSource {
+  readonly address: string;
+  readonly port: number;
+  readonly group: string;
+  readonly groupPort: number;
+  readonly key: Buffer;
+}
+
 export interface RemoteReplicaOptions {
   readonly path: string;
   readonly generation: string;
   readonly pages: number;
   readonly medium: 'memory' | 'disk';
-  readonly source: {
-    readonly address: string;
-    readonly port: number;
-    readonly group: string;
-    readonly groupPort: number;
-    readonly key: Buffer;
-  };
+  /** Absent: none is known, and absent pages end with E_SOURCE_LOST. */
+  readonly source?: PageSource;
   /** This host's address towards the source: the group is joined there. */
   readonly interfaceAddress: string;
   /** See McdistClientOptions. */
@@ -64,6 +67,8 @@ export class RemoteReplica extends EventEmitter<{
 }> {
   readonly replica: Replica;
   readonly #options: RemoteReplicaOptions;
+  #source: PageSource | undefined;
+  #interfaceAddress: string;
   #client: McdistClient | undefined;
   #lastStats: McdistClientStats | null = null;
   #prefetcher: Prefetcher | undefined;
@@ -76,9 +81,11 @@ export class RemoteReplica extends EventEmitter<{
   constructor(options: RemoteReplicaOptions) {
     super();
     this.#options = options;
+    this.#source = options.source;
+    this.#interfaceAddress = options.interfaceAddress;
     this.replica = openReplica(options.path, options.generation, options.pages, options.medium);
     try {
-      if (!this.replica.stats().complete) this.#client = this.#connect();
+      this.#connect();
     } catch (error) {
       this.replica.close();
       throw error;
@@ -87,7 +94,7 @@ export class RemoteReplica extends EventEmitter<{
       this.#completed ??= this.#complete();
     });
     const every = options.syncIntervalMs ?? 0;
-    if (every > 0 && this.#client !== undefined) {
+    if (every > 0 && !this.replica.stats().complete) {
       this.#timer = setInterval(() => void this.#syncNow(), every);
       this.#timer.unref();
     }
@@ -114,16 +121,29 @@ export class RemoteReplica extends EventEmitter<{
 
   /** Tries a source that was lost again, at the address given or the same one. */
   reconnect(server?: { address: string; port: number }): void {
-    const { address, port } = server ?? this.#options.source;
-    this.#client?.setServer({ address, port });
+    const to = server ?? this.#source;
+    if (to !== undefined) this.#client?.setServer({ address: to.address, port: to.port });
+  }
+
+  /** Another source of the same generation from now on. Who waits for pages gets them from it. */
+  async setSource(source: PageSource, interfaceAddress: string): Promise<void> {
+    this.#check();
+    await this.#disconnect();
+    this.#check();
+    this.#source = source;
+    this.#interfaceAddress = interfaceAddress;
+    this.#connect();
   }
 
   stats(): RemoteReplicaStats {
     this.#check();
     const client = this.#client?.stats() ?? this.#lastStats;
-    const source = this.#client === undefined ? 'closed' : client?.lost === true ? 'lost' : 'open';
+    const replica = this.replica.stats();
+    const absent = this.#client === undefined && !replica.complete;
+    const lost = absent || (this.#client !== undefined && client?.lost === true);
+    const source = lost ? 'lost' : this.#client === undefined ? 'closed' : 'open';
     return {
-      ...this.replica.stats(),
+      ...replica,
       source,
       requested: client?.pagesRequested ?? 0,
       client,
@@ -143,16 +163,22 @@ export class RemoteReplica extends EventEmitter<{
     }
   }
 
-  #connect(): McdistClient {
-    const { source, generation, interfaceAddress, sourceTimeoutMs, mtuBytes } = this.#options;
-    return new McdistClient({
+  #connect(): void {
+    if (this.replica.stats().complete) return;
+    const source = this.#source;
+    if (source === undefined) {
+      this.replica.fail('E_SOURCE_LOST', `nothing is known of the source of ${this.#options.path}`);
+      return;
+    }
+    const { generation, sourceTimeoutMs, mtuBytes } = this.#options;
+    this.#client = new McdistClient({
       generation,
       key: source.key,
       replica: this.replica.handle,
       server: { address: source.address, port: source.port },
       group: source.group,
       groupPort: source.groupPort,
-      interfaceAddress,
+      interfaceAddress: this.#interfaceAddress,
       ...(sourceTimeoutMs === undefined ? {} : { sourceTimeoutMs }),
       ...(mtuBytes === undefined ? {} : { mtuBytes }),
     });

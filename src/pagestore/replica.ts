@@ -23,6 +23,8 @@ export interface Replica {
   prefetch(page: number): void;
   /** Ends all waits for absent pages, now and later, with an error. */
   fail(code: string, message: string): void;
+  /** While true a prefetch leaves nothing out: somebody may read who is no disk over it (yet). */
+  needAll(all: boolean): void;
   /** `complete`: no page is absent, no source is needed any more. */
   stats(): { pages: number; present: number; zero: number; waiting: number; complete: boolean };
   /** Called once when it is complete, also if it is already. One at a time. */

@@ -1,9 +1,12 @@
 import { spawn } from 'node:child_process';
+import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
 import { existsSync, readdirSync, watch } from 'node:fs';
 import { mkdir, readFile, stat, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
+import { setTimeout as pause } from 'node:timers/promises';
 import { expect, test } from 'vitest';
+import { RemoteStore } from '../../src/cow-disk/control.js';
 import type {
   DiskEntry,
   GenerationEntry,
@@ -109,7 +112,7 @@ test('rollback gives back what the generation holds', async () => {
   const pattern = Buffer.alloc(MIB, 'ab');
   await snowflock(['disk', 'import', '-', `${store}/web`, '--size', '1M'], { input: pattern });
   await snowflock(['disk', 'snapshot', `${store}/web`, '--name', 'a']);
-  const serving = await served([store], 2);
+  const serving = await served([store], 1);
   await execute('qemu-io', ['-f', 'raw', '-c', 'write -P 1 0 1M', serving.uris.get('web') ?? '']);
   serving.kill('SIGTERM');
   expect((await serving.ended).status).toBe(0);
@@ -121,7 +124,7 @@ test('rollback gives back what the generation holds', async () => {
 test('a served store takes all commands; new disks and snapshots are exported at once', async () => {
   const store = await newStore();
   await snowflock(['disk', 'create', `${store}/web`, '--size', '4M']);
-  const serving = await served([store], 1);
+  const serving = await served([store, '--generations'], 1);
   expect((await stat(join(store, 'store.sock'))).mode & 0o777).toBe(0o600);
   const uri = serving.uris.get('web') ?? '';
   await execute('qemu-io', ['-f', 'raw', '-c', 'write -P 7 1M 1M', uri]);
@@ -252,6 +255,53 @@ test('commit gives the origin what the clone holds', async () => {
   const { bytes } = await snowflock(['disk', 'export', `${store}/web`, '-']);
   expect(bytes.equals(now)).toBe(true);
   expect((await list(store)).disks.map((disk) => disk.name)).toEqual(['web']);
+});
+
+test('generations are exported if they are asked for: one, those with a name, or all', async () => {
+  const store = await newStore();
+  await snowflock(['disk', 'create', `${store}/web`, '--size', '1M']);
+  await snowflock(['disk', 'snapshot', `${store}/web`, '--name', 'named']);
+  const { id } = await snowflockJson<GenerationEntry>(['disk', 'snapshot', `${store}/web`]);
+  const exportsOf = async (args: string[]) => {
+    const serving = await served(args, 1);
+    const { stdout } = await execute('nbdinfo', [
+      ...['--list', '--json'],
+      `nbd+unix:///?socket=${join(store, 'nbd.sock')}`,
+    ]);
+    serving.kill('SIGTERM');
+    expect((await serving.ended).status).toBe(0);
+    const { exports } = JSON.parse(stdout) as { exports: { 'export-name': string }[] };
+    return exports.map((one) => one['export-name']).sort();
+  };
+  expect(await exportsOf([store])).toEqual(['web']);
+  expect(await exportsOf([`${store}/web@named`])).toEqual(['web@named']);
+  expect(await exportsOf([store, `${store}/web@named`])).toEqual(['web', 'web@named']);
+  expect(await exportsOf([store, '--generations'])).toEqual(['web', 'web@named']);
+  expect(await exportsOf([store, '--all'])).toEqual(['web', `web@${id}`, 'web@named'].sort());
+  expect((await snowflock(['disk', 'serve', `${store}/web`, '--all'])).status).toBe(2);
+});
+
+test('Ctrl-C of a flatten ends it also in the process that serves the store', async () => {
+  const store = await newStore();
+  const held = randomBytes(32 * MIB);
+  await snowflock(['disk', 'import', '-', `${store}/web`, '--size', '32M'], { input: held });
+  await snowflock(['disk', 'clone', `${store}/web`, 'copy']);
+  const serving = await served([store], 2);
+  const remote = await RemoteStore.connect(store);
+  cleanup(() => remote.close());
+  const flattens = async () => (await remote.tasks()).filter((task) => task.kind === 'flatten');
+  const child = start(['disk', 'flatten', `${store}/copy`, '--rate', '1M']);
+  const ended = outcome(child);
+  while ((await flattens()).every((task) => task.done_bytes === 0)) await pause(20);
+  child.kill('SIGINT');
+  expect((await ended).status).toBe(130);
+  while ((await flattens()).length > 0) await pause(20);
+  expect((await remote.list()).disks.find((disk) => disk.name === 'copy')?.parent).not.toBe(null);
+  expect((await snowflock(['disk', 'flatten', `${store}/copy`])).status).toBe(0);
+  serving.kill('SIGTERM');
+  expect((await serving.ended).status).toBe(0);
+  const { bytes } = await snowflock(['disk', 'export', `${store}/copy`, '-']);
+  expect(bytes.equals(held)).toBe(true);
 });
 
 test('a generation is served read-only', async () => {

@@ -15,8 +15,19 @@ export interface Outcome {
 }
 
 /** Starts the command line tool, as a process of its own. Standard input is a pipe. */
-export function start(args: string[], env: Record<string, string> = {}): ChildProcess {
-  return spawn(process.execPath, [MAIN, ...args], {
+export function start(
+  args: string[],
+  env: Record<string, string> = {},
+  namespace?: string,
+): ChildProcess {
+  // `ip netns exec` becomes node itself, so the pid is node's.
+  const [program = '', ...words] = [
+    ...(namespace === undefined ? [] : ['ip', 'netns', 'exec', namespace]),
+    process.execPath,
+    MAIN,
+    ...args,
+  ];
+  return spawn(program, words, {
     env: { ...process.env, ...env },
     stdio: ['pipe', 'pipe', 'pipe'],
   });
@@ -38,9 +49,9 @@ export async function outcome(child: ChildProcess): Promise<Outcome> {
 /** Runs the tool to its end. */
 export async function snowflock(
   args: string[],
-  options: { input?: Buffer; env?: Record<string, string> } = {},
+  options: { input?: Buffer; env?: Record<string, string>; namespace?: string } = {},
 ): Promise<Outcome> {
-  const child = start(args, options.env);
+  const child = start(args, options.env, options.namespace);
   child.stdin?.on('error', () => undefined); // it ended without reading
   child.stdin?.end(options.input);
   return outcome(child);
@@ -58,6 +69,8 @@ export interface Serving {
   /** URIs by export. */
   uris: Map<string, string>;
   tcpUris: Map<string, string>;
+  /** What it wrote to standard error so far. */
+  said(): string;
   kill(signal: NodeJS.Signals): void;
   ended: Promise<Outcome>;
 }
@@ -67,9 +80,14 @@ export async function serve(
   args: string[],
   exports: number,
   env: Record<string, string> = {},
+  namespace?: string,
 ): Promise<Serving> {
-  const child = start(['disk', 'serve', ...args, '--json'], env);
+  const child = start(['disk', 'serve', ...args, '--json'], env, namespace);
   const ended = outcome(child);
+  let said = '';
+  child.stderr?.on('data', (data: Buffer) => {
+    said += data.toString();
+  });
   const uris = new Map<string, string>();
   const tcpUris = new Map<string, string>();
   if (child.stdout === null) throw new Error('no output');
@@ -77,9 +95,16 @@ export async function serve(
   while (uris.size < exports) {
     const line = await lines.next();
     if (line.done === true) throw new Error(`disk serve ended: ${(await ended).stderr}`);
-    const said = JSON.parse(line.value) as { export: string; uri: string; tcp_uri?: string };
-    uris.set(said.export, said.uri);
-    if (said.tcp_uri !== undefined) tcpUris.set(said.export, said.tcp_uri);
+    const shown = JSON.parse(line.value) as { export: string; uri: string; tcp_uri?: string };
+    uris.set(shown.export, shown.uri);
+    if (shown.tcp_uri !== undefined) tcpUris.set(shown.export, shown.tcp_uri);
   }
-  return { pid: child.pid ?? 0, uris, tcpUris, kill: (signal) => child.kill(signal), ended };
+  return {
+    pid: child.pid ?? 0,
+    uris,
+    tcpUris,
+    said: () => said,
+    kill: (signal) => child.kill(signal),
+    ended,
+  };
 }

@@ -35,7 +35,7 @@ test('what is no source is refused, and the error names the field', async () => 
   expect(await codeOf(readSourceFile(path))).toBe('E_CONFIG');
   const faults: [Record<string, unknown>, string][] = [
     [{ version: 2 }, '/version'],
-    [{ size_bytes: 4097 }, '/size_bytes'],
+    [{ size_bytes: 0 }, '/size_bytes'],
     [{ address: 'example.org' }, '/address'],
     [{ group: '10.9.0.2' }, '/group'],
     [{ port: 0 }, '/port'],

@@ -104,6 +104,12 @@ export class Net {
 
   /** A new namespace on the bridge and a process in it. */
   async host(): Promise<Host> {
+    const { namespace, address } = await this.namespace();
+    return this.restart(namespace, address);
+  }
+
+  /** A new namespace on the bridge, with nothing in it. */
+  async namespace(): Promise<{ namespace: string; address: string }> {
     const number = this.#namespaces.length;
     const namespace = this.#name(`h${number}`);
     const hub = this.#name('hub');
@@ -119,7 +125,7 @@ export class Net {
     await run('ip', ['-n', namespace, 'addr', 'add', `${address}/24`, 'dev', 'eth0']);
     await run('ip', ['-n', namespace, 'link', 'set', 'eth0', 'up']);
     await run('ip', ['-n', namespace, 'link', 'set', 'lo', 'up']);
-    return this.restart(namespace, address);
+    return { namespace, address };
   }
 
   /** Another process in a namespace that is there. */
