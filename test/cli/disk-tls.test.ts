@@ -1,7 +1,7 @@
 import { join } from 'node:path';
 import { expect, test } from 'vitest';
 import { initCluster } from '../../src/cluster/index.js';
-import { cleanup, execute, temporary } from '../blktap/support.js';
+import { execute, temporary } from '../blktap/support.js';
 import { serve, snowflock } from './snowflock.js';
 
 /** A store with one disk of 16 MiB, and the folders of a cluster of two hosts. */
@@ -19,10 +19,6 @@ test('disk serve --listen: another host of the cluster reads and writes, a stran
   const { store, tls } = await storeAndCluster();
   const options = ['--listen', '127.0.0.1:0', '--tls-dir', tls('h1')];
   const serving = await serve([store, ...options], 1);
-  cleanup(async () => {
-    serving.kill('SIGKILL'); // does nothing if it has ended
-    await serving.ended;
-  });
   const uri = serving.tcpUris.get('web') ?? '';
   expect(uri).toMatch(/^nbds:\/\/127\.0\.0\.1:\d+\/web$/);
   const port = uri.replace(/.*:(\d+).*/, '$1');

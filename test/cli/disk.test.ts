@@ -26,15 +26,6 @@ async function list(store: string): Promise<StoreListing> {
   return snowflockJson<StoreListing>(['disk', 'ls', store]);
 }
 
-async function served(args: string[], exports: number) {
-  const serving = await serve(args, exports);
-  cleanup(async () => {
-    serving.kill('SIGKILL'); // does nothing if it has ended
-    await serving.ended;
-  });
-  return serving;
-}
-
 test('create, snapshot, clone: ls shows clones below what they were made from', async () => {
   const store = await newStore();
   expect((await snowflock(['disk', 'create', `${store}/web`, '--size', '64M'])).stdout).toBe(
@@ -112,7 +103,7 @@ test('rollback gives back what the generation holds', async () => {
   const pattern = Buffer.alloc(MIB, 'ab');
   await snowflock(['disk', 'import', '-', `${store}/web`, '--size', '1M'], { input: pattern });
   await snowflock(['disk', 'snapshot', `${store}/web`, '--name', 'a']);
-  const serving = await served([store], 1);
+  const serving = await serve([store], 1);
   await execute('qemu-io', ['-f', 'raw', '-c', 'write -P 1 0 1M', serving.uris.get('web') ?? '']);
   serving.kill('SIGTERM');
   expect((await serving.ended).status).toBe(0);
@@ -124,7 +115,7 @@ test('rollback gives back what the generation holds', async () => {
 test('a served store takes all commands; new disks and snapshots are exported at once', async () => {
   const store = await newStore();
   await snowflock(['disk', 'create', `${store}/web`, '--size', '4M']);
-  const serving = await served([store, '--generations'], 1);
+  const serving = await serve([store, '--generations'], 1);
   expect((await stat(join(store, 'store.sock'))).mode & 0o777).toBe(0o600);
   const uri = serving.uris.get('web') ?? '';
   await execute('qemu-io', ['-f', 'raw', '-c', 'write -P 7 1M 1M', uri]);
@@ -151,7 +142,7 @@ test('a served store takes all commands; new disks and snapshots are exported at
 test('a disk with a client connected is not removed; without one it is', async () => {
   const store = await newStore();
   await snowflock(['disk', 'create', `${store}/web`, '--size', '4M']);
-  const serving = await served([store], 1);
+  const serving = await serve([store], 1);
   const script = [
     'import nbd, sys',
     'h = nbd.NBD()',
@@ -238,7 +229,7 @@ test('commit gives the origin what the clone holds', async () => {
   const [old, now] = [Buffer.alloc(MIB, 'old'), Buffer.alloc(MIB, 'new')];
   await snowflock(['disk', 'import', '-', `${store}/web`, '--size', '1M'], { input: old });
   await snowflock(['disk', 'clone', `${store}/web`, 'next']);
-  const serving = await served([`${store}/next`], 1);
+  const serving = await serve([`${store}/next`], 1);
   const file = join(await temporary(), 'new');
   await writeFile(file, now);
   await execute('nbdcopy', ['--flush', file, serving.uris.get('next') ?? '']);
@@ -263,7 +254,7 @@ test('generations are exported if they are asked for: one, those with a name, or
   await snowflock(['disk', 'snapshot', `${store}/web`, '--name', 'named']);
   const { id } = await snowflockJson<GenerationEntry>(['disk', 'snapshot', `${store}/web`]);
   const exportsOf = async (args: string[]) => {
-    const serving = await served(args, 1);
+    const serving = await serve(args, 1);
     const { stdout } = await execute('nbdinfo', [
       ...['--list', '--json'],
       `nbd+unix:///?socket=${join(store, 'nbd.sock')}`,
@@ -286,7 +277,7 @@ test('Ctrl-C of a flatten ends it also in the process that serves the store', as
   const held = randomBytes(32 * MIB);
   await snowflock(['disk', 'import', '-', `${store}/web`, '--size', '32M'], { input: held });
   await snowflock(['disk', 'clone', `${store}/web`, 'copy']);
-  const serving = await served([store], 2);
+  const serving = await serve([store], 2);
   const remote = await RemoteStore.connect(store);
   cleanup(() => remote.close());
   const flattens = async () => (await remote.tasks()).filter((task) => task.kind === 'flatten');
@@ -308,7 +299,7 @@ test('a generation is served read-only', async () => {
   const store = await newStore();
   await snowflock(['disk', 'create', `${store}/web`, '--size', '1M']);
   const made = await snowflockJson<GenerationEntry>(['disk', 'snapshot', `${store}/web`]);
-  const serving = await served([`${store}/web@${made.id}`], 1);
+  const serving = await serve([`${store}/web@${made.id}`], 1);
   const uri = serving.uris.get(`web@${made.id}`) ?? '';
   const { stdout } = await execute('nbdinfo', ['--json', uri]);
   expect(JSON.parse(stdout)).toMatchObject({ exports: [{ is_read_only: true }] });
@@ -318,7 +309,7 @@ test('a disk served read-only cannot be written, and leaves no generation', asyn
   const store = await newStore();
   const held = Buffer.alloc(MIB, 'held');
   await snowflock(['disk', 'import', '-', `${store}/web`, '--size', '1M'], { input: held });
-  const serving = await served([store, '--read-only'], 1);
+  const serving = await serve([store, '--read-only'], 1);
   const uri = serving.uris.get('web') ?? '';
   await expect(execute('qemu-io', ['-f', 'raw', '-c', 'write 0 4k', uri])).rejects.toThrow(
     /Permission denied/,

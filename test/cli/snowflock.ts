@@ -3,6 +3,7 @@ import { once } from 'node:events';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import { projectRoot } from '../../src/common/native.js';
+import { cleanup } from '../blktap/support.js';
 
 const MAIN = join(projectRoot, 'dist/src/cli/main.js');
 
@@ -75,7 +76,7 @@ export interface Serving {
   ended: Promise<Outcome>;
 }
 
-/** `disk serve`, once it has said what it exports (at least `exports`). Its end is the caller's. */
+/** `disk serve`, once it has said what it exports (at least `exports`). It ends with the test. */
 export async function serve(
   args: string[],
   exports: number,
@@ -87,6 +88,10 @@ export async function serve(
   let said = '';
   child.stderr?.on('data', (data: Buffer) => {
     said += data.toString();
+  });
+  cleanup(async () => {
+    child.kill('SIGKILL'); // does nothing if it has ended
+    await ended;
   });
   const uris = new Map<string, string>();
   const tcpUris = new Map<string, string>();
