@@ -15,7 +15,7 @@ async function servedStore(): Promise<{ directory: string; store: StoreServer }>
   await Store.create(directory);
   const store = await StoreServer.open(directory);
   cleanup(() => store.close());
-  await store.serve({ socketPath: join(directory, 'nbd.sock') });
+  await store.serve({ socketPath: join(directory, 'nbd.sock'), disks: true, generations: 'named' });
   const control = await listenForControl(store, pino({ level: 'silent' }));
   cleanup(() => control.close());
   return { directory, store };
@@ -143,11 +143,26 @@ test('what is in progress in a process that died is removed when the store is se
   await dead.close();
   const store = await StoreServer.open(directory);
   cleanup(() => store.close());
-  await store.serve({ socketPath: join(directory, 'nbd.sock') });
+  await store.serve({ socketPath: join(directory, 'nbd.sock'), disks: true, generations: 'named' });
   const usage = await store.usage();
   expect(usage.disks.map((disk) => disk.name)).toEqual(['web']);
   expect(usage.generations).toEqual([]);
   expect(
     await codeOf(store.createDisk({ name: 'in-progress-0123456789abcdef', size_bytes: MIB })),
   ).toBe('E_ARGUMENT');
+});
+
+test('more exports than a server can have are refused before anything is exported', async () => {
+  const directory = join(await temporary(), 's');
+  await Store.create(directory);
+  const store = await StoreServer.open(directory);
+  cleanup(() => store.close());
+  await store.createDisk({ name: 'web', size_bytes: MIB });
+  const also = Array.from({ length: 1024 }, (_, i) => ({ disk: `d${i}`, generation: null }));
+  const plan = { socketPath: join(directory, 'nbd.sock'), disks: true, also };
+  await expect(store.serve(plan)).rejects.toMatchObject({
+    code: 'E_CAPACITY',
+    message: expect.stringContaining('1025'),
+  });
+  expect(store.exported()).toEqual([]);
 });
