@@ -100,6 +100,7 @@ test('a map that cannot be written fails the write; what was flushed stays', asy
 test('a fork whose records cannot be written says so, and is made good when they can', async () => {
   const { faults, server, client } = await faultyDisk();
   const generation = newGeneration();
+  expect((await server.call('prepare')).error).toBeUndefined(); // the spare of this fork is there
   faults.fail('write', 'store.journal', 1, EIO);
   expect((await server.call('fork', { generation })).error).toBeUndefined();
   const refused = await server.call('prepare');
