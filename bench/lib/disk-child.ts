@@ -24,7 +24,7 @@ export interface DiskSizes {
 }
 
 const [directory = '', socketPath = '', size = ''] = process.argv.slice(2);
-if (!existsSync(join(directory, 'disk.json'))) {
+if (!existsSync(join(directory, 'store.journal'))) {
   await Disk.create(directory, { sizeBytes: Number(size) });
 }
 const disk = await Disk.open(directory);
