@@ -48,7 +48,7 @@ test('at any power cut: what was acknowledged is there, no page is mixed, genera
 
 const OPERATIONS: [string, (work: Workload) => Promise<unknown>][] = [
   ['a fork', (work) => work.act('snapshot')],
-  ['a merge', (work) => work.act('drop').then(() => work.settled())],
+  ['a merge', (work) => work.merge()],
   ['a clone', (work) => work.act('clone')],
   ['a rollback', (work) => work.act('rollback')],
   ['a commit', (work) => work.act('commit').then(() => work.settled())],

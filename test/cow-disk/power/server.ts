@@ -2,6 +2,7 @@
 import { execFileSync, spawn } from 'node:child_process';
 import {
   closeSync,
+  mkdirSync,
   mkdtempSync,
   openSync,
   rmSync,
@@ -14,11 +15,26 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
+import { rolldown } from 'rolldown';
 import { afterAll } from 'vitest';
 import { cleanup, execute, newGeneration } from '../../blktap/support.js';
 import type { Command, Reply } from './child.js';
 
 const here = fileURLToPath(new URL('.', import.meta.url));
+
+/** child.ts in one file: a test starts it a hundred times. Below the project, to find its addons. */
+const bundles = fileURLToPath(new URL('../../../node_modules/.cache/', import.meta.url));
+mkdirSync(bundles, { recursive: true });
+const bundle = mkdtempSync(join(bundles, 'power-'));
+const program = join(bundle, 'child.mjs');
+afterAll(() => rmSync(bundle, { recursive: true, force: true }));
+const made = await rolldown({
+  input: join(here, 'child.ts'),
+  platform: 'node',
+  logLevel: 'silent',
+});
+await made.write({ file: program, format: 'esm' });
+await made.close();
 
 const libraries = mkdtempSync(join(tmpdir(), 'sf-libraries-'));
 afterAll(() => rmSync(libraries, { recursive: true, force: true }));
@@ -57,8 +73,7 @@ export interface Server {
 
 /** Runs child.ts; `call` rejects once it has died. Ends with the test. */
 export function startServer(directory: string, env: Record<string, string> = {}): Server {
-  const loader = join(here, '../../blktap/ts-loader.mjs');
-  const child = spawn(process.execPath, ['--import', loader, join(here, 'child.ts'), directory], {
+  const child = spawn(process.execPath, [program, directory], {
     stdio: ['pipe', 'pipe', 'inherit'],
     env: { ...process.env, UV_USE_IO_URING: '0', ...env },
   });

@@ -159,6 +159,15 @@ export class Workload {
     return planned !== undefined;
   }
 
+  /** Drops a generation that a single other one lies on, so that their slices are merged. */
+  async merge(): Promise<void> {
+    const cloned = new Set(this.disks().map(({ clonedFrom }) => clonedFrom));
+    const first = this.generations().find((each) => !cloned.has(each));
+    if (first === undefined || this.ledger.of(first.disk).length < 3) throw new Error('no merge');
+    await this.#drop(first);
+    await this.settled();
+  }
+
   /** Clean-up that was to be done is done. */
   async settled(): Promise<void> {
     await this.#call('settled');
