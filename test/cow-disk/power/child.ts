@@ -25,6 +25,8 @@ export interface Reply {
   error?: string;
   message?: string;
   listing?: StoreListing;
+  /** Of a commit. */
+  origin?: string;
   stats?: { errors: number; lastError: string | null };
   /** What failed in the background. */
   failures?: string[];
@@ -57,7 +59,9 @@ const operations = {
     return store().close();
   },
   list: async () => ({ listing: await store().list() }),
-  create: ({ name = '', size_bytes = 0 }: Command) => store().createDisk({ name, size_bytes }),
+  create: async ({ name = '', size_bytes = 0 }: Command) => {
+    await store().createDisk({ name, size_bytes });
+  },
   serve: async ({ disk: name = '', socket = '' }: Command) => {
     const found = await store().openDisk(name);
     await found.serve({ socketPath: socket, exportName: 'disk' });
@@ -68,7 +72,9 @@ const operations = {
     disks.delete(command.disk ?? '');
     await found.close();
   },
-  fork: (command: Command) => disk(command).fork(command.generation ?? ''),
+  fork: async (command: Command) => {
+    await disk(command).fork(command.generation ?? '');
+  },
   prepare: (command: Command) => disk(command).prepareFork(),
   stats: (command: Command) => {
     const { errors, lastError } = disk(command).stats();
@@ -89,8 +95,9 @@ const operations = {
   },
   drop: ({ disk: name = '', generation = '' }: Command) =>
     store().removeGeneration({ disk: name, generation }),
-  clone: ({ disk: name = '', generation = '', name: clone = '' }: Command) =>
-    store().clone({ disk: name, generation, name: clone }),
+  clone: async ({ disk: name = '', generation = '', name: clone = '' }: Command) => {
+    await store().clone({ disk: name, generation, name: clone });
+  },
   remove: ({ disk: name = '' }: Command) => store().removeDisk({ disk: name }),
   rollback: ({ disk: name = '', generation = '' }: Command) =>
     store().rollback({ disk: name, generation }),
@@ -106,16 +113,8 @@ const operations = {
 async function answer(command: Command): Promise<void> {
   let reply: Reply = { id: command.id };
   try {
-    const result = await operations[command.op](command);
-    if (typeof result === 'object' && result !== null) {
-      const { listing, stats, failures } = result as Partial<Reply>;
-      reply = {
-        ...reply,
-        ...(listing === undefined ? {} : { listing }),
-        ...(stats === undefined ? {} : { stats }),
-        ...(failures === undefined ? {} : { failures }),
-      };
-    }
+    const result: unknown = await operations[command.op](command);
+    reply = { ...reply, ...(result as Partial<Reply> | undefined) };
   } catch (error) {
     const { code, message } = asSnowflockError(error);
     reply = { ...reply, error: code, message };
