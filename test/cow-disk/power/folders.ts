@@ -35,6 +35,21 @@ function writeFile(path: string, file: FileState): void {
   }
 }
 
+/** The state with more at the end of one of its files. */
+export function appended(state: FolderState, path: string, data: Buffer): FolderState {
+  const file = state.get(path);
+  if (file === undefined || file === null) throw new Error(`no file ${path}`);
+  const pages = new Map(file.pages);
+  for (let done = 0; done < data.length; ) {
+    const at = file.size + done;
+    const page = Math.floor(at / PAGE);
+    const next = Buffer.from(pages.get(page) ?? Buffer.alloc(PAGE));
+    done += data.copy(next, at % PAGE, done);
+    pages.set(page, next);
+  }
+  return new Map([...state, [path, { size: file.size + data.length, pages }]]);
+}
+
 /** What is not as `state` says, in words; empty if all is. */
 export function differences(folder: string, state: FolderState): string[] {
   const out: string[] = [];

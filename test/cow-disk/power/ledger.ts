@@ -1,222 +1,267 @@
-// What a disk was told and what it acknowledged: which contents a page may have, at any cut.
+// What a store was told and what it acknowledged: which disks and generations there may be at any
+// cut, and what they hold.
 //
-// A page has a history of versions. No two requests that change one page are under way at once, so
-// it is a line. Each claim says: from this answer on, this version of the page, or a later one, is
-// durable. FLUSH claims what was acknowledged before it was sent, on any connection (NBD proto.md,
-// "Ordering of messages and writes"); FUA claims what it wrote.
+// A disk's life is a row of stretches. In one it is written page by page (line.ts); a rollback or a
+// commit begins another, with another content of all pages at once. So after a cut it holds what is
+// left of one stretch: not one of before the last that was acknowledged, and not two mixed.
 //
 // A generation holds, of each page, a version between the newest one acknowledged when the fork was
 // asked for and the newest one begun when it was answered; and the same one at every cut.
-import { PAGE } from './file-system.js';
+//
+// What was answered is durable: a new disk, a removal, a rollback, a commit, all that open() lists.
+// A fork is when a flush, a prepare or a close after it was answered.
+import { Line } from './line.js';
 import type { Answer, Answers } from './log.js';
 
-type Floor = Map<number, number>; // page -> version
+/** A change of what there is: under way, then answered. */
+interface Step {
+  /** Length of the log when it was asked for; -1: before there was one. */
+  sent: number;
+  done?: Answer;
+}
 
-interface Claim {
-  answer: Answer;
-  floor: Floor;
+interface Stretch extends Step {
+  /** What it begins with, and, once that was seen, all else. */
+  begins: Buffer | Generation;
+  line?: Line;
+}
+
+export interface DiskRecord {
+  name: string;
+  /** undefined: it is not known, the server died meanwhile. */
+  present: boolean | undefined;
+  stretches: Stretch[];
+  created: Step;
+  /** Answers after which it must exist. */
+  durable: Answer[];
+  removed?: Step;
+  /** While that generation is what it lies on. */
+  clonedFrom?: Generation | undefined;
 }
 
 export interface Generation {
   id: string;
+  disk: DiskRecord;
+  present: boolean | undefined;
+  line: Line | undefined;
   oldest: Uint32Array;
   newest: Uint32Array | undefined; // undefined: the fork was never answered
   /** Answers after which it must exist. */
   durable: Answer[];
-  /** Length of the log when its removal was asked for. */
-  dropSent?: number;
-  dropped?: Answer;
+  removed?: Step;
   /** What it held when it was first seen. */
   seen?: Buffer;
 }
 
-/** A request under way: the versions it makes. */
-export type Change = Floor;
+/** All that a store holds. */
+export interface Contents {
+  disks: Map<string, Buffer>;
+  generations: Map<string, { disk: string; image: Buffer }>;
+}
+
+/** The same with what only the ledger knows. */
+export interface Adopted extends Contents {
+  /** Clones, and the generations that they lie on. */
+  clones: Map<string, string>;
+}
 
 export class Ledger {
-  readonly pages: number;
-  readonly generations: Generation[] = [];
-  readonly #versions: Buffer[][];
-  readonly #acknowledged: Uint32Array;
-  readonly #claims: Claim[] = [];
-  readonly #busy = new Set<number>();
+  readonly disks = new Map<string, DiskRecord>();
+  readonly generations = new Map<string, Generation>();
 
-  /** `image`: what the disk holds now, all durable. */
-  constructor(image: Buffer) {
-    this.pages = image.length / PAGE;
-    this.#versions = Array.from({ length: this.pages }, (_, page) => [
-      Buffer.from(image.subarray(page * PAGE, (page + 1) * PAGE)),
-    ]);
-    this.#acknowledged = new Uint32Array(this.pages);
-  }
-
-  #of(page: number): Buffer[] {
-    const list = this.#versions[page];
-    if (list === undefined) throw new Error(`no page ${page}`);
-    return list;
-  }
-
-  free(from: number, to: number): boolean {
-    for (let page = from; page < to; page++) if (this.#busy.has(page)) return false;
-    return true;
-  }
-
-  /** Nobody changes these pages until `release`. */
-  hold(from: number, to: number): void {
-    for (let page = from; page < to; page++) this.#busy.add(page);
-  }
-
-  release(from: number, to: number): void {
-    for (let page = from; page < to; page++) this.#busy.delete(page);
-  }
-
-  /** The request writes `data` (null: zeros) at `offset`; `whole`: only pages wholly covered. */
-  begin(offset: number, length: number, data: Buffer | null, whole = false): Change {
-    const change: Change = new Map();
-    const end = offset + length;
-    const first = whole ? Math.ceil(offset / PAGE) : Math.floor(offset / PAGE);
-    const last = whole ? Math.floor(end / PAGE) : Math.ceil(end / PAGE);
-    for (let page = first; page < last; page++) {
-      const from = Math.max(offset, page * PAGE);
-      const to = Math.min(end, (page + 1) * PAGE);
-      const list = this.#of(page);
-      const next = Buffer.from(list.at(-1) ?? Buffer.alloc(PAGE));
-      const within = from - page * PAGE;
-      if (data === null) next.fill(0, within, within + to - from);
-      else data.copy(next, within, from - offset, to - offset);
-      list.push(next);
-      this.#busy.add(page);
-      change.set(page, list.length - 1);
+  /** What there is, durable, when the ledger begins. */
+  adopt({ disks, generations, clones }: Adopted): void {
+    for (const [name, image] of disks) this.create(name, image, -1, 'always');
+    for (const [id, { disk, image }] of generations) {
+      const none = new Uint32Array(0);
+      const record = this.disks.get(disk);
+      if (record === undefined) throw new Error(`generation ${id} is of no disk`);
+      const rest = { present: true, line: undefined, oldest: none, newest: none, seen: image };
+      this.generations.set(id, { id, disk: record, durable: ['always'], ...rest });
     }
-    return change;
-  }
-
-  acknowledge(change: Change, durable?: Answer): void {
-    for (const [page, version] of change) {
-      this.#acknowledged[page] = version;
-      this.#busy.delete(page);
+    for (const [name, id] of clones) {
+      const record = this.disks.get(name);
+      if (record !== undefined) record.clonedFrom = this.generations.get(id);
     }
-    if (durable !== undefined) this.#claims.push({ answer: durable, floor: change });
   }
 
-  /** All that is acknowledged now; for `claim` once the request sent now is answered. */
-  acknowledged(): Floor {
-    return new Map(this.#acknowledged.entries());
+  create(name: string, begins: Buffer | Generation, sent: number, done?: Answer): DiskRecord {
+    const step = done === undefined ? { sent } : { sent, done };
+    const record: DiskRecord = {
+      name,
+      present: done === undefined ? undefined : true,
+      stretches: [{ begins, ...step }],
+      created: step,
+      durable: done === undefined ? [] : [done],
+      ...('id' in begins ? { clonedFrom: begins } : {}),
+    };
+    this.disks.set(name, record);
+    return record;
   }
 
-  claim(floor: Floor, answer: Answer): void {
-    this.#claims.push({ answer, floor });
+  /** The disk has another content from now on. */
+  replace(disk: DiskRecord, begins: Buffer | Generation, sent: number): Step {
+    const step: Stretch = { begins, sent };
+    disk.stretches.push(step);
+    return step;
   }
 
-  /** The newest content of `[offset, offset + length)`, of which no page is being changed. */
-  read(offset: number, length: number): Buffer {
-    const first = Math.floor(offset / PAGE);
-    const parts: Buffer[] = [];
-    for (let page = first; page * PAGE < offset + length; page++) {
-      parts.push(this.#of(page).at(-1) ?? Buffer.alloc(PAGE));
+  /** The disk goes, with its generations. */
+  remove(disk: DiskRecord, sent: number): Step {
+    const step: Step = { sent };
+    disk.removed = step;
+    disk.present = undefined;
+    for (const generation of this.of(disk)) {
+      generation.removed = step;
+      generation.present = undefined;
     }
-    const from = offset - first * PAGE;
-    return Buffer.concat(parts).subarray(from, from + length);
+    return step;
   }
 
-  /**
-   * After a kill of the server alone: each page is as acknowledged, or as a request under way would
-   * have left it, and that is its newest version from now on. Returns what is wrong.
-   */
-  resolve(image: Buffer): string[] {
+  /** A commit of `clone` was refused: nothing has changed. */
+  refused(clone: DiskRecord, origin: DiskRecord): void {
+    origin.stretches.pop();
+    const step = clone.removed;
+    for (const what of [clone, ...this.generations.values()]) {
+      if (what.removed === undefined || what.removed !== step) continue;
+      delete what.removed;
+      what.present = true;
+    }
+  }
+
+  /** The disk's generations that are there. */
+  of(disk: DiskRecord): Generation[] {
+    return [...this.generations.values()].filter((each) => each.disk === disk && each.present);
+  }
+
+  fork(id: string, disk: DiskRecord): Generation {
+    const line = lineOf(disk);
+    const generation: Generation = {
+      id,
+      disk,
+      present: undefined,
+      line,
+      oldest: line.oldest(),
+      newest: undefined,
+      durable: [],
+    };
+    this.generations.set(id, generation);
+    return generation;
+  }
+
+  /** What a store that was just opened lists; what was under way is decided by that. */
+  opened(disks: string[], generations: string[], answer: Answer): string[] {
     const wrong: string[] = [];
-    this.#busy.clear();
-    for (let page = 0; page < this.pages; page++) {
-      const list = this.#of(page);
-      const now = image.subarray(page * PAGE, (page + 1) * PAGE);
-      const oldest = this.#acknowledged[page] ?? 0;
-      if (!list.slice(oldest).some((version) => version.equals(now))) {
-        wrong.push(`page ${page} is not as acknowledged before the kill`);
-      }
-      if (list.at(-1)?.equals(now) !== true) list.push(Buffer.from(now));
-      this.#acknowledged[page] = list.length - 1;
+    const look = (what: DiskRecord | Generation, label: string, here: boolean) => {
+      if (what.present === true && !here) wrong.push(`${label} is missing when opened again`);
+      if (what.present === false && here) wrong.push(`${label} is back when opened again`);
+      if (what.present === undefined && here) delete what.removed;
+      if (!here && what.removed !== undefined) what.removed.done ??= answer;
+      what.present = here;
+      if (here) what.durable.push(answer);
+    };
+    for (const [name, disk] of this.disks) look(disk, `disk ${name}`, disks.includes(name));
+    for (const [id, generation] of this.generations) {
+      look(generation, `generation ${id}`, generations.includes(id));
+      generation.newest ??= generation.line?.newest();
+    }
+    for (const name of disks) if (!this.disks.has(name)) wrong.push(`disk ${name} is unknown`);
+    for (const id of generations) {
+      if (!this.generations.has(id)) wrong.push(`generation ${id} is unknown`);
     }
     return wrong;
   }
 
-  /** A generation that is there, durable, when the ledger begins. */
-  adopt(id: string, held: Buffer): void {
-    const generation = this.fork(id);
-    this.forked(generation);
-    generation.seen = held;
-    generation.durable.push('always');
+  /** What a disk holds after it was opened, with nothing under way. */
+  observed(disk: DiskRecord, image: Buffer): string[] {
+    const last = disk.stretches.at(-1);
+    if (last === undefined) throw new Error('a disk without a stretch');
+    if (last.line !== undefined) return last.line.resolve(image);
+    const wrong = this.begins(last.begins, image);
+    if (wrong.length === 0) {
+      last.line = new Line(image);
+      return [];
+    }
+    if (last.done !== undefined || disk.stretches.length === 1) return wrong;
+    disk.stretches.pop(); // it was never done
+    return this.observed(disk, image);
   }
 
-  fork(id: string): Generation {
-    const oldest = Uint32Array.from(this.#acknowledged);
-    const generation: Generation = { id, oldest, newest: undefined, durable: [] };
-    this.generations.push(generation);
-    return generation;
+  begins(what: Buffer | Generation, image: Buffer): string[] {
+    if ('id' in what) return this.holds(what, image);
+    return what.equals(image) ? [] : ['it holds something else than it was given'];
   }
 
-  forked(generation: Generation): void {
-    generation.newest = Uint32Array.from(this.#versions, (list) => list.length - 1);
+  /** See Adopted. A clone that still is one was one at every cut. */
+  clones(): Map<string, string> {
+    const found = new Map<string, string>();
+    for (const [name, { clonedFrom }] of this.disks) {
+      if (clonedFrom !== undefined) found.set(name, clonedFrom.id);
+    }
+    return found;
   }
 
-  /** What a disk opened after a power cut at k got wrong. `contents`: of each generation found. */
+  /** What is wrong if the generation holds `image`. */
+  holds(generation: Generation, image: Buffer): string[] {
+    const { seen, line, oldest, newest } = generation;
+    if (seen !== undefined) {
+      return seen.equals(image) ? [] : ['holds something else than it did at another time'];
+    }
+    const wrong = line?.outside(image, oldest, newest) ?? [];
+    if (wrong.length === 0) generation.seen = Buffer.from(image);
+    return wrong;
+  }
+
+  /** What a store opened after a power cut at k got wrong. */
   check(
     k: number,
     answers: Answers,
     startsAt: (bytes: number) => number,
-    image: Buffer,
-    contents: Map<string, Buffer>,
+    { disks, generations }: Contents,
   ): string[] {
     const wrong: string[] = [];
-    const floor = new Uint32Array(this.pages);
-    for (const claim of this.#claims) {
-      if (answers.cut(claim.answer) > k) continue;
-      for (const [page, version] of claim.floor) {
-        floor[page] = Math.max(floor[page] ?? 0, version);
-      }
+    const answered = (answer: Answer | undefined) =>
+      answer !== undefined && answers.cut(answer) <= k;
+    const look = (label: string, what: DiskRecord | Generation, here: boolean): boolean => {
+      if (here && answered(what.removed?.done)) wrong.push(`${label} is back`);
+      if (here) return true;
+      const leaving = what.removed !== undefined && startsAt(what.removed.sent) < k;
+      if (!leaving && what.durable.some(answered)) wrong.push(`${label} is missing`);
+      return false;
+    };
+    for (const [name, disk] of this.disks) {
+      const image = disks.get(name);
+      if (!look(`disk ${name}`, disk, image !== undefined) || image === undefined) continue;
+      const sure = ({ done, line }: Stretch) => answered(done) || line?.claimedBy(k, answers);
+      const oldest = Math.max(0, disk.stretches.findLastIndex(sure));
+      const may = disk.stretches.slice(oldest).filter(({ sent }) => startsAt(sent) < k);
+      const each = may.map(({ line, begins }) =>
+        line === undefined ? this.begins(begins, image) : line.check(k, answers, image),
+      );
+      if (each.some((problems) => problems.length === 0)) continue;
+      wrong.push(...each.flat().map((text) => `disk ${name}: ${text}`));
+      if (each.length === 0) wrong.push(`disk ${name} is there too early`);
     }
-    for (let page = 0; page < this.pages; page++) {
-      const now = image.subarray(page * PAGE, (page + 1) * PAGE);
-      const list = this.#of(page);
-      const found = list.findLastIndex((version) => version.equals(now));
-      if (found < (floor[page] ?? 0)) {
-        const what = found < 0 ? 'something never written' : `version ${found}`;
-        wrong.push(`page ${page} holds ${what}, durable is ${floor[page]} of ${list.length - 1}`);
-      }
+    for (const [id, generation] of this.generations) {
+      const found = generations.get(id);
+      const label = `generation ${id} of ${generation.disk.name}`;
+      if (!look(label, generation, found !== undefined) || found === undefined) continue;
+      if (found.disk !== generation.disk.name) wrong.push(`${label} is one of ${found.disk}`);
+      wrong.push(...this.holds(generation, found.image).map((text) => `${label}: ${text}`));
     }
-    const order = this.generations.map((generation) => generation.id);
-    const found = [...contents.keys()];
-    const sorted = order.filter((id) => contents.has(id));
-    if (sorted.join() !== found.join()) wrong.push(`generations ${found} are not of ${order}`);
-    for (const generation of this.generations) {
-      const now = contents.get(generation.id);
-      const name = `generation ${order.indexOf(generation.id)}`;
-      if (now !== undefined) {
-        const { dropped } = generation;
-        if (dropped !== undefined && answers.cut(dropped) <= k) wrong.push(`${name} is back`);
-        wrong.push(...this.#contents(generation, now).map((text) => `${name}: ${text}`));
-        continue;
-      }
-      const dropSent = generation.dropSent;
-      if (dropSent !== undefined && startsAt(dropSent) < k) continue;
-      if (generation.durable.some((answer) => answers.cut(answer) <= k)) {
-        wrong.push(`${name} is missing`);
-      }
+    for (const name of disks.keys()) {
+      if (!this.disks.has(name)) wrong.push(`disk ${name} is unknown`);
+    }
+    for (const id of generations.keys()) {
+      if (!this.generations.has(id)) wrong.push(`generation ${id} is unknown`);
     }
     return wrong;
   }
+}
 
-  #contents(generation: Generation, now: Buffer): string[] {
-    if (generation.seen !== undefined) {
-      return generation.seen.equals(now) ? [] : ['holds something else than at another cut'];
-    }
-    const wrong: string[] = [];
-    for (let page = 0; page < this.pages; page++) {
-      const to = generation.newest?.[page] ?? Number.POSITIVE_INFINITY;
-      const may = this.#of(page).slice(generation.oldest[page], to + 1);
-      const data = now.subarray(page * PAGE, (page + 1) * PAGE);
-      if (!may.some((version) => version.equals(data))) wrong.push(`page ${page} is wrong`);
-    }
-    if (wrong.length === 0) generation.seen = Buffer.from(now);
-    return wrong;
-  }
+/** The line of a disk that is open. */
+export function lineOf(disk: DiskRecord): Line {
+  const line = disk.stretches.at(-1)?.line;
+  if (line === undefined) throw new Error(`disk ${disk.name} was not seen yet`);
+  return line;
 }

@@ -1,21 +1,53 @@
 // Starts child.ts, under recorder.c or fault.c, and talks to it.
 import { execFileSync, spawn } from 'node:child_process';
-import { closeSync, openSync, statSync, writeFileSync, writeSync } from 'node:fs';
+import {
+  closeSync,
+  mkdirSync,
+  mkdtempSync,
+  openSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+  writeSync,
+} from 'node:fs';
 import { mkdtemp } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
+import { rolldown } from 'rolldown';
+import { afterAll } from 'vitest';
 import { cleanup, execute, newGeneration } from '../../blktap/support.js';
 import type { Command, Reply } from './child.js';
 
 const here = fileURLToPath(new URL('.', import.meta.url));
 
-/** Builds NAME.c of this folder for LD_PRELOAD. */
-export function library(name: string, folder: string): string {
-  const path = join(folder, `${name}.so`);
+/** child.ts in one file: a test starts it a hundred times. Below the project, to find its addons. */
+const bundles = fileURLToPath(new URL('../../../node_modules/.cache/', import.meta.url));
+mkdirSync(bundles, { recursive: true });
+const bundle = mkdtempSync(join(bundles, 'power-'));
+const program = join(bundle, 'child.mjs');
+afterAll(() => rmSync(bundle, { recursive: true, force: true }));
+const made = await rolldown({
+  input: join(here, 'child.ts'),
+  platform: 'node',
+  logLevel: 'silent',
+});
+await made.write({ file: program, format: 'esm' });
+await made.close();
+
+const libraries = mkdtempSync(join(tmpdir(), 'sf-libraries-'));
+afterAll(() => rmSync(libraries, { recursive: true, force: true }));
+const built = new Set<string>();
+
+/** NAME.c of this folder, built for LD_PRELOAD. */
+function library(name: string): string {
+  const path = join(libraries, `${name}.so`);
   const options = ['-shared', '-fPIC', '-O2', '-Wall', '-Wextra', '-Werror'];
-  execFileSync('cc', [...options, '-o', path, join(here, `${name}.c`)], { stdio: 'inherit' });
+  if (!built.has(name)) {
+    execFileSync('cc', [...options, '-o', path, join(here, `${name}.c`)], { stdio: 'inherit' });
+    built.add(name);
+  }
   return path;
 }
 
@@ -40,17 +72,11 @@ export interface Server {
 }
 
 /** Runs child.ts; `call` rejects once it has died. Ends with the test. */
-export function startServer(
-  directory: string,
-  socketPath: string,
-  env: Record<string, string>,
-): Server {
-  const loader = join(here, '../../blktap/ts-loader.mjs');
-  const child = spawn(
-    process.execPath,
-    ['--import', loader, join(here, 'child.ts'), directory, socketPath],
-    { stdio: ['pipe', 'pipe', 'inherit'], env: { ...process.env, UV_USE_IO_URING: '0', ...env } },
-  );
+export function startServer(directory: string, env: Record<string, string> = {}): Server {
+  const child = spawn(process.execPath, [program, directory], {
+    stdio: ['pipe', 'pipe', 'inherit'],
+    env: { ...process.env, UV_USE_IO_URING: '0', ...env },
+  });
   child.stdin.on('error', () => undefined); // it was killed
   const exited = new Promise<void>((resolve) => child.once('exit', () => resolve()));
   const kill = async () => {
@@ -65,7 +91,9 @@ export function startServer(
     waiting.get(reply.id)?.resolve(reply);
     waiting.delete(reply.id);
   });
+  let dead = false;
   lines.on('close', () => {
+    dead = true;
     for (const each of waiting.values()) each.reject(new Error('the server died'));
     waiting.clear();
   });
@@ -74,6 +102,7 @@ export function startServer(
     pid: child.pid ?? 0,
     call: (op, rest = {}) => {
       id++;
+      if (dead) return Promise.reject(new Error('the server died'));
       const done = new Promise<Reply>((resolve, reject) => waiting.set(id, { resolve, reject }));
       child.stdin.write(`${JSON.stringify({ id, op, ...rest })}\n`);
       return done;
@@ -102,7 +131,7 @@ export class Recorder {
     const id = newGeneration();
     writeFileSync(boot, `${id.replace(/^(.{8})(.{4})(.{4})(.{4})/, '$1-$2-$3-$4-')}\n`);
     this.env = {
-      LD_PRELOAD: library('recorder', folder),
+      LD_PRELOAD: library('recorder'),
       REC_ROOT: root,
       REC_LOG: this.log,
       REC_CONTROL: control,
@@ -110,7 +139,7 @@ export class Recorder {
     };
   }
 
-  /** Kills the server right after so many more entries, or beginnings of syncs. */
+  /** Kills the server right after so many more entries, or beginnings of syncs; 0: not at all. */
   killAfter(entries: number, of: 'entries' | 'syncs' = 'entries'): void {
     const data = Buffer.alloc(8);
     data.writeUInt32LE(entries, of === 'entries' ? 0 : 4);
@@ -131,7 +160,7 @@ export class Faults {
   constructor(folder: string) {
     this.#path = join(folder, 'faults');
     writeFileSync(this.#path, '');
-    this.env = { LD_PRELOAD: library('fault', folder), FAULT_RULE: this.#path };
+    this.env = { LD_PRELOAD: library('fault'), FAULT_RULE: this.#path };
   }
 
   /** From now on the `nth` and later calls of `call` on files whose path ends so fail. */

@@ -13,6 +13,7 @@ export class TreeModel {
   readonly counts = new Map<string, number>();
   #step = 0;
   #named = 0;
+  #stamp = 0;
 
   constructor(
     readonly driver: TreeDriver,
@@ -41,44 +42,51 @@ export class TreeModel {
 
   async step(): Promise<void> {
     const { driver } = this;
-    const able: [number, string, () => Promise<void>][] = [
-      [30, 'write', () => this.#write()],
-      [25, 'read', () => this.#read()],
-      [8, 'zero', () => this.#zero(false)],
-      [6, 'trim', () => this.#zero(true)],
-      [6, 'flush', () => driver.flush(this.#disk()[0])],
-      [5, 'snapshot', () => this.#snapshot()],
+    const able: [number, string, (disk: string) => Promise<void>][] = [
+      [30, 'write', (disk) => this.#write(disk)],
+      [25, 'read', (disk) => this.#read(disk)],
+      [8, 'zero', (disk) => this.#zero(disk, false)],
+      [6, 'trim', (disk) => this.#zero(disk, true)],
+      [6, 'flush', (disk) => driver.flush(disk)],
+      [7, 'snapshot', (disk) => this.#snapshot(disk)],
       [4, 'read a generation', () => this.#readGeneration()],
-      [3, 'drop a generation', () => this.#drop()],
+      [5, 'drop a generation', () => this.#drop()],
+      [3, 'clone', () => this.#clone()],
+      [2, 'close', (disk) => driver.close(disk)],
+      [1, 'roll back', (disk) => this.#rollback(disk)],
+      [1, 'flatten', (disk) => driver.flatten(disk)],
+      [4, 'commit', (disk) => this.#commit(disk)],
+      [1, 'remove a disk', (disk) => this.#remove(disk)],
       [1, 'reopen', () => driver.reopen()],
-      [0.5, 'kill', () => this.#kill()],
+      [0.5, 'kill', (disk) => this.#kill(disk)],
     ];
-    if (driver.clone !== undefined) able.push([3, 'clone', () => this.#clone()]);
-    if (driver.removeDisk !== undefined) able.push([1, 'remove a disk', () => this.#remove()]);
-    if (driver.rollback !== undefined) able.push([1, 'roll back', () => this.#rollback()]);
-    if (driver.flatten !== undefined) able.push([1, 'flatten', () => this.#flatten()]);
     let at = this.rand() * able.reduce((sum, [weight]) => sum + weight, 0);
     for (const [weight, name, action] of able) {
       at -= weight;
       if (at >= 0) continue;
       this.#step++;
       this.counts.set(name, (this.counts.get(name) ?? 0) + 1);
-      await action();
+      const disk = this.#disk();
+      const others = [...this.#disks.keys()].filter((each) => each !== disk);
+      const alone = ['commit', 'reopen', 'kill'].includes(name) || others.length === 0;
+      const other = others[this.#pick(others.length)] ?? '';
+      const beside = !alone && this.rand() < 0.3 ? this.#write(other) : undefined;
+      await Promise.all([action(disk), beside]);
       return;
     }
   }
 
   /** Compares all of everything. */
   async check(): Promise<void> {
-    await this.driver.settled?.();
+    await this.driver.settled();
     const { sizeBytes } = this.driver;
     for (const [disk, image] of this.#disks) {
       this.#same(await this.driver.read(disk, 0, sizeBytes), image, `disk ${disk}`);
     }
     const found = await this.driver.generations();
     expect([...found].sort()).toEqual([...this.#generations.keys()].sort());
-    for (const [generation, { image }] of this.#generations) {
-      this.#same(await this.driver.readGeneration(generation), image, `generation ${generation}`);
+    for (const [id, { disk, image }] of this.#generations) {
+      this.#same(await this.driver.readGeneration(disk, id), image, `generation ${id}`);
     }
   }
 
@@ -88,36 +96,45 @@ export class TreeModel {
     expect.fail(`step ${this.#step}: ${what} is wrong from byte ${at} on`);
   }
 
-  #disk(): [string, Buffer] {
+  #disk(): string {
     const found = this.#any(this.#disks);
     if (found === undefined) throw new Error('no disk left');
-    return found;
+    return found[0];
+  }
+
+  #image(disk: string): Buffer {
+    const image = this.#disks.get(disk);
+    if (image === undefined) throw new Error(`no disk ${disk}`);
+    return image;
   }
 
   #data(length: number): Buffer {
     const data = Buffer.alloc(length);
-    for (let at = 0; at + 4 <= length; at += 4) data.writeUInt32LE(this.#step * 1000 + at / 4, at);
-    data.fill(this.#step, length - (length % 4));
+    const stamp = ++this.#stamp;
+    for (let at = 0; at + 4 <= length; at += 4) {
+      data.writeUInt32LE((stamp * 0x10001 + Math.floor(at / PAGE)) >>> 0, at);
+    }
+    data.fill(stamp, length - (length % 4));
     return data;
   }
 
-  async #write(): Promise<void> {
-    const [disk, image] = this.#disk();
+  async #write(disk: string): Promise<void> {
+    const image = this.#image(disk);
     const [offset, length] = this.#range();
     const data = this.#data(length);
     await this.driver.write(disk, offset, data, this.rand() < 0.05);
     data.copy(image, offset);
   }
 
-  async #read(): Promise<void> {
-    const [disk, image] = this.#disk();
+  async #read(disk: string): Promise<void> {
+    const image = this.#image(disk);
     const [offset, length] = this.#range();
     const data = await this.driver.read(disk, offset, length);
     this.#same(data, image.subarray(offset, offset + length), `${disk} from ${offset}`);
   }
 
-  async #zero(trim: boolean): Promise<void> {
-    const [disk, image] = this.#disk();
+  async #zero(disk: string, trim: boolean): Promise<void> {
+    const image = this.#image(disk);
     const [offset, length] = this.#range();
     if (!trim) {
       await this.driver.zero(disk, offset, length);
@@ -130,31 +147,32 @@ export class TreeModel {
     if (from < to) image.fill(0, from, to);
   }
 
-  async #snapshot(): Promise<void> {
+  async #snapshot(disk: string): Promise<void> {
     if (this.#generations.size >= MAX_GENERATIONS) return this.#drop();
-    const [disk, image] = this.#disk();
+    const image = Buffer.from(this.#image(disk));
     const generation = newGeneration();
     await this.driver.snapshot(disk, generation);
-    this.#generations.set(generation, { disk, image: Buffer.from(image) });
+    this.#generations.set(generation, { disk, image });
   }
 
   async #readGeneration(): Promise<void> {
     const found = this.#any(this.#generations);
     if (found === undefined) return;
-    const [generation, { image }] = found;
-    this.#same(await this.driver.readGeneration(generation), image, `generation ${generation}`);
+    const [id, { disk, image }] = found;
+    this.#same(await this.driver.readGeneration(disk, id), image, `generation ${id}`);
   }
 
   async #drop(): Promise<void> {
     const found = this.#any(this.#generations);
     if (found === undefined) return;
-    await this.driver.dropGeneration(found[0]);
-    this.#generations.delete(found[0]);
+    const [id, { disk }] = found;
+    await this.driver.dropGeneration(disk, id);
+    this.#generations.delete(id);
   }
 
   /** With a write under way: each of its pages is old or new then. */
-  async #kill(): Promise<void> {
-    const [disk, image] = this.#disk();
+  async #kill(disk: string): Promise<void> {
+    const image = this.#image(disk);
     const [offset, length] = this.#range();
     const data = this.#data(length);
     const write = this.driver.write(disk, offset, data, false).catch(() => undefined);
@@ -176,31 +194,41 @@ export class TreeModel {
   async #clone(): Promise<void> {
     const found = this.#any(this.#generations);
     if (found === undefined || this.#disks.size >= MAX_DISKS) return;
+    const [id, { disk, image }] = found;
     const name = `clone${++this.#named}`;
-    await this.driver.clone?.(found[0], name);
-    this.#disks.set(name, Buffer.from(found[1].image));
+    await this.driver.clone(disk, id, name);
+    this.#disks.set(name, Buffer.from(image));
   }
 
   /** Its generations go with it. */
-  async #remove(): Promise<void> {
+  async #remove(disk: string): Promise<void> {
     if (this.#disks.size < 2) return;
-    const [disk] = this.#disk();
-    await this.driver.removeDisk?.(disk);
+    await this.driver.removeDisk(disk);
+    this.#gone(disk);
+  }
+
+  #gone(disk: string): void {
     this.#disks.delete(disk);
     for (const [id, generation] of this.#generations) {
       if (generation.disk === disk) this.#generations.delete(id);
     }
   }
 
-  async #rollback(): Promise<void> {
-    const found = this.#any(this.#generations);
+  async #rollback(disk: string): Promise<void> {
+    const own = [...this.#generations].filter(([, generation]) => generation.disk === disk);
+    const found = own[this.#pick(own.length)];
     if (found === undefined) return;
-    const [id, { disk, image }] = found;
-    await this.driver.rollback?.(disk, id);
-    image.copy(this.#disks.get(disk) ?? Buffer.alloc(0));
+    const [id, { image }] = found;
+    await this.driver.rollback(disk, id);
+    this.#disks.set(disk, Buffer.from(image));
   }
 
-  async #flatten(): Promise<void> {
-    await this.driver.flatten?.(this.#disk()[0]);
+  async #commit(disk: string): Promise<void> {
+    const image = this.#image(disk);
+    const origin = await this.driver.commit(disk);
+    if (origin === undefined) return;
+    this.counts.set('commit done', (this.counts.get('commit done') ?? 0) + 1);
+    this.#gone(disk);
+    this.#disks.set(origin, image);
   }
 }
