@@ -237,11 +237,11 @@ class Files {
 
   void open() {
     std::shared_ptr<Slice> slice;
-    Status status = Slice::OpenSealed(folder(), kId, 0, size_, &slice);
+    Status status = Slice::OpenSealed(folder(), kId, 0, size_, nullptr, &slice);
     const bool sealed = status.ok();
     if (sealed) expect(slice->settled(), "a sealed slice is not settled");
     slice.reset();
-    status = Slice::Open(folder(), kId, 0, size_, &slice);
+    status = Slice::Open(folder(), kId, 0, size_, nullptr, &slice);
     States states;
     if (!status.ok() || !scan(*slice, &states)) {
       if (sealed && !status.ok()) fail("a sealed slice opens for reading alone: " + status.message);
@@ -271,7 +271,7 @@ class Files {
     expect_ok(slice->persist(), "persist");
     expect_ok(slice->seal(), "seal");
     slice.reset();
-    expect_ok(Slice::OpenSealed(folder(), kId, 0, size_, &slice), "open what was sealed");
+    expect_ok(Slice::OpenSealed(folder(), kId, 0, size_, nullptr, &slice), "open what was sealed");
     States again;
     expect(scan(*slice, &again), "what was sealed does not scan");
     expect(again == states, "a sealed slice has other states than before");
