@@ -33,7 +33,7 @@ Client::Client(const Options& options, const BootId& boot, std::shared_ptr<Repli
     : options_(options),
       replica_(std::move(replica)),
       max_runs_(max_request_runs(options.mtu_bytes)),
-      sealer_(options.generation, options.key, boot),
+      sealer_(options.generation, options.key, boot, Side::kClient),
       requester_(
           options.requester,
           [raw = replica_.get()](PageIndex page) { return raw->state(page) != PageState::kAbsent; },
@@ -262,16 +262,25 @@ void Client::handle(const uint8_t* data, size_t size, TimeNs now) {
   if (!decode_header(data, size, &header) || header.type == Type::kRequest) {
     return count(counters_.bad_packets);
   }
-  if (header.generation != options_.generation) return count(counters_.wrong_generation);
-  if (header.type == Type::kPage) return handle_page(header, data, size, now);
-  if (!unseal(options_.key, data, size, clear_)) return count(counters_.auth_failures);
-  heard(header, now);
+  if (header.generation != tag_of(options_.generation)) return count(counters_.wrong_generation);
   if (header.type == Type::kWelcome) {
     Welcome welcome;
-    if (!decode_welcome(clear_, size - kOverheadBytes, &welcome)) {
+    auto key =
+        std::make_unique<SenderKey>(options_.generation, options_.key, header.boot, Side::kServer);
+    if (!key->open(data, size, clear_)) return count(counters_.auth_failures);
+    if (!decode_welcome(clear_, size - kLongOverheadBytes, &welcome)) {
       return count(counters_.bad_packets);
     }
-    return handle_welcome(header, welcome, now);
+    return handle_welcome(header, welcome, std::move(key), now);
+  }
+  if (server_key_ == nullptr || header.sender != tag_of(server_key_->boot())) {
+    return count(counters_.unknown_sender);
+  }
+  if (header.type == Type::kPage) return handle_page(header, data, size, now);
+  if (!server_key_->open(data, size, clear_)) return count(counters_.auth_failures);
+  heard(header, now);
+  if (header.type != Type::kZero && header.type != Type::kNegative) {
+    return count(counters_.bad_packets);
   }
   if (!decode_runs(clear_, size - kOverheadBytes, replica_->pages(), &runs_)) {
     return count(counters_.bad_packets);
@@ -281,7 +290,7 @@ void Client::handle(const uint8_t* data, size_t size, TimeNs now) {
 }
 
 void Client::heard(const Header& header, TimeNs now) {
-  if (header.boot != server_boot_ || header.counter <= server_counter_) return;
+  if (header.sender != tag_of(server_boot_) || header.counter <= server_counter_) return;
   server_counter_ = header.counter;
   last_word_ = now;
 }
@@ -290,7 +299,7 @@ void Client::handle_page(const Header& header, const uint8_t* data, size_t size,
   if (header.page >= replica_->pages()) return count(counters_.bad_packets);
   const bool known = replica_->state(header.page) != PageState::kAbsent || reassembly_.has(header);
   if (known && now - last_word_ < kWordFresh) return count(counters_.duplicates);
-  if (!unseal(options_.key, data, size, clear_)) return count(counters_.auth_failures);
+  if (!server_key_->open(data, size, clear_)) return count(counters_.auth_failures);
   heard(header, now);
   if (known) return count(counters_.duplicates);
   const uint8_t* page = reassembly_.add(header, clear_);
@@ -348,7 +357,8 @@ void Client::handle_negative(const std::vector<Run>& runs, TimeNs now) {
   }
 }
 
-void Client::handle_welcome(const Header& header, const Welcome& welcome, TimeNs now) {
+void Client::handle_welcome(const Header& header, const Welcome& welcome,
+                            std::unique_ptr<SenderKey> key, TimeNs now) {
   if (welcome.client != sealer_.boot()) return;  // misdirected; nothing to us
   bool wrong_size;
   {
@@ -366,6 +376,7 @@ void Client::handle_welcome(const Header& header, const Welcome& welcome, TimeNs
     }
   }
   count(counters_.welcomes);
+  if (server_key_ == nullptr || server_boot_ != header.boot) server_key_ = std::move(key);
   server_boot_ = header.boot;
   server_counter_ = header.counter;
   last_word_ = now;

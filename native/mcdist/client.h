@@ -81,7 +81,8 @@ class Client final : public PageFetcher {
   void handle_page(const Header& header, const uint8_t* data, size_t size, TimeNs now);
   void handle_zero(const std::vector<Run>& runs, TimeNs now);
   void handle_negative(const std::vector<Run>& runs, TimeNs now);
-  void handle_welcome(const Header& header, const Welcome& welcome, TimeNs now);
+  void handle_welcome(const Header& header, const Welcome& welcome, std::unique_ptr<SenderKey> key,
+                      TimeNs now);
   void heard(const Header& header, TimeNs now);
   void flush(bool drained);
   void watch_source(TimeNs now);
@@ -97,6 +98,7 @@ class Client final : public PageFetcher {
   const std::shared_ptr<Replica> replica_;
   const size_t max_runs_;
   Sealer sealer_;
+  std::unique_ptr<SenderKey> server_key_;  // the thread's own
   Fd member_, unicast_, timer_, wake_;
   std::thread thread_;
   ClientCounters counters_;

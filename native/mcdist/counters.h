@@ -50,6 +50,7 @@ inline void count(Counter& counter, uint64_t by = 1) {
   X(welcomes)                                                                         \
   X(auth_failures)                                                                    \
   X(wrong_generation)                                                                 \
+  X(unknown_sender) /* packets of a server that has not made itself known */          \
   X(bad_packets)                                                                      \
   X(fill_errors) /* pages that came and could not be stored */                        \
   X(send_errors)

@@ -7,6 +7,7 @@
 #include <netinet/in.h>
 
 #include <list>
+#include <memory>
 #include <unordered_map>
 
 #include "mcdist/policy.h"
@@ -19,6 +20,7 @@ struct Peer {
   uint32_t id = 0;  // never given twice
   uint64_t cookie = 0;
   ReplayWindow window;
+  std::unique_ptr<SenderKey> key;
 };
 
 class PeerTable {
@@ -32,14 +34,15 @@ class PeerTable {
     return &*found->second;
   }
   // The peer heard longest ago makes room; its id is written to `evicted` (0: none).
-  Peer& admit(const BootId& boot, uint64_t cookie, uint32_t* evicted) {
+  Peer& admit(std::unique_ptr<SenderKey> key, uint64_t cookie, uint32_t* evicted) {
     *evicted = 0;
     if (order_.size() >= kMaxPeers) {
       *evicted = order_.back().id;
       index_.erase(order_.back().boot);
       order_.pop_back();
     }
-    order_.push_front(Peer{boot, ++last_id_, cookie, {}});
+    const BootId boot = key->boot();
+    order_.push_front(Peer{boot, ++last_id_, cookie, {}, std::move(key)});
     index_[boot] = order_.begin();
     return order_.front();
   }

@@ -67,10 +67,17 @@ Status Server::serve(Generation generation) {
   {
     std::lock_guard lock(mutex_);
     if (closing_) return Status::Error("E_CLOSED", "the mcdist server is closed");
-    if (!stats_.emplace(id, stats).second) {
-      return Status::Error("E_EXISTS", "the generation is served already");
+    for (const auto& [other, unused] : stats_) {
+      if (tag_of(other) != tag_of(id)) continue;
+      return Status::Error("E_EXISTS", other == id
+                                           ? "the generation is served already"
+                                           : "a generation is served whose id begins alike");
     }
-    commands_.push_back([this, id, served] { served_[id] = std::move(*served); });
+    stats_.emplace(id, stats);
+    commands_.push_back([this, id, served] {
+      by_tag_[tag_of(id)] = served->get();
+      served_[id] = std::move(*served);
+    });
   }
   wake();
   return Status::Ok();
@@ -88,7 +95,7 @@ void Server::unserve(const GenerationId& id) {
       // Under the lock that close() takes: the thread runs all commands posted before it ends.
       commands_.push_back([this, id, done] {
         flush();
-        served_.erase(id);
+        if (served_.erase(id) > 0) by_tag_.erase(tag_of(id));
         batch_of_ = nullptr;
         done->set_value();
       });
@@ -162,22 +169,29 @@ void Server::receive(TimeNs now) {
 void Server::handle(const uint8_t* data, size_t size, const sockaddr_in& from, TimeNs now) {
   Header header;
   if (!decode_header(data, size, &header)) return count(stray_.bad_packets);
-  auto found = served_.find(header.generation);
-  if (found == served_.end()) return count(stray_.wrong_generation);
+  auto found = by_tag_.find(header.generation);
+  if (found == by_tag_.end()) return count(stray_.wrong_generation);
   Served& served = *found->second;
   ServerCounters& counters = served.stats->counters;
   if (header.type != Type::kRequest) return count(counters.bad_packets);
-  if (!unseal(served.sealer.key(), data, size, clear_)) return count(counters.auth_failures);
-  if (!decode_request(clear_, size - kOverheadBytes, served.generation.provider->pages(),
+  Peer* peer = served.peers.find(header.boot);
+  std::unique_ptr<SenderKey> fresh;
+  if (peer == nullptr) {
+    fresh = std::make_unique<SenderKey>(served.generation.id, served.generation.key, header.boot,
+                                        Side::kClient);
+  }
+  if (!(peer == nullptr ? fresh : peer->key)->open(data, size, clear_)) {
+    return count(counters.auth_failures);
+  }
+  if (!decode_request(clear_, size - kLongOverheadBytes, served.generation.provider->pages(),
                       &request_)) {
     return count(counters.bad_packets);
   }
-  Peer* peer = served.peers.find(header.boot);
   if (peer == nullptr) {
     uint64_t cookie;
     ::randombytes_buf(&cookie, sizeof cookie);
     uint32_t evicted;
-    peer = &served.peers.admit(header.boot, cookie | 1, &evicted);  // 0 means "none yet"
+    peer = &served.peers.admit(std::move(fresh), cookie | 1, &evicted);  // 0 means "none yet"
     if (evicted != 0) served.policy.forget(evicted);
   }
   if (request_.cookie != peer->cookie) return welcome(served, *peer, header.counter, from);
@@ -268,10 +282,10 @@ void Server::answer(Served& served, const Policy::Item& item) {
       header.page = item.page;
       header.fragment = static_cast<uint8_t>(i);
       header.fragments = static_cast<uint8_t>(fragments_);
-      const size_t length = fragment_length(i, fragments_);
+      const size_t length = symbol_bytes(fragments_);
       emit(served, &header, page_ + fragment_offset(i, fragments_), length,
            served.generation.group);
-      count(counters.payload_bytes, length);
+      count(counters.payload_bytes, fragment_length(i, fragments_));
       wire_bytes += length + kOverheadBytes + kUdpIpBytes;
     }
     count(counters.pages_served);

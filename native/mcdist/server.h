@@ -77,7 +77,7 @@ class Server {
   struct Served {
     Served(Generation g, const BootId& boot, std::shared_ptr<ServerStats> s)
         : generation(std::move(g)),
-          sealer(generation.id, generation.key, boot),
+          sealer(generation.id, generation.key, boot, Side::kServer),
           policy(generation.policy),
           stats(std::move(s)) {}
     Generation generation;
@@ -116,13 +116,14 @@ class Server {
 
   // The thread's own.
   std::unordered_map<GenerationId, std::unique_ptr<Served>, IdHash> served_;
+  std::unordered_map<uint32_t, Served*> by_tag_;  // what a packet's header names
   ReceiveBatch received_;
   SendBatch batch_;
   Served* batch_of_ = nullptr;
   TimeNs mean_at_ = 0;
   Request request_;
   std::vector<uint8_t> body_;
-  alignas(64) uint8_t page_[kPageBytes];
+  alignas(64) uint8_t page_[kPageBytes + kMaxFragments] = {};  // zeros pad the last fragment
   uint8_t clear_[kMaxMtuBytes];
 };
 

@@ -1,6 +1,9 @@
 #include "mcdist/wire.h"
 
+#include <gnutls/crypto.h>
+#include <gnutls/gnutls.h>
 #include <sodium.h>
+#include <sys/uio.h>
 
 #include <algorithm>
 
@@ -30,20 +33,39 @@ constexpr uint64_t kRetry = uint64_t{1} << 57;
 constexpr uint64_t kError = uint64_t{1} << 58;
 constexpr uint64_t kUnused = ~((uint64_t{1} << 59) - 1);
 
-// The direction is part of what is authenticated, apart from the header's own type byte: a packet
-// reflected to its sender's side does not open.
-struct Associated {
-  uint8_t bytes[1 + kHeaderBytes];
-  explicit Associated(const uint8_t* header) {
-    bytes[0] = header[2] == static_cast<uint8_t>(Type::kRequest) ? 'C' : 'S';
-    std::memcpy(bytes + 1, header, kHeaderBytes);
-  }
-};
+constexpr uint8_t kPushedFlag = 1;
+constexpr uint8_t kUnicastOnlyFlag = 1, kSubscribeFlag = 2, kHistoryFlag = 4;
+constexpr uint8_t kCompleteFlag = 1, kPushingFlag = 2;
+constexpr size_t kNonceBytes = 12;
+constexpr size_t kCounterAt = 12;
+constexpr size_t kCounterBytes = 6;
 
-constexpr size_t kNonceAt = 20;  // boot id and counter lie side by side: together the nonce
-static_assert(crypto_aead_xchacha20poly1305_ietf_NPUBBYTES == sizeof(BootId) + sizeof(uint64_t));
-static_assert(crypto_aead_xchacha20poly1305_ietf_KEYBYTES == kKeyBytes);
-static_assert(crypto_aead_xchacha20poly1305_ietf_ABYTES == kTagBytes);
+void put_set(uint8_t* out, const SymbolSet& set) {  // bit 0 is the last bit
+  put(out, set.words[1], 8);
+  put(out + 8, set.words[0], 8);
+}
+
+SymbolSet get_set(const uint8_t* data) { return {{get(data + 8, 8), get(data, 8)}}; }
+
+// Only bits of symbols that a block of so many fragments has.
+bool fits(const SymbolSet& set, unsigned fragments) {
+  SymbolSet all;
+  const unsigned symbols = fragments * kBlockPages;
+  all.words[0] = symbols >= 64 ? ~uint64_t{0} : (uint64_t{1} << symbols) - 1;
+  all.words[1] = symbols <= 64    ? 0
+                 : symbols >= 128 ? ~uint64_t{0}
+                                  : (uint64_t{1} << (symbols - 64)) - 1;
+  return set.within(all);
+}
+
+void nonce_of(const uint8_t* header, uint8_t* nonce) {
+  std::memset(nonce, 0, kNonceBytes - kCounterBytes);
+  std::memcpy(nonce + kNonceBytes - kCounterBytes, header + kCounterAt, kCounterBytes);
+}
+
+size_t header_bytes_of(const uint8_t* packet) {
+  return has_long_header(static_cast<Type>(packet[1] & 0xf)) ? kLongHeaderBytes : kHeaderBytes;
+}
 
 }  // namespace
 
@@ -63,31 +85,46 @@ bool parse_generation(const std::string& text, GenerationId* out) {
 
 void encode_header(const Header& header, uint8_t* out) {
   out[0] = kMagic;
-  out[1] = kVersion;
-  out[2] = static_cast<uint8_t>(header.type);
-  out[3] = static_cast<uint8_t>(header.fragment << 4 | header.fragments);
-  std::memcpy(out + 4, header.generation.data(), 16);
-  std::memcpy(out + kNonceAt, header.boot.data(), 16);
-  put(out + 36, header.counter, 8);
-  put(out + 44, header.page, 8);
+  out[1] = static_cast<uint8_t>(kVersion << 4 | static_cast<uint8_t>(header.type));
+  out[2] = static_cast<uint8_t>(header.fragment << 4 | header.fragments);
+  out[3] = header.pushed ? kPushedFlag : 0;
+  put(out + 4, header.generation, 4);
+  put(out + 8, header.sender, 4);
+  put(out + kCounterAt, header.counter, kCounterBytes);
+  put(out + 18, header.page, 5);
+  out[23] = header.cursor;
+  if (has_long_header(header.type)) std::memcpy(out + kHeaderBytes, header.boot.data(), 16);
 }
 
 bool decode_header(const uint8_t* data, size_t size, Header* out) {
-  if (size < kOverheadBytes || data[0] != kMagic || data[1] != kVersion) return false;
-  if (data[2] < static_cast<uint8_t>(Type::kRequest) ||
-      data[2] > static_cast<uint8_t>(Type::kNegative)) {
+  if (size < kOverheadBytes || data[0] != kMagic || data[1] >> 4 != kVersion) return false;
+  const uint8_t type = data[1] & 0xf;
+  if (type < static_cast<uint8_t>(Type::kRequest) || type > static_cast<uint8_t>(Type::kPacked)) {
     return false;
   }
-  out->type = static_cast<Type>(data[2]);
-  out->fragment = data[3] >> 4;
-  out->fragments = data[3] & 0xf;
-  std::memcpy(out->generation.data(), data + 4, 16);
-  std::memcpy(out->boot.data(), data + kNonceAt, 16);
-  out->counter = get(data + 36, 8);
-  out->page = get(data + 44, 8);
-  if (out->type != Type::kPage) return data[3] == 0;
-  return out->fragments >= 1 && out->fragments <= kMaxFragments && out->fragment < out->fragments &&
-         size - kOverheadBytes == fragment_length(out->fragment, out->fragments);
+  out->type = static_cast<Type>(type);
+  if (has_long_header(out->type)) {
+    if (size < kLongOverheadBytes) return false;
+    std::memcpy(out->boot.data(), data + kHeaderBytes, 16);
+  }
+  out->fragment = data[2] >> 4;
+  out->fragments = data[2] & 0xf;
+  out->pushed = (data[3] & kPushedFlag) != 0;
+  out->generation = static_cast<uint32_t>(get(data + 4, 4));
+  out->sender = static_cast<uint32_t>(get(data + 8, 4));
+  out->counter = get(data + kCounterAt, kCounterBytes);
+  out->page = get(data + 18, 5);
+  out->cursor = data[23];
+  if ((data[3] & ~kPushedFlag) != 0 || (!out->pushed && out->cursor != 0)) return false;
+  if (has_long_header(out->type) && (out->pushed || out->sender != tag_of(out->boot))) return false;
+  if (out->type != Type::kPage && out->type != Type::kParity) return data[2] == 0;
+  if (out->fragments < 1 || out->fragments > kMaxFragments) return false;
+  const size_t body = size - kOverheadBytes;
+  if (out->type == Type::kPage) {
+    return out->fragment < out->fragments && body == symbol_bytes(out->fragments);
+  }
+  return out->fragment == 0 && out->page % kBlockPages == 0 &&
+         body == kParityFixed + symbol_bytes(out->fragments);
 }
 
 void encode_runs(const std::vector<Run>& runs, std::vector<uint8_t>* out) {
@@ -123,9 +160,27 @@ void encode_request(const Request& request, std::vector<uint8_t>* out) {
   out->clear();
   append(out, request.cookie, 8);
   append(out, request.receive_kbps, 4);
+  append(out,
+         (request.unicast_only ? kUnicastOnlyFlag : 0) | (request.subscribe ? kSubscribeFlag : 0) |
+             (request.history ? kHistoryFlag : 0),
+         1);
+  append(out, 0, 1);
   append(out, request.runs.size(), 2);
+  append(out, request.reports.size(), 2);
+  append(out, 0, 2);
+  append(out, request.loss_permille, 2);
   append(out, 0, 2);
   encode_runs(request.runs, out);
+  for (const BlockReport& report : request.reports) {
+    append(out, report.block, 8);
+    append(out, report.fragments, 1);
+    append(out, report.need, 1);
+    append(out, report.cover, 1);
+    append(out, 0, 1);
+    append(out, report.wanted, 4);
+    out->resize(out->size() + 16);
+    put_set(out->data() + out->size() - 16, report.missing);
+  }
   if (out->size() < kMinRequestBody) out->resize(kMinRequestBody, 0);
 }
 
@@ -133,10 +188,36 @@ bool decode_request(const uint8_t* data, size_t size, uint64_t pages, Request* o
   if (size < kMinRequestBody) return false;
   out->cookie = get(data, 8);
   out->receive_kbps = static_cast<uint32_t>(get(data + 8, 4));
-  const size_t bytes = get(data + 12, 2) * kRunBytes;
-  if (get(data + 14, 2) != 0) return false;
-  if (size != std::max(kMinRequestBody, kRequestFixed + bytes)) return false;
-  return decode_runs(data + kRequestFixed, bytes, pages, &out->runs);
+  const uint8_t flags = data[12];
+  if ((flags & ~(kUnicastOnlyFlag | kSubscribeFlag | kHistoryFlag)) != 0) return false;
+  out->unicast_only = (flags & kUnicastOnlyFlag) != 0;
+  out->subscribe = (flags & kSubscribeFlag) != 0;
+  out->history = (flags & kHistoryFlag) != 0;
+  const size_t run_bytes = get(data + 14, 2) * kRunBytes;
+  const size_t reports = get(data + 16, 2);
+  out->loss_permille = static_cast<uint16_t>(get(data + 20, 2));
+  if (data[13] != 0 || get(data + 18, 2) != 0 || get(data + 22, 2) != 0) return false;
+  const size_t bytes = kRequestFixed + run_bytes + reports * kReportBytes;
+  if (size != std::max(kMinRequestBody, bytes)) return false;
+  if (!decode_runs(data + kRequestFixed, run_bytes, pages, &out->runs)) return false;
+  out->reports.clear();
+  for (size_t i = 0; i < reports; i++) {
+    const uint8_t* at = data + kRequestFixed + run_bytes + i * kReportBytes;
+    BlockReport report;
+    report.block = get(at, 8);
+    report.fragments = at[8];
+    report.need = at[9];
+    report.cover = at[10];
+    report.wanted = static_cast<uint32_t>(get(at + 12, 4));
+    report.missing = get_set(at + 16);
+    if (at[11] != 0 || report.fragments < 1 || report.fragments > kMaxFragments) return false;
+    if (report.block >= (pages + kBlockPages - 1) / kBlockPages) return false;
+    if (report.need > kBlockSymbols || !fits(report.missing, report.fragments)) return false;
+    const uint64_t left = pages - report.block * kBlockPages;
+    if (left < kBlockPages && report.wanted >> left != 0) return false;
+    out->reports.push_back(report);
+  }
+  return true;
 }
 
 void encode_welcome(const Welcome& welcome, std::vector<uint8_t>* out) {
@@ -156,8 +237,47 @@ bool decode_welcome(const uint8_t* data, size_t size, Welcome* out) {
   return true;
 }
 
+void encode_announce(const Announce& announce, std::vector<uint8_t>* out) {
+  out->clear();
+  append(out, ntohl(announce.address.s_addr), 4);
+  append(out, announce.port, 2);
+  append(out, (announce.complete ? kCompleteFlag : 0) | (announce.pushing ? kPushingFlag : 0), 1);
+  append(out, announce.cursor, 1);
+  append(out, announce.held, 8);
+  append(out, announce.position, 8);
+  append(out, announce.pages, 8);
+}
+
+bool decode_announce(const uint8_t* data, size_t size, uint64_t pages, Announce* out) {
+  if (size != kAnnounceBody || (data[6] & ~(kCompleteFlag | kPushingFlag)) != 0) return false;
+  out->address.s_addr = htonl(static_cast<uint32_t>(get(data, 4)));
+  out->port = static_cast<uint16_t>(get(data + 4, 2));
+  out->complete = (data[6] & kCompleteFlag) != 0;
+  out->pushing = (data[6] & kPushingFlag) != 0;
+  out->cursor = data[7];
+  out->held = get(data + 8, 8);
+  out->position = get(data + 16, 8);
+  out->pages = get(data + 24, 8);
+  return out->pages == pages && out->held <= pages && out->position <= pages && out->port != 0;
+}
+
+void encode_parity(const Parity& parity, uint8_t* out) {
+  out[0] = parity.index;
+  out[1] = parity.cover_id;
+  put_set(out + 2, parity.cover);
+}
+
+bool decode_parity(const Header& header, const uint8_t* data, size_t size, Parity* out) {
+  if (size != kParityFixed + symbol_bytes(header.fragments)) return false;
+  out->index = data[0];
+  out->cover_id = data[1];
+  out->cover = get_set(data + 2);
+  return out->index < 127 && out->cover_id != 0 && !out->cover.empty() &&
+         fits(out->cover, header.fragments);
+}
+
 size_t max_request_runs(size_t mtu_bytes) {
-  return (mtu_bytes - kUdpIpBytes - kOverheadBytes - kRequestFixed) / kRunBytes;
+  return (mtu_bytes - kUdpIpBytes - kLongOverheadBytes - kRequestFixed) / kRunBytes;
 }
 
 size_t max_answer_runs(size_t mtu_bytes) {
@@ -165,30 +285,77 @@ size_t max_answer_runs(size_t mtu_bytes) {
 }
 
 unsigned fragments_for(size_t mtu_bytes) {
-  const size_t room = mtu_bytes - kUdpIpBytes - kOverheadBytes;
+  const size_t room = mtu_bytes - kUdpIpBytes - kOverheadBytes - kParityFixed;
   return static_cast<unsigned>((kPageBytes + room - 1) / room);
 }
 
-Sealer::~Sealer() { sodium_memzero(key_.data(), key_.size()); }
-
-size_t Sealer::seal(Header* header, const uint8_t* body, size_t size, uint8_t* out) {
-  header->generation = generation_;
-  header->boot = boot_;
-  header->counter = next_.fetch_add(1, std::memory_order_relaxed);
-  encode_header(*header, out);
-  const Associated associated(out);
-  crypto_aead_xchacha20poly1305_ietf_encrypt(out + kHeaderBytes, nullptr, body, size,
-                                             associated.bytes, sizeof associated.bytes, nullptr,
-                                             out + kNonceAt, key_.data());
-  return size + kOverheadBytes;
+SenderKey::SenderKey(const GenerationId& generation, const Key& key, const BootId& boot, Side side)
+    : generation_(generation), boot_(boot) {
+  static constexpr char kPurpose[] = "snowflock mcdist 2";
+  uint8_t text[sizeof kPurpose - 1 + 1 + 16 + 16];
+  uint8_t* at = text;
+  at = std::copy_n(reinterpret_cast<const uint8_t*>(kPurpose), sizeof kPurpose - 1, at);
+  *at++ = static_cast<uint8_t>(side);
+  at = std::copy(generation.begin(), generation.end(), at);
+  std::copy(boot.begin(), boot.end(), at);
+  uint8_t derived[kKeyBytes];
+  crypto_generichash(derived, sizeof derived, text, sizeof text, key.data(), key.size());
+  const gnutls_datum_t datum = {derived, sizeof derived};
+  gnutls_aead_cipher_hd_t cipher = nullptr;
+  // Fails only for want of memory; then nothing is sealed, and nothing opens.
+  if (gnutls_aead_cipher_init(&cipher, GNUTLS_CIPHER_AES_256_GCM, &datum) == 0) cipher_ = cipher;
+  sodium_memzero(derived, sizeof derived);
 }
 
-bool unseal(const Key& key, const uint8_t* data, size_t size, uint8_t* out) {
-  if (size < kOverheadBytes) return false;
-  const Associated associated(data);
-  return crypto_aead_xchacha20poly1305_ietf_decrypt(
-             out, nullptr, nullptr, data + kHeaderBytes, size - kHeaderBytes, associated.bytes,
-             sizeof associated.bytes, data + kNonceAt, key.data()) == 0;
+SenderKey::~SenderKey() {
+  if (cipher_ != nullptr) gnutls_aead_cipher_deinit(static_cast<gnutls_aead_cipher_hd_t>(cipher_));
+}
+
+size_t SenderKey::seal(uint8_t* packet, const uint8_t* head, size_t head_bytes, const uint8_t* body,
+                       size_t body_bytes) {
+  const size_t header = header_bytes_of(packet);
+  uint8_t nonce[kNonceBytes];
+  nonce_of(packet, nonce);
+  const giovec_t associated[] = {{const_cast<uint8_t*>(generation_.data()), generation_.size()},
+                                 {packet, header}};
+  // GnuTLS encrypts in place here: it goes a vector's entries one by one.
+  if (head_bytes > 0) std::memcpy(packet + header, head, head_bytes);
+  std::memcpy(packet + header + head_bytes, body, body_bytes);
+  const size_t bytes = head_bytes + body_bytes;
+  const giovec_t text = {packet + header, bytes};
+  size_t tag_bytes = kTagBytes;
+  if (cipher_ == nullptr ||
+      gnutls_aead_cipher_encryptv2(static_cast<gnutls_aead_cipher_hd_t>(cipher_), nonce,
+                                   sizeof nonce, associated, 2, &text, 1, packet + header + bytes,
+                                   &tag_bytes) != 0) {
+    return 0;
+  }
+  return header + bytes + kTagBytes;
+}
+
+bool SenderKey::open(const uint8_t* packet, size_t size, uint8_t* out) {
+  const size_t header = header_bytes_of(packet);
+  if (cipher_ == nullptr || size < header + kTagBytes) return false;
+  const size_t bytes = size - header - kTagBytes;
+  uint8_t nonce[kNonceBytes];
+  nonce_of(packet, nonce);
+  const giovec_t associated[] = {{const_cast<uint8_t*>(generation_.data()), generation_.size()},
+                                 {const_cast<uint8_t*>(packet), header}};
+  std::memcpy(out, packet + header, bytes);
+  const giovec_t text = {out, bytes};
+  return gnutls_aead_cipher_decryptv2(
+             static_cast<gnutls_aead_cipher_hd_t>(cipher_), nonce, sizeof nonce, associated, 2,
+             &text, 1, const_cast<uint8_t*>(packet) + header + bytes, kTagBytes) == 0;
+}
+
+size_t Sealer::seal(Header* header, const uint8_t* body, size_t size, uint8_t* out,
+                    const uint8_t* head, size_t head_bytes) {
+  header->generation = tag_of(generation_);
+  header->boot = boot();
+  header->sender = tag_of(boot());
+  header->counter = next_++;
+  encode_header(*header, out);
+  return key_.seal(out, head, head_bytes, body, size);
 }
 
 }  // namespace sf::mcdist

@@ -120,6 +120,8 @@ export interface McdistClientStats {
   readonly welcomes: number;
   readonly authFailures: number;
   readonly wrongGeneration: number;
+  /** Packets of a server that has not made itself known by a welcome or an announce. */
+  readonly unknownSender: number;
   readonly badPackets: number;
   readonly fillErrors: number;
   readonly sendErrors: number;
