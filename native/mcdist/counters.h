@@ -57,6 +57,12 @@ inline void count(Counter& counter, uint64_t by = 1) {
   X(pages_failed)                                                                     \
   X(prefetch_dropped) /* prefetches not taken: too many ranges */                     \
   X(welcomes)                                                                         \
+  X(announces)                                                                        \
+  X(pushed_packets)  /* that nobody asked for: sent by a push cursor */               \
+  X(blocks_reported) /* blocks told to lack something, again each time */             \
+  X(parities_received)                                                                \
+  X(pages_repaired) /* pages filled of which a part came out of parities */           \
+  X(fail_overs)     /* times another server became the one that is asked */           \
   X(auth_failures)                                                                    \
   X(wrong_generation)                                                                 \
   X(unknown_sender) /* packets of a server that has not made itself known */          \

@@ -156,6 +156,8 @@ export interface McdistClientOptions {
   readonly mtuBytes?: number;
   /** Shortest time-out before a page is asked for again; default 10. */
   readonly minRetryMs?: number;
+  /** Let the server send first what other hosts faulted on. */
+  readonly history?: boolean;
 }
 
 export interface McdistClientStats {
@@ -175,6 +177,16 @@ export interface McdistClientStats {
   readonly pagesFailed: number;
   readonly prefetchDropped: number;
   readonly welcomes: number;
+  readonly announces: number;
+  /** Packets that nobody asked for: sent by a push. */
+  readonly pushedPackets: number;
+  /** Blocks of 32 pages told to lack something after a push went by, each time they were told. */
+  readonly blocksReported: number;
+  readonly paritiesReceived: number;
+  /** Pages of which a part came out of parities. */
+  readonly pagesRepaired: number;
+  /** Times another server became the one that is asked. */
+  readonly failOvers: number;
   readonly authFailures: number;
   readonly wrongGeneration: number;
   /** Packets of a server that has not made itself known by a welcome or an announce. */
@@ -188,6 +200,19 @@ export interface McdistClientStats {
   readonly faultRttMs: number;
   readonly prefetchRttMs: number;
   readonly faultTimeoutMs: number;
+  /** Servers of this generation heard of, the one that is asked among them. */
+  readonly serversKnown: number;
+  /** Blocks reported that still lack something. */
+  readonly blocksLacking: number;
+  /** Of what was sent here lately, lost on the way, in 1/1000. */
+  readonly lossPermille: number;
+  /** The server that is asked now. */
+  readonly serverAddress: string;
+  readonly serverPort: number;
+  /** All of the generation is wanted, and not all is here. */
+  readonly subscribed: boolean;
+  /** Multicast does not reach this host: the server answers by unicast. */
+  readonly unicastOnly: boolean;
   /** The server answered and knows this client. */
   readonly welcomed: boolean;
   /** The source was given up; `setServer()` revives. */
@@ -205,6 +230,7 @@ interface NativeServer {
 interface NativeClient {
   fetch(page: number): Promise<void>;
   prefetch(first: number, count: number): void;
+  subscribe(on: boolean): void;
   setServer(server: { address: string; port: number }): void;
   stats(): McdistClientStats;
   close(): Promise<void>;
@@ -287,6 +313,14 @@ export class McdistClient {
   /** Asks for `count` pages nobody waits for yet, as fast as the network takes them. */
   prefetch(first: number, count = 1): void {
     typed(() => this.#native.prefetch(first, count));
+  }
+
+  /**
+   * All pages that the replica's users need, as fast as the server sends them to the group, until
+   * all are here. `prefetch()` of the whole generation does the same.
+   */
+  subscribe(on = true): void {
+    typed(() => this.#native.subscribe(on));
   }
 
   /** The source speaks from another address now (or again, after it was given up). */
