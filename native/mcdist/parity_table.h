@@ -118,10 +118,10 @@ class ParityTable {
   const Block* find(uint64_t block, unsigned fragments) const;
   static System system_of(const Block& block, const SymbolSet& unknowns, const SymbolSet& missing);
   static bool solvable(const Block& block, const SymbolSet& missing, System* out);
-  bool reduce(const System& system, unsigned fragments, const SymbolReader& read);
+  bool reduce(const System& system, const SymbolSet& missing, unsigned fragments,
+              const SymbolReader& read);
   void solve(const System& system, unsigned fragments, const SymbolWriter& write);
   size_t row_bytes(unsigned fragments) const;
-  void evict(uint64_t keep);
 
   const Limits limits_;
   const Mode mode_;
