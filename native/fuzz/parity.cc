@@ -114,7 +114,7 @@ class Table {
     const Cover made = cover();
     const auto count = in_.ConsumeIntegralInRange<unsigned>(1, 4);
     const auto first = in_.ConsumeIntegralInRange<unsigned>(0, kMaxParities - 4);
-    const size_t size = mcdist::fragment_size(fragments_);
+    const size_t size = mcdist::symbol_bytes(fragments_);
     std::vector<uint8_t> out(count * size);
     const bool encoded = encode_parity(
         fragments_, made.symbols, first, count, [&](unsigned number) { return page(number); },
@@ -135,12 +135,12 @@ class Table {
     if (about == 2) made.fragments = in_.ConsumeIntegral<uint8_t>();
     if (about == 3) made.symbols |= set();
     const auto index = in_.ConsumeIntegralInRange<unsigned>(0, about == 4 ? 300 : 8);
-    const size_t size = made.fragments == 0 ? 0 : mcdist::fragment_size(made.fragments);
+    const size_t size = made.fragments == 0 ? 0 : mcdist::symbol_bytes(made.fragments);
     const std::vector<uint8_t> bytes(about == 5 ? in_.ConsumeIntegralInRange<size_t>(0, 5000)
                                                 : size);
     const bool good = index < kMaxParities && made.id != 0 &&
                       mcdist::valid_cover(made.fragments, made.symbols) &&
-                      bytes.size() == mcdist::fragment_size(made.fragments);
+                      bytes.size() == mcdist::symbol_bytes(made.fragments);
     const auto before = table_.rows(block_);
     // The table that counts looks at no size.
     if (!good) {

@@ -209,10 +209,10 @@ void Server::handle(const uint8_t* data, size_t size, const sockaddr_in& from, T
   if (!peer->window.accept(header.counter)) return count(counters.replays);
   count(counters.requests);
   peer->address = from;
-  served.policy.heard(peer->id,
-                      {request_.receive_kbps * 1000.0, request_.unicast_only, request_.subscribe,
-                       request_.history},
-                      now);
+  served.policy.heard(
+      peer->id,
+      {request_.receive_kbps * 1000.0, request_.unicast_only, request_.subscribe, request_.history},
+      now);
   if (request_.runs.empty() && request_.reports.empty()) {
     return welcome(served, *peer, header.counter, from);
   }
@@ -343,7 +343,8 @@ bool Server::answer(Served& served, const Policy::Item& item) {
       announce(served, item, to);
       return false;
     case Policy::Item::Kind::kParity:
-      return false;
+      answer_parity(served, item, to);
+      return true;
     case Policy::Item::Kind::kPage:
       break;
   }
@@ -392,6 +393,37 @@ void Server::answer_page(Served& served, const Policy::Item& item, const sockadd
                      symbols * (length + kOverheadBytes + kUdpIpBytes), now_ns());
 }
 
+void Server::answer_parity(Served& served, const Policy::Item& item, const sockaddr_in& to) {
+  ServerCounters& counters = served.stats->counters;
+  const size_t length = symbol_bytes(fragments_);
+  const unsigned count_of = item.parities;
+  parity_.resize(count_of * length);
+  const BlockReader read = [&](unsigned page) -> const uint8_t* {
+    const ReadResult result = served.generation.provider->read(item.page + page, page_);
+    if (result == ReadResult::kZero) std::memset(page_, 0, kPageBytes);
+    return result == ReadResult::kData || result == ReadResult::kZero ? page_ : nullptr;
+  };
+  if (!encode_parity(fragments_, item.parity.cover, item.parity.index, count_of, read,
+                     parity_.data())) {
+    // A page of the cover cannot be read any more: each is asked for alone, and that one refused.
+    return served.policy.sent(item, Policy::Outcome::kRefused, 0, now_ns());
+  }
+  uint8_t prefix[kParityFixed];
+  for (unsigned i = 0; i < count_of; i++) {
+    Parity parity = item.parity;
+    parity.index = static_cast<uint8_t>(item.parity.index + i);
+    encode_parity(parity, prefix);
+    Header header;
+    header.type = Type::kParity;
+    header.page = item.page;
+    header.fragments = static_cast<uint8_t>(fragments_);
+    emit(served, &header, parity_.data() + i * length, length, to, prefix, sizeof prefix);
+  }
+  count(counters.parity_symbols, count_of);
+  served.policy.sent(item, Policy::Outcome::kData,
+                     count_of * (length + kParityFixed + kOverheadBytes + kUdpIpBytes), now_ns());
+}
+
 void Server::announce(Served& served, const Policy::Item& item, const sockaddr_in& to) {
   Announce announce;
   announce.address = address_.sin_addr;
@@ -409,8 +441,8 @@ void Server::announce(Served& served, const Policy::Item& item, const sockaddr_i
   send_runs(served);
   emit(served, &header, body_.data(), body_.size(), to);
   count(served.stats->counters.announces);
-  served.policy.sent(item, Policy::Outcome::kData,
-                     body_.size() + kLongOverheadBytes + kUdpIpBytes, now_ns());
+  served.policy.sent(item, Policy::Outcome::kData, body_.size() + kLongOverheadBytes + kUdpIpBytes,
+                     now_ns());
 }
 
 void Server::tell(Served& served, const Policy::Item& item, Type type, bool error) {
@@ -447,10 +479,10 @@ void Server::send_runs(Served& served) {
 }
 
 void Server::emit(Served& served, Header* header, const uint8_t* body, size_t size,
-                  const sockaddr_in& to) {
+                  const sockaddr_in& to, const uint8_t* head, size_t head_bytes) {
   if (batch_.full() || (batch_of_ != &served && !batch_.empty())) flush();
   batch_of_ = &served;
-  const size_t bytes = served.sealer.seal(header, body, size, batch_.next());
+  const size_t bytes = served.sealer.seal(header, body, size, batch_.next(), head, head_bytes);
   batch_.commit(bytes, to);
   count(served.stats->counters.packets_sent);
   count(served.stats->counters.wire_bytes, bytes + kUdpIpBytes);
