@@ -52,7 +52,7 @@ export class Orphans {
   readonly #covered = new Map<string, number>();
   /** By RAM generation: clones of one base share it. */
   readonly #sources = new Map<string, SourceState>();
-  /** Server the data plane was told of, and in which of its lives. */
+  /** By generation: server the data plane was told of instead of the source, and in which life. */
   readonly #told = new Map<string, string>();
   readonly #timer: NodeJS.Timeout;
   #busy = false;
@@ -99,11 +99,11 @@ export class Orphans {
     const now = Date.now();
     const suspects = new Map<string, Based[]>();
     const here = new Set<string>();
-    const bases = new Set<string>();
+    const bases = new Map<string, Based['base']>();
     for (const record of host.vms.all()) {
       if (record.parent === null || record.state !== 'running' || !isRemote(host, record)) continue;
       here.add(record.id);
-      bases.add(record.base.ram.generation);
+      bases.set(record.base.ram.generation, record.base);
       const last = this.#renewed.get(record.id);
       // New here, or this daemon is: a full lease from now.
       if (last === undefined) this.#renewed.set(record.id, now);
@@ -117,9 +117,14 @@ export class Orphans {
       for (const id of map.keys()) if (!here.has(id)) map.delete(id);
     }
     for (const generation of this.#sources.keys()) {
-      if (!suspects.has(generation)) this.#sources.delete(generation);
-      if (!suspects.has(generation) && bases.has(generation)) {
-        host.log.info({ generation }, 'the source is back');
+      if (suspects.has(generation)) continue;
+      this.#sources.delete(generation);
+      const base = bases.get(generation);
+      if (base === undefined) continue; // no clone stands on it any more
+      host.log.info({ generation }, 'the source is back');
+      // Also if no other server was found: what gave up is tried again.
+      for (const kind of KINDS) {
+        if (!this.#told.has(base[kind].generation)) this.#told.set(base[kind].generation, '');
       }
     }
     await Promise.all([...suspects.values()].map((clones) => this.#attend(clones, now)));
