@@ -5,7 +5,7 @@ import type { Clones } from './clones.js';
 import { cloneReplied, noteEnd } from './fork.js';
 import { type Holding, holdings } from './holdings.js';
 import type { Host } from './host.js';
-import { type Orphans, type Standing, standings } from './orphans.js';
+import { type CloneName, type Orphans, type Standing, standings } from './orphans.js';
 import type { Capacity, HostPort, ReplicaSummary, VmCounters, VmSummary } from './peers.js';
 import type { EndReport, PrepareRequest, StartReport, VmRecord } from './records.js';
 import { replicasHere } from './replicas.js';
@@ -107,7 +107,7 @@ export class LocalHost implements HostPort {
     return this.#orphans().renewed(from, vms);
   }
 
-  async standings(from: string, clones: { vm: string; fork: string }[]): Promise<Standing[]> {
+  async standings(from: string, clones: CloneName[]): Promise<Standing[]> {
     return standings(this.#host(), from, clones);
   }
 

@@ -179,7 +179,11 @@ export class Orphans {
     try {
       const standings = await this.#host.peers.get(parentHost).standings(
         this.#host.config.name,
-        clones.map(({ id, parent }) => ({ vm: id, fork: parent?.fork ?? '' })),
+        clones.map(({ id, parent }) => ({
+          vm: id,
+          fork: parent?.fork ?? '',
+          parent: parent?.vm ?? '',
+        })),
       );
       return new Map(clones.map((clone, i) => [clone.id, standings[i] ?? 'unknown']));
     } catch {
@@ -250,15 +254,19 @@ export class Orphans {
 /** What a parent's host says of a clone: `unknown` if it has no such parent any more. */
 export type Standing = 'alive' | 'ended' | 'unknown';
 
+/** A clone as its own host knows it. */
+export interface CloneName {
+  vm: string;
+  fork: string;
+  parent: string;
+}
+
 /** Called on the parent's host: how it counts clones of `from`. */
-export function standings(
-  host: Host,
-  from: string,
-  clones: { vm: string; fork: string }[],
-): Standing[] {
-  return clones.map(({ vm, fork: id }) => {
+export function standings(host: Host, from: string, clones: CloneName[]): Standing[] {
+  return clones.map(({ vm, fork: id, parent }) => {
     const fork = host.forks.get(id);
-    if (fork === undefined) return 'unknown';
+    // Only forks that are over are forgotten while their parent lives.
+    if (fork === undefined) return host.vms.get(parent) === undefined ? 'unknown' : 'ended';
     const clone = fork.clones.find((one) => one.vm === vm && one.host === from);
     return clone === undefined || clone.end !== null ? 'ended' : 'alive';
   });

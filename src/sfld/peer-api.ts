@@ -73,7 +73,7 @@ const Reserve = Type.Object({
 });
 const Vms = Type.Object({ vms: Type.Array(Id, { maxItems: 65536 }) });
 const Standings = Type.Object({
-  clones: Type.Array(Type.Object({ vm: Id, fork: Id }), { maxItems: 65536 }),
+  clones: Type.Array(Type.Object({ vm: Id, fork: Id, parent: Id }), { maxItems: 65536 }),
 });
 const Generations = Type.Object({
   generations: Type.Array(Type.String({ pattern: '^[0-9a-f]{32}$' }), { maxItems: 64 }),

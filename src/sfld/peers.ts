@@ -5,7 +5,7 @@
 import type { PeerClient } from '../cluster/client.js';
 import { SnowflockError } from '../common/errors.js';
 import type { Holding } from './holdings.js';
-import type { Standing } from './orphans.js';
+import type { CloneName, Standing } from './orphans.js';
 import type { EndReport, PrepareRequest, StartReport } from './records.js';
 
 export interface Capacity {
@@ -84,7 +84,7 @@ export interface HostPort {
   /** Renews the lease of clones there; returns those of them that are alive. */
   renew(from: string, vms: string[]): Promise<string[]>;
   /** How the parent's host there counts clones that run on `from`. */
-  standings(from: string, clones: { vm: string; fork: string }[]): Promise<Standing[]>;
+  standings(from: string, clones: CloneName[]): Promise<Standing[]>;
   /** What it holds of these generations, for others to fetch. */
   holdings(generations: string[]): Promise<Holding[]>;
   replicas(): Promise<ReplicaSummary[]>;
@@ -172,7 +172,7 @@ export class RemoteHost implements HostPort {
     });
     return alive;
   }
-  async standings(from: string, clones: { vm: string; fork: string }[]): Promise<Standing[]> {
+  async standings(from: string, clones: CloneName[]): Promise<Standing[]> {
     const { standings } = await this.#client.request<{ standings: Standing[] }>(
       'POST',
       '/v1/standings',
