@@ -70,7 +70,8 @@ async function replicas(here: Lab, index: number): Promise<ReplicaSummary[]> {
 }
 
 function complete(here: Lab, index: number): Promise<void> {
-  return until(`host ${index} holds all`, 60_000, async () => {
+  // The disk has two million pages, nearly all of them zero.
+  return until(`host ${index} holds all`, 180_000, async () => {
     const found = await replicas(here, index);
     return found.length === 2 && found.every((one) => one.complete);
   });
