@@ -186,6 +186,28 @@ uint64_t Replica::absent_mask(PageIndex first) const {
   return ~known & (left >= kWordPages ? ~uint64_t{0} : (uint64_t{1} << left) - 1);
 }
 
+bool Replica::absent_runs(bool needed_only, size_t max_runs, std::vector<Run>* out) const {
+  out->clear();
+  if (complete()) return true;
+  for (PageIndex first = 0; first < pages_; first += kWordPages) {
+    uint64_t mask = absent_mask(first);
+    if (mask != 0 && needed_only) mask &= needed_mask(first);
+    while (mask != 0) {
+      const auto start = static_cast<unsigned>(std::countr_zero(mask));
+      const auto length = static_cast<unsigned>(std::countr_one(mask >> start));
+      mask &= length + start == kWordPages ? 0 : ~uint64_t{0} << (start + length);
+      const PageIndex page = first + start;
+      if (!out->empty() && out->back().first + out->back().count == page) {
+        out->back().count += length;
+        continue;
+      }
+      if (out->size() == max_runs) return false;
+      out->push_back({page, length});
+    }
+  }
+  return true;
+}
+
 void Replica::add_user(std::weak_ptr<const PageUser> user) {
   std::lock_guard lock(users_mutex_);
   std::erase_if(users_, [](const auto& other) { return other.expired(); });

@@ -86,6 +86,13 @@ class Replica final : public PageProvider {
   uint64_t absent_mask(PageIndex first) const;
   // Those of 64 pages that one of its users may still read; all if it has no users.
   uint64_t needed_mask(PageIndex first) const;
+  // All absent pages, or those of them that are needed, as runs in order, no two of which touch.
+  // False: there are more than `max_runs`; `*out` then has the first ones.
+  struct Run {
+    PageIndex first;
+    uint64_t count;
+  };
+  bool absent_runs(bool needed_only, size_t max_runs, std::vector<Run>* out) const;
   void add_user(std::weak_ptr<const PageUser> user);
   // True: pages may be read by somebody who is no user (yet), so all are needed.
   void need_all(bool all);

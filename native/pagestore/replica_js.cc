@@ -19,6 +19,7 @@ class ReplicaJs : public Napi::ObjectWrap<ReplicaJs> {
                                 InstanceMethod("prefetch", &ReplicaJs::Prefetch),
                                 InstanceMethod("fail", &ReplicaJs::Fail),
                                 InstanceMethod("needAll", &ReplicaJs::NeedAll),
+                                InstanceMethod("absentRuns", &ReplicaJs::AbsentRuns),
                                 InstanceMethod("stats", &ReplicaJs::Stats),
                                 InstanceMethod("onComplete", &ReplicaJs::OnComplete),
                                 InstanceMethod("sync", &ReplicaJs::Sync),
@@ -80,6 +81,21 @@ class ReplicaJs : public Napi::ObjectWrap<ReplicaJs> {
     open(info.Env()).fail(Status::Error(info[0].ToString(), info[1].ToString()));
   }
   void NeedAll(const Napi::CallbackInfo& info) { open(info.Env()).need_all(info[0].ToBoolean()); }
+  // (neededOnly, maxRuns) -> [first, count, ...], or null if there are more runs
+  Napi::Value AbsentRuns(const Napi::CallbackInfo& info) {
+    std::vector<Replica::Run> runs;
+    const auto max_runs = static_cast<size_t>(info[1].ToNumber().Uint32Value());
+    if (!open(info.Env()).absent_runs(info[0].ToBoolean(), max_runs, &runs)) {
+      return info.Env().Null();
+    }
+    auto out = Napi::Array::New(info.Env(), 2 * runs.size());
+    uint32_t at = 0;
+    for (const auto& run : runs) {
+      out.Set(at++, static_cast<double>(run.first));
+      out.Set(at++, static_cast<double>(run.count));
+    }
+    return out;
+  }
   Napi::Value Stats(const Napi::CallbackInfo& info) {
     auto& replica = open(info.Env());
     auto stats = Napi::Object::New(info.Env());

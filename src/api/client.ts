@@ -1,10 +1,10 @@
 import { type ClientRequest, request as httpRequest } from 'node:http';
 import type { Duplex } from 'node:stream';
 import { asSnowflockError, isErrorCode, SnowflockError } from '../common/errors.js';
-import type { VmCounters, VmSummary } from '../sfld/peers.js';
+import type { ReplicaSummary, VmCounters, VmSummary } from '../sfld/peers.js';
 import type { CloneResult, ShownFork as ForkRecord } from '../sfld/records.js';
 
-export type { CloneResult, ForkRecord, VmCounters, VmSummary };
+export type { CloneResult, ForkRecord, ReplicaSummary, VmCounters, VmSummary };
 
 export interface WireStats {
   ram: Record<string, number>;
@@ -29,6 +29,14 @@ export class SnowflockClient {
   /** All VMs of the cluster, and the hosts that did not answer. */
   list(): Promise<{ vms: VmSummary[]; unreachable: { host: string; message: string }[] }> {
     return this.#call('GET', '/v1/vms');
+  }
+
+  /** Replicas of all hosts: what they hold, and whether their source lives. */
+  replicas(): Promise<{
+    replicas: ReplicaSummary[];
+    unreachable: { host: string; message: string }[];
+  }> {
+    return this.#call('GET', '/v1/replicas');
   }
 
   /** Boots a VM and waits for its guest. Errors: E_IMAGE_UNKNOWN, E_CAPACITY, E_EXISTS, E_QEMU. */

@@ -1,5 +1,10 @@
 import { type Command, InvalidArgumentError } from 'commander';
-import { type CloneResult, type ForkRecord, SnowflockClient } from '../api/client.js';
+import {
+  type CloneResult,
+  type ForkRecord,
+  type ReplicaSummary,
+  SnowflockClient,
+} from '../api/client.js';
 import { exec } from '../api/exec.js';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
 import { confirm } from './confirm.js';
@@ -84,6 +89,40 @@ export function addVmCommands(program: Command): void {
         Math.round((Date.now() - vm.created_ms) / 1000),
       ]);
       const header = ['id', 'name', 'host', 'state', 'vmid', 'ip', 'mib', 'vcpus', 'age s'];
+      process.stdout.write(`${table(header, rows)}\n`);
+    });
+
+  program
+    .command('replicas')
+    .description('list what hosts hold of the memory and disks their clones were forked from')
+    .action(async () => {
+      const { client, json } = context();
+      const { replicas, unreachable } = await client.replicas();
+      for (const one of unreachable) note(`no answer from host ${one.host}: ${one.message}`);
+      if (json) {
+        printJson(replicas);
+        return;
+      }
+      const header = [
+        'generation',
+        'kind',
+        'host',
+        'clones',
+        'held',
+        'of mib',
+        'source',
+        'without it',
+      ];
+      const rows = replicas.map((one) => [
+        one.generation,
+        one.kind,
+        one.host,
+        one.vms.length,
+        one.complete ? 'all' : `${Math.floor((100 * one.held_pages) / one.pages)}%`,
+        Math.ceil((one.pages * 4096) / 2 ** 20),
+        `${one.source.host} ${one.source.state}`,
+        withoutSource(one),
+      ]);
       process.stdout.write(`${table(header, rows)}\n`);
     });
 
@@ -190,6 +229,14 @@ export function addVmCommands(program: Command): void {
         process.stdin.destroy();
       }
     });
+}
+
+/** How the clones over a replica live on without its source, as far as anybody had to look. */
+function withoutSource(one: ReplicaSummary): string {
+  if (one.complete || one.needed_pages === 0) return 'needs nothing';
+  if (one.unheld_pages === null) return '-';
+  if (one.unheld_pages > 0) return `${one.unheld_pages} pages are nowhere`;
+  return `from ${one.held_by.join(', ')}`;
 }
 
 function report(fork: ForkRecord, json: boolean): void {

@@ -54,6 +54,7 @@ export const HostConfigFile = Type.Object(
     image_dir: Type.Optional(Type.String({ minLength: 1 })),
     mcdist_port: Type.Optional(Type.Integer({ minimum: 1, maximum: 65535 })),
     prefetch_bytes_per_s: Type.Optional(Type.Integer({ minimum: 0, maximum: 1e12 })),
+    prefetch_ram_bytes_per_s: Type.Optional(Type.Integer({ minimum: 0, maximum: 1e12 })),
     max_open_files: Type.Optional(Type.Integer({ minimum: 1, maximum: 1_048_576 })),
     lease_ms: Type.Optional(Type.Integer({ minimum: 1000, maximum: 3_600_000 })),
     vm_uid: Type.Optional(Type.Integer({ minimum: 1, maximum: 2 ** 31 })),
@@ -124,6 +125,8 @@ export interface ClusterConfig extends HostAddress {
   readonly mcdistPort: number;
   /** Disks of clones on this host are filled in the background at this rate; 0: on demand only. */
   readonly prefetchBytesPerS: number;
+  /** Their RAM alike; a setting of its own, since it takes memory of this host (`ramDir`). */
+  readonly prefetchRamBytesPerS: number;
   readonly maxOpenFiles: number;
   /** A parent's host and a clone's host that do not hear of each other for so long part. */
   readonly leaseMs: number;
@@ -226,6 +229,7 @@ export function parseClusterConfig(value: unknown, file: string): ClusterConfig 
         : absolute('/image_dir', value.image_dir),
     mcdistPort: value.mcdist_port ?? DEFAULT_MCDIST_PORT,
     prefetchBytesPerS: value.prefetch_bytes_per_s ?? 0,
+    prefetchRamBytesPerS: value.prefetch_ram_bytes_per_s ?? 0,
     maxOpenFiles: value.max_open_files ?? DEFAULT_MAX_OPEN_FILES,
     leaseMs: value.lease_ms ?? DEFAULT_LEASE_MS,
     vmUid: value.vm_uid ?? DEFAULT_VM_ID,

@@ -27,8 +27,20 @@ export interface ReplicaStats {
   complete: boolean;
   /** `closed`: complete. `lost`: absent pages end with E_SOURCE_LOST. */
   source: 'open' | 'lost' | 'closed';
+  /** Other hosts can fetch from here what this replica holds. */
+  served: boolean;
   prefetch: PrefetchStats | null;
 }
+
+/** Pages a replica does not hold, as runs [first, count, ...]; null: more than MISSING_RUNS_MAX. */
+export interface MissingPages {
+  absent: number[] | null;
+  /** Those of them that somebody here may still read: not what all disks over it have overwritten. */
+  needed: number[] | null;
+}
+
+/** As JSON some 80 KB at most. */
+export const MISSING_RUNS_MAX = 4096;
 
 /** See PrefetchProgress of the page store; `present` and `total` are those of the replica. */
 export interface PrefetchStats {
@@ -57,9 +69,20 @@ export interface DataplaneMethods {
       pages: number;
       medium: 'memory' | 'disk';
       source: GenerationSource;
+      /**
+       * Others may fetch from here what it holds, until it is closed. Not on the source's own host:
+       * a generation is served there already.
+       */
+      serve: boolean;
     };
     result: Record<string, never>;
   };
+  /** Another server of the same generation and key from now on; one that was lost is tried again. */
+  'replica.server': {
+    params: { generation: string; address: string; port: number };
+    result: Record<string, never>;
+  };
+  'replica.missing': { params: { generation: string }; result: MissingPages };
   'replica.zero': {
     params: { generation: string; runs: number[] };
     result: Record<string, never>;

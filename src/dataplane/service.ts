@@ -10,7 +10,13 @@ import { rescueVm } from '../hypervisor/index.js';
 import { McdistServer } from '../mcdist/mcdist.js';
 import { MemtapServer } from '../memtap/memtap.js';
 import { RemoteReplica } from '../pagestore/remote-replica.js';
-import type { DataplaneEvent, PrefetchStats, ReplicaStats } from './protocol.js';
+import {
+  type DataplaneEvent,
+  type GenerationSource,
+  MISSING_RUNS_MAX,
+  type PrefetchStats,
+  type ReplicaStats,
+} from './protocol.js';
 import type { Handlers } from './rpc.js';
 
 export interface DataplaneOptions {
@@ -46,6 +52,10 @@ export class Dataplane {
   readonly #disks = new Map<string, Disk>();
   readonly #forks = new Map<string, Fork>();
   readonly #served = new Set<string>();
+  /** Replicas that other hosts may fetch from. */
+  readonly #lent = new Map<string, RemoteReplica>();
+  /** Such that were closed and may still be read by the server. */
+  readonly #returning = new Map<string, Promise<void>>();
   readonly #vms = new Set<string>();
 
   constructor(options: DataplaneOptions, log: Logger, emit: (event: DataplaneEvent) => void) {
@@ -94,7 +104,19 @@ export class Dataplane {
           this.#emit({ event: 'replica.trouble', generation, code, message }),
         );
         this.#replicas.set(generation, remote);
+        if (p.serve) await this.#lend(generation, remote, p.source);
         return {};
+      },
+      'replica.server': (p) => {
+        this.#replica(p.generation).reconnect({ address: p.address, port: p.port });
+        return {};
+      },
+      'replica.missing': (p) => {
+        const { replica } = this.#replica(p.generation);
+        return {
+          absent: replica.absentRuns(false, MISSING_RUNS_MAX),
+          needed: replica.absentRuns(true, MISSING_RUNS_MAX),
+        };
       },
       'replica.zero': (p) => {
         const { replica } = this.#replica(p.generation);
@@ -107,7 +129,8 @@ export class Dataplane {
         this.#replica(p.generation).prefetch({ rateBytesPerS: p.rate_bytes_per_s });
         return {};
       },
-      'replica.stats': (p) => replicaStats(this.#replica(p.generation)),
+      'replica.stats': (p) =>
+        replicaStats(this.#replica(p.generation), this.#lent.has(p.generation)),
       'replica.close': async (p) => {
         const open = this.#replicas.get(p.generation);
         this.#replicas.delete(p.generation);
@@ -115,6 +138,7 @@ export class Dataplane {
         // made at this path meanwhile. The files live on for those that have them open.
         rmSync(p.path, { force: true });
         rmSync(`${p.path}.map`, { force: true });
+        if (open !== undefined) await this.#takeBack(p.generation, open);
         await open?.close();
         return {};
       },
@@ -283,6 +307,34 @@ export class Dataplane {
     for (const remote of this.#replicas.values()) await remote.close();
   }
 
+  /** Serves what a replica holds. Not being able to costs the other hosts a server, and no VM here. */
+  async #lend(generation: string, remote: RemoteReplica, source: GenerationSource): Promise<void> {
+    await this.#returning.get(generation);
+    // Closed, or another one in its place meanwhile.
+    if (this.#replicas.get(generation) !== remote || this.#lent.has(generation)) return;
+    try {
+      this.#mcdist.serve({
+        generation,
+        key: Buffer.from(source.key, 'hex'),
+        provider: remote.replica.provider,
+        group: source.group,
+        groupPort: source.group_port,
+      });
+      this.#lent.set(generation, remote);
+    } catch (error) {
+      const { code, message } = asSnowflockError(error);
+      this.#emit({ event: 'replica.trouble', generation, code, message: `not served: ${message}` });
+    }
+  }
+
+  async #takeBack(generation: string, remote: RemoteReplica): Promise<void> {
+    if (this.#lent.get(generation) !== remote) return;
+    this.#lent.delete(generation);
+    const done = this.#mcdist.unserve(generation).finally(() => this.#returning.delete(generation));
+    this.#returning.set(generation, done);
+    await done;
+  }
+
   #replica(generation: string): RemoteReplica {
     const open = this.#replicas.get(generation);
     if (open === undefined) {
@@ -331,9 +383,9 @@ export class Dataplane {
   }
 }
 
-function replicaStats(remote: RemoteReplica): ReplicaStats {
+function replicaStats(remote: RemoteReplica, served: boolean): ReplicaStats {
   const { prefetch, client: _counters, ...stats } = remote.stats();
-  if (prefetch === null) return { ...stats, prefetch: null };
+  if (prefetch === null) return { ...stats, served, prefetch: null };
   let error: PrefetchStats['error'] = null;
   if (prefetch.error !== null) {
     const { code, message } = asSnowflockError(prefetch.error);
@@ -341,6 +393,7 @@ function replicaStats(remote: RemoteReplica): ReplicaStats {
   }
   return {
     ...stats,
+    served,
     prefetch: {
       state: prefetch.state,
       skipped: prefetch.skipped,

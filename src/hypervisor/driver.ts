@@ -160,6 +160,8 @@ export interface HypervisorDriver {
   prepareClone(spec: VmSpec, shape: MachineShape): Promise<Vm>;
   /** Finds a VM again. @throws E_NOT_FOUND if its process is gone. */
   adopt(record: VmRecord): Promise<Vm>;
+  /** Whether its process is there. */
+  alive(record: VmRecord): boolean;
   /** Ends a VM by its record, without a word to it. Nothing happens if its process is gone. */
   end(record: VmRecord): Promise<void>;
 }

@@ -25,6 +25,11 @@ export interface Replica {
   fail(code: string, message: string): void;
   /** While true a prefetch leaves nothing out: somebody may read who is no disk over it (yet). */
   needAll(all: boolean): void;
+  /**
+   * The absent pages, or those of them that are needed (see `needAll`), as [first, count, ...]; null
+   * if they are more than `maxRuns` runs.
+   */
+  absentRuns(neededOnly: boolean, maxRuns: number): number[] | null;
   /** `complete`: no page is absent, no source is needed any more. */
   stats(): { pages: number; present: number; zero: number; waiting: number; complete: boolean };
   /** Called once when it is complete, also if it is already. One at a time. */

@@ -16,6 +16,7 @@ import { checkShape, type Descriptor, decodeDescriptor } from '../descriptor/ind
 import { runsOfBitmap } from '../descriptor/zero-map.js';
 import type { DhcpService } from '../dhcp/service.js';
 import type { Vm } from '../hypervisor/driver.js';
+import { fill } from './bases.js';
 import type { Host } from './host.js';
 import type { PendingReply, PrepareRequest, StartReport, VmRecord } from './records.js';
 import { shareOf } from './tickets.js';
@@ -106,10 +107,12 @@ export class Clones {
     this.#prepared.delete(fork);
     let zeroed: Promise<unknown> | undefined;
     const markZero = (): Promise<unknown> => {
-      zeroed ??= this.#host.dataplane.call('replica.zero', {
-        generation: decoded.ram.generation,
-        runs: runsOfBitmap(decoded.zero_map, decoded.ram.pages),
-      });
+      const { call } = this.#host.dataplane;
+      const { generation, pages } = decoded.ram;
+      zeroed ??= call('replica.zero', {
+        generation,
+        runs: runsOfBitmap(decoded.zero_map, pages),
+      }).then(() => fill(call, this.#host, generation, 'ram'));
       return zeroed;
     };
     return Promise.all(

@@ -9,6 +9,7 @@ import { readJson } from '../common/files.js';
 import type { Logger } from '../common/log.js';
 import { driverByName } from '../hypervisor/index.js';
 import { NetbackFilter } from '../netback-filter/filter.js';
+import { expectVm, fill, openDisk } from './bases.js';
 import { giveUp, serve } from './capture.js';
 import { Clones } from './clones.js';
 import { DataplaneSupervisor } from './dataplane.js';
@@ -18,6 +19,7 @@ import { Leases } from './leases.js';
 import { listenLocal } from './local-api.js';
 import { LocalHost } from './local-host.js';
 import { flockSync } from './lock.js';
+import { Orphans } from './orphans.js';
 import { listenPeers } from './peer-api.js';
 import { Peers, RemoteHost } from './peers.js';
 import type { ForkRecord, VmRecord } from './records.js';
@@ -25,7 +27,7 @@ import { closeSessions } from './sessions.js';
 import { Store } from './store.js';
 import { sweep } from './sweep.js';
 import { resourcesFile, ticketFile } from './tickets.js';
-import { adoptVms, endSoon, endVm, expectVm, memtapSocket, openDisk } from './vms.js';
+import { adoptVms, endSoon, endVm, memtapSocket } from './vms.js';
 
 const ATTACH_LIMIT_MS = 5_000;
 
@@ -65,7 +67,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
     config.name,
     () => host,
     () => clones,
-    () => leases,
+    () => orphans,
   );
   const host: Host = {
     config,
@@ -86,6 +88,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
   };
   const clones = new Clones(host);
   const leases = new Leases(host);
+  const orphans = new Orphans(host);
   dataplane.on('event', (event) => {
     if (event.event === 'vm.lost') {
       log.error({ vm: event.vm, code: event.code }, event.message);
@@ -124,6 +127,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
     async close({ endVms }) {
       host.closing = true;
       leases.close();
+      orphans.close();
       closeSessions();
       await local.close();
       if (endVms) {
@@ -170,10 +174,14 @@ async function restore(host: Host, call: Host['dataplane']['call']): Promise<voi
     await attempt({ vm: record.id }, async () => {
       await expectVm(call, host, record);
       await openDisk(call, host, record);
+      if (record.base !== null) await fill(call, host, record.base.ram.generation, 'ram');
     });
   }
   for (const fork of host.forks.all()) {
     if (fork.state !== 'open') continue;
+    // Lost with its memory: a server that refuses every page would be worse than none.
+    const process = host.vms.get(fork.vm)?.hypervisor;
+    if (process === undefined || process === null || !host.driver.alive(process)) continue;
     // Its memory can be read once the VM's process has come back to memtap, a moment later.
     await call('vm.attached', { vm: fork.vm, timeout_ms: ATTACH_LIMIT_MS }).catch(
       (error: unknown) =>

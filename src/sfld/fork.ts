@@ -510,15 +510,23 @@ async function kill(
   await noteEnd(host, fork.id, clone.vmid, end);
 }
 
-/** The parent is ending: so do its clones, and its forks are forgotten. */
-export async function endForksOf(host: Host, vm: string, why: string): Promise<void> {
+/**
+ * The parent is ending: so do its clones, and its forks are forgotten. A fork with a clone that could
+ * not be told stays in the records, so that the clone's host learns it later (see orphans.ts).
+ * `lost`: the parent was lost with its host. Its clones elsewhere live on while their hosts hold what
+ * they need; those here do not, since the generations are gone.
+ */
+export async function endForksOf(host: Host, vm: string, why: string, lost = false): Promise<void> {
   for (const fork of host.forks.all().filter((one) => one.vm === vm)) {
     fork.held = false;
-    const alive = fork.clones.filter((clone) => clone.end === null);
+    const alive = fork.clones.filter(
+      (clone) => clone.end === null && !(lost && clone.host !== host.config.name),
+    );
+    let untold = false;
     await Promise.all(
       alive.map((clone) =>
         kill(host, fork, clone, why).catch(async (error: unknown) => {
-          // An unreachable host ends its orphans by itself when their lease runs out.
+          untold = true;
           const { message } = asSnowflockError(error);
           await noteEnd(host, fork.id, clone.vmid, { status: null, reason: 'lost', message });
         }),
@@ -527,14 +535,18 @@ export async function endForksOf(host: Host, vm: string, why: string): Promise<v
     await closeFork(host, fork).catch((error: unknown) =>
       host.log.error({ fork: fork.id, error: String(error) }, 'cannot close a fork'),
     );
-    await host.forks.remove(fork.id);
+    if (!untold) await host.forks.remove(fork.id);
   }
+  const old = host.forks.all().filter((fork) => host.vms.get(fork.vm) === undefined);
+  await forgetAllBut(host, CLOSED_FORKS_KEPT, old);
 }
 
 async function forgetOldForks(host: Host, vm: string): Promise<void> {
-  const closed = host.forks
-    .all()
-    .filter((fork) => fork.vm === vm && fork.state === 'closed')
-    .sort((a, b) => b.created_ms - a.created_ms);
-  for (const fork of closed.slice(CLOSED_FORKS_KEPT)) await host.forks.remove(fork.id);
+  const closed = host.forks.all().filter((fork) => fork.vm === vm && fork.state === 'closed');
+  await forgetAllBut(host, CLOSED_FORKS_KEPT, closed);
+}
+
+async function forgetAllBut(host: Host, newest: number, forks: ForkRecord[]): Promise<void> {
+  const sorted = forks.sort((a, b) => b.created_ms - a.created_ms);
+  for (const fork of sorted.slice(newest)) await host.forks.remove(fork.id);
 }

@@ -15,6 +15,7 @@ import type { Host } from './host.js';
 import { summary } from './local-host.js';
 import { listAll, locate } from './locate.js';
 import { type ForkRecord, showFork } from './records.js';
+import { allReplicas } from './replicas.js';
 import { acceptSession } from './sessions.js';
 import { requestTicket } from './tickets.js';
 import { findVm, runVm } from './vms.js';
@@ -80,6 +81,7 @@ function routes(host: Host, app: FastifyInstance): void {
     free: host.resources.free(),
   }));
   app.get('/v1/vms', () => listAll(host));
+  app.get('/v1/replicas', () => allReplicas(host));
   app.post<{ Body: Static<typeof RunBody> }>(
     '/v1/vms',
     { schema: { body: RunBody } },

@@ -3,10 +3,12 @@ import { writeJson } from '../common/files.js';
 import { addressOfVmid, wireMac } from '../network/addresses.js';
 import type { Clones } from './clones.js';
 import { cloneReplied, noteEnd } from './fork.js';
+import { type Holding, holdings } from './holdings.js';
 import type { Host } from './host.js';
-import type { Leases } from './leases.js';
-import type { Capacity, HostPort, VmCounters, VmSummary } from './peers.js';
+import { type CloneName, type Orphans, type Standing, standings } from './orphans.js';
+import type { Capacity, HostPort, ReplicaSummary, VmCounters, VmSummary } from './peers.js';
 import type { EndReport, PrepareRequest, StartReport, VmRecord } from './records.js';
+import { replicasHere } from './replicas.js';
 import { RESERVATION_LIFE_MS, resourcesFile, shareOf, takeVmids } from './tickets.js';
 import { endVm } from './vms.js';
 
@@ -14,14 +16,14 @@ import { endVm } from './vms.js';
 export class LocalHost implements HostPort {
   readonly #host: () => Host;
   readonly #clones: () => Clones;
-  readonly #leases: () => Leases;
+  readonly #orphans: () => Orphans;
   readonly name: string;
 
-  constructor(name: string, host: () => Host, clones: () => Clones, leases: () => Leases) {
+  constructor(name: string, host: () => Host, clones: () => Clones, orphans: () => Orphans) {
     this.name = name;
     this.#host = host;
     this.#clones = clones;
-    this.#leases = leases;
+    this.#orphans = orphans;
   }
 
   async capacity(): Promise<Capacity> {
@@ -102,7 +104,19 @@ export class LocalHost implements HostPort {
   }
 
   async renew(from: string, vms: string[]): Promise<string[]> {
-    return this.#leases().renewed(from, vms);
+    return this.#orphans().renewed(from, vms);
+  }
+
+  async standings(from: string, clones: CloneName[]): Promise<Standing[]> {
+    return standings(this.#host(), from, clones);
+  }
+
+  holdings(generations: string[]): Promise<Holding[]> {
+    return holdings(this.#host(), generations);
+  }
+
+  replicas(): Promise<ReplicaSummary[]> {
+    return replicasHere(this.#host(), this.#orphans());
   }
 
   async list(): Promise<VmSummary[]> {

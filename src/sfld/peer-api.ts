@@ -72,6 +72,12 @@ const Reserve = Type.Object({
   vcpus: Type.Integer({ minimum: 1, maximum: 255 }),
 });
 const Vms = Type.Object({ vms: Type.Array(Id, { maxItems: 65536 }) });
+const Standings = Type.Object({
+  clones: Type.Array(Type.Object({ vm: Id, fork: Id, parent: Id }), { maxItems: 65536 }),
+});
+const Generations = Type.Object({
+  generations: Type.Array(Type.String({ pattern: '^[0-9a-f]{32}$' }), { maxItems: 64 }),
+});
 const Ended = Type.Object({ vmid: Vmid, end: End });
 const Reply = Type.Object({ vmid: Vmid, reply_ms: Type.Number({ minimum: 0 }) });
 const Count = Type.Object({ n: Type.Integer({ minimum: 1, maximum: 4096 }) });
@@ -175,6 +181,17 @@ function routes(host: Host, server: PeerServer, self: LocalHost): void {
   server.post<{ Body: Static<typeof Vms> }>('/v1/leases', { schema: { body: Vms } }, async (r) => ({
     alive: await self.renew(r.peerHost, r.body.vms),
   }));
+  server.post<{ Body: Static<typeof Standings> }>(
+    '/v1/standings',
+    { schema: { body: Standings } },
+    async (r) => ({ standings: await self.standings(r.peerHost, r.body.clones) }),
+  );
+  server.post<{ Body: Static<typeof Generations> }>(
+    '/v1/holdings',
+    { schema: { body: Generations } },
+    async (r) => ({ holdings: await self.holdings(r.body.generations) }),
+  );
+  server.get('/v1/replicas', async () => ({ replicas: await self.replicas() }));
   server.get('/v1/vms', async () => ({ vms: await self.list() }));
   server.get<{ Params: { vm: string } }>('/v1/vms/:vm/counters', (r) => self.counters(r.params.vm));
 }

@@ -4,6 +4,8 @@
  */
 import type { PeerClient } from '../cluster/client.js';
 import { SnowflockError } from '../common/errors.js';
+import type { Holding } from './holdings.js';
+import type { CloneName, Standing } from './orphans.js';
 import type { EndReport, PrepareRequest, StartReport } from './records.js';
 
 export interface Capacity {
@@ -38,6 +40,34 @@ export interface VmCounters {
   pages_fetched: number;
 }
 
+/** A replica as `snowflock replicas` shows it. */
+export interface ReplicaSummary {
+  generation: string;
+  kind: 'ram' | 'disk';
+  host: string;
+  /** VMs of this host that stand on it. */
+  vms: string[];
+  pages: number;
+  held_pages: number;
+  complete: boolean;
+  /** Others may fetch from it. */
+  served: boolean;
+  source: {
+    host: string;
+    /**
+     * `lost`: not heard of; `ended`: its host is back, without the parent. Either way the clones
+     * live on while `unheld_pages` is 0.
+     */
+    state: 'live' | 'lost' | 'ended';
+    /** When it was heard last, Unix time; null while it lives. */
+    heard_ms: number | null;
+  };
+  /** Without the source: pages still needed here; held by no other host; and who holds the rest. */
+  needed_pages: number | null;
+  unheld_pages: number | null;
+  held_by: string[];
+}
+
 export interface HostPort {
   readonly name: string;
   capacity(): Promise<Capacity>;
@@ -53,6 +83,11 @@ export interface HostPort {
   allocateVmids(family: number, n: number): Promise<number[]>;
   /** Renews the lease of clones there; returns those of them that are alive. */
   renew(from: string, vms: string[]): Promise<string[]>;
+  /** How the parent's host there counts clones that run on `from`. */
+  standings(from: string, clones: CloneName[]): Promise<Standing[]>;
+  /** What it holds of these generations, for others to fetch. */
+  holdings(generations: string[]): Promise<Holding[]>;
+  replicas(): Promise<ReplicaSummary[]>;
   list(): Promise<VmSummary[]>;
   counters(vm: string): Promise<VmCounters>;
 }
@@ -136,6 +171,30 @@ export class RemoteHost implements HostPort {
       timeoutMs: SHORT_MS,
     });
     return alive;
+  }
+  async standings(from: string, clones: CloneName[]): Promise<Standing[]> {
+    const { standings } = await this.#client.request<{ standings: Standing[] }>(
+      'POST',
+      '/v1/standings',
+      { body: { from, clones }, timeoutMs: SHORT_MS },
+    );
+    return standings;
+  }
+  async holdings(generations: string[]): Promise<Holding[]> {
+    const { holdings } = await this.#client.request<{ holdings: Holding[] }>(
+      'POST',
+      '/v1/holdings',
+      { body: { generations }, timeoutMs: SHORT_MS },
+    );
+    return holdings;
+  }
+  async replicas(): Promise<ReplicaSummary[]> {
+    const { replicas } = await this.#client.request<{ replicas: ReplicaSummary[] }>(
+      'GET',
+      '/v1/replicas',
+      { timeoutMs: SHORT_MS },
+    );
+    return replicas;
   }
   async list(): Promise<VmSummary[]> {
     const { vms } = await this.#client.request<{ vms: VmSummary[] }>('GET', '/v1/vms', {

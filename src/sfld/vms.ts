@@ -17,17 +17,10 @@ import { findImage } from '../image/images.js';
 import { kernelCommandLine } from '../image/manifest.js';
 import { addressOfVmid, GATEWAY, GUEST_MAC, MTU, PREFIX_BITS } from '../network/addresses.js';
 import { openTap } from '../network/tap.js';
+import { closeReplicas, expectVm, openDisk } from './bases.js';
 import { cloneEnded, endForksOf } from './fork.js';
 import { handleGuestCall } from './guest-calls.js';
-import {
-  agentPath,
-  type Host,
-  type LiveVm,
-  liveVm,
-  placeBootFiles,
-  replicaPath,
-  vmPaths,
-} from './host.js';
+import { agentPath, type Host, type LiveVm, liveVm, placeBootFiles, vmPaths } from './host.js';
 import type { EndReport, PendingReply, VmRecord } from './records.js';
 import { revokeTickets } from './tickets.js';
 
@@ -212,62 +205,6 @@ export function memtapSocket(config: { runDir: string }): string {
   return join(config.runDir, 'memtap.sock');
 }
 
-type Call = Host['dataplane']['call'];
-
-/** Tells the data plane of a VM; repeated after each of its restarts. */
-export async function expectVm(call: Call, host: Host, record: VmRecord): Promise<void> {
-  const { base } = record;
-  if (base !== null) {
-    await call('replica.open', {
-      generation: base.ram.generation,
-      path: replicaPath(host.config, 'ram', base.ram.generation),
-      pages: base.ram.pages,
-      medium: 'memory',
-      source: base.ram.source,
-    });
-  }
-  await call('vm.expect', {
-    vm: record.id,
-    token: record.token,
-    ram_bytes: record.ram_bytes,
-    ...(base === null ? {} : { replica: base.ram.generation }),
-    generations: host.forks
-      .all()
-      .filter((fork) => fork.vm === record.id && fork.state === 'open')
-      .sort((a, b) => a.created_ms - b.created_ms)
-      .map((fork) => ({ generation: fork.ram.generation, directory: fork.ram_directory })),
-  });
-}
-
-export async function openDisk(call: Call, host: Host, record: VmRecord): Promise<void> {
-  const { base } = record;
-  if (base !== null) {
-    await call('replica.open', {
-      generation: base.disk.generation,
-      path: replicaPath(host.config, 'disk', base.disk.generation),
-      pages: base.disk.pages,
-      medium: 'disk',
-      source: base.disk.source,
-    });
-  }
-  await call('disk.open', {
-    disk: record.id,
-    directory: record.disk_directory,
-    ...(base === null ? {} : { replica: base.disk.generation }),
-    socket: vmPaths(host.config, record.id).nbd,
-    export_name: record.id,
-    uid: record.uid,
-    gid: host.config.vmGid,
-  });
-  // After its disk is open, so that what the clone has overwritten is left out.
-  if (base !== null && host.config.prefetchBytesPerS > 0) {
-    await call('replica.prefetch', {
-      generation: base.disk.generation,
-      rate_bytes_per_s: host.config.prefetchBytesPerS,
-    });
-  }
-}
-
 /** Joins a started VM with its guest channel and watches for its end. */
 export async function goLive(
   host: Host,
@@ -367,11 +304,12 @@ async function adoptOrEnd(host: Host, record: VmRecord): Promise<void> {
     const halfMade = record.state === 'starting' || givenUp(host, record);
     if (vm === null || halfMade || record.state === 'ending') {
       await vm?.destroy();
-      await endVm(host, record.id, {
+      const report: EndReport = {
         status: null,
         reason: halfMade ? 'failed' : 'crashed',
         message: halfMade ? 'the daemon ended while the VM was being made' : 'VM process is gone',
-      });
+      };
+      await endVm(host, record.id, report, !halfMade && record.state === 'running');
       return;
     }
     await adoptVm(host, record, vm);
@@ -426,19 +364,30 @@ const ending = new Map<string, Promise<void>>();
 /**
  * Ends a VM and removes all that belongs to it, its own clones first. If that is under way already,
  * waits for it: the first report counts. Takes up an end that an earlier daemon did not finish.
+ * `lostWithHost`: nobody ended it, so its clones on other hosts may live on.
  */
-export function endVm(host: Host, id: string, report: EndReport): Promise<void> {
+export function endVm(
+  host: Host,
+  id: string,
+  report: EndReport,
+  lostWithHost = false,
+): Promise<void> {
   const underWay = ending.get(id);
   if (underWay !== undefined) return underWay;
   const record = host.vms.get(id);
   if (record === undefined) return Promise.resolve();
   record.state = 'ending';
-  const end = finishVm(host, record, report).finally(() => ending.delete(id));
+  const end = finishVm(host, record, report, lostWithHost).finally(() => ending.delete(id));
   ending.set(id, end);
   return end;
 }
 
-async function finishVm(host: Host, record: VmRecord, report: EndReport): Promise<void> {
+async function finishVm(
+  host: Host,
+  record: VmRecord,
+  report: EndReport,
+  lostWithHost: boolean,
+): Promise<void> {
   const { id } = record;
   const counted = await host.dataplane.call('vm.stats', { vm: id }).catch(() => undefined);
   const fetched = counted?.pagesFetched;
@@ -466,7 +415,7 @@ async function finishVm(host: Host, record: VmRecord, report: EndReport): Promis
   undo.add('clones', async () => {
     // A fork under way ends first (its waits are bounded): then all its clones are known.
     await Promise.allSettled([...(live?.forks ?? [])]);
-    await endForksOf(host, id, 'the parent ended');
+    await endForksOf(host, id, 'the parent ended', lostWithHost);
   });
   await undo.run(host.log);
   host.live.delete(id);
@@ -477,25 +426,6 @@ async function finishVm(host: Host, record: VmRecord, report: EndReport): Promis
   last.add('replicas', () => closeReplicas(host, record));
   await last.run(host.log);
   if (record.parent !== null) await cloneEnded(host, record, record.end);
-}
-
-async function closeReplicas(host: Host, record: VmRecord): Promise<void> {
-  const { base } = record;
-  if (base === null) return;
-  const shared = host.vms
-    .all()
-    .some((vm) => vm.id !== record.id && vm.base?.ram.generation === base.ram.generation);
-  if (shared) return;
-  // Both are asked at once: a new clone of the generation that comes now finds both gone, and opens
-  // both anew. Between two waits it would find one that is about to be closed under it.
-  await Promise.all(
-    (['ram', 'disk'] as const).map((kind) =>
-      host.dataplane.call('replica.close', {
-        generation: base[kind].generation,
-        path: replicaPath(host.config, kind, base[kind].generation),
-      }),
-    ),
-  );
 }
 
 /** Ends a VM that nobody waits for. */

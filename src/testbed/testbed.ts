@@ -47,6 +47,9 @@ import {
   writeRecord,
 } from './record.js';
 
+/** For what was killed to be gone. */
+const KILL_LIMIT_MS = 10_000;
+
 export interface TestbedOptions {
   /** Number of hosts, 1 to 200; they are called h1, h2, … */
   readonly hosts: number;
@@ -311,6 +314,26 @@ export class Testbed {
   /** Joins a host again. */
   heal(host: TestbedHost): void {
     setPort(namesOf(this.name).prefix, this.#index(host), true);
+  }
+
+  /**
+   * A power cut of a host: nothing it would still say gets out, and every process in its namespace is
+   * killed, the oldest (its daemon) first. `heal()` and a new daemon bring it back; as files in memory
+   * are still there, it looks like a machine whose processes died, with the same boot id.
+   */
+  async powerOff(host: TestbedHost): Promise<void> {
+    this.cut(host);
+    const find = (): ProcessId[] => processesInNetns(host.netns);
+    for (const target of find().sort((a, b) => a.startTicks - b.startTicks)) {
+      signalProcess(target, 'SIGKILL');
+    }
+    const deadline = performance.now() + KILL_LIMIT_MS;
+    while (find().some(isAlive)) {
+      if (performance.now() > deadline) {
+        throw new SnowflockError('E_STATE', `cannot end the processes of ${host.name}`);
+      }
+      await new Promise((resolve) => setTimeout(resolve, 10));
+    }
   }
 
   /**

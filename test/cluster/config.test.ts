@@ -36,6 +36,7 @@ describe('host configuration', () => {
       imageDir: '/var/lib/snowflock/image',
       mcdistPort: 7448,
       prefetchBytesPerS: 0,
+      prefetchRamBytesPerS: 0,
       maxOpenFiles: 256,
       leaseMs: 15_000,
       vmUid: 1_900_000_000,

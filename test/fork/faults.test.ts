@@ -1,19 +1,8 @@
-import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { connectToDataplane } from '../../src/dataplane/rpc.js';
-import { startDaemonOn, type TestbedDaemon } from '../../src/testbed/daemons.js';
-import { Lab, sh, until } from './lab.js';
+import { startDaemonOn } from '../../src/testbed/daemons.js';
+import { dataplanePid, Lab, sh, until } from './lab.js';
 
 const HASH = 'echo 3 > /proc/sys/vm/drop_caches; md5sum /dev/shm/data /root/data';
-
-async function dataplanePid(daemon: TestbedDaemon): Promise<number> {
-  const client = await connectToDataplane(join(daemon.host.dirs.run, 'dataplane.sock'));
-  try {
-    return (await client.call('ping', {})).pid;
-  } finally {
-    client.close();
-  }
-}
 
 describe('failures during and after a fork', () => {
   let lab: Lab;
@@ -39,7 +28,7 @@ describe('failures during and after a fork', () => {
   ])('SIGKILL of the data plane on %s while pages are outstanding', async (_where, index) => {
     const fork = await lab.fork(vm, 4);
     const daemon = lab.daemon(index);
-    const pid = await dataplanePid(daemon);
+    const pid = await dataplanePid(daemon.host.dirs.run);
     const hashes = fork.clones.map((clone) => sh(lab.client, clone.vm, HASH));
     // Pages are on their way: the clones read 72 MiB of RAM and disk, and hold a part of it.
     const watched = fork.clones.find((clone) => clone.host === daemon.host.name);
@@ -52,7 +41,7 @@ describe('failures during and after a fork', () => {
     process.kill(pid, 'SIGKILL');
     expect(present).toBeLessThan(dataPages);
     for (const hash of await Promise.all(hashes)) expect(hash).toBe(before);
-    expect(await dataplanePid(daemon)).not.toBe(pid);
+    expect(await dataplanePid(daemon.host.dirs.run)).not.toBe(pid);
     await sh(lab.client, vm, HASH).then((hash) => expect(hash).toBe(before));
     await lab.client.killClones(vm, { fork: fork.id });
   });

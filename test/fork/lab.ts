@@ -3,9 +3,15 @@ import { readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import type { ForkRecord, SnowflockClient } from '../../src/api/client.js';
 import { exec } from '../../src/api/exec.js';
+import { connectToDataplane } from '../../src/dataplane/rpc.js';
 import { defaultImageDir } from '../../src/image/images.js';
 import type { VmRecord } from '../../src/sfld/records.js';
-import { configure, startDaemons, type TestbedDaemon } from '../../src/testbed/daemons.js';
+import {
+  configure,
+  startDaemonOn,
+  startDaemons,
+  type TestbedDaemon,
+} from '../../src/testbed/daemons.js';
 import { Testbed } from '../../src/testbed/testbed.js';
 
 export const MIB = 2 ** 20;
@@ -16,12 +22,17 @@ export class Lab {
     readonly daemons: TestbedDaemon[],
   ) {}
 
-  static async start(hosts: number, settings: Record<string, unknown> = {}): Promise<Lab> {
+  /** `own`: further settings of single hosts, by index. */
+  static async start(
+    hosts: number,
+    settings: Record<string, unknown> = {},
+    own: Record<string, unknown>[] = [],
+  ): Promise<Lab> {
     Testbed.reap();
     const testbed = await Testbed.create({ hosts });
     try {
-      for (const host of testbed.hosts) {
-        await configure(host, { image_dir: defaultImageDir(), ...settings });
+      for (const [index, host] of testbed.hosts.entries()) {
+        await configure(host, { image_dir: defaultImageDir(), ...settings, ...own[index] });
       }
       return new Lab(testbed, await startDaemons(testbed));
     } catch (error) {
@@ -34,6 +45,31 @@ export class Lab {
     const daemon = this.daemons[index];
     if (daemon === undefined) throw new Error(`the lab has no host ${index}`);
     return daemon;
+  }
+
+  /** A host loses its power: see Testbed.powerOff. */
+  async powerOff(index: number): Promise<void> {
+    await this.testbed.powerOff(this.daemon(index).host);
+  }
+
+  /** ... and comes back, with its files. */
+  async powerOn(index: number): Promise<void> {
+    const { host } = this.daemon(index);
+    this.testbed.heal(host);
+    this.daemons[index] = await startDaemonOn(this.testbed, host);
+  }
+
+  /** SIGKILL; resolves when another one runs. */
+  async killDataplane(index: number): Promise<void> {
+    const { host } = this.daemon(index);
+    const pid = await dataplanePid(host.dirs.run);
+    process.kill(pid, 'SIGKILL');
+    await until('a new data plane', 30_000, async () =>
+      dataplanePid(host.dirs.run).then(
+        (now) => now !== pid,
+        () => false,
+      ),
+    );
   }
 
   get client(): SnowflockClient {
@@ -120,6 +156,16 @@ export class Lab {
 
   destroy(): Promise<void> {
     return this.testbed.destroy();
+  }
+}
+
+/** Of the host whose sockets are in `runDir`. Errors: E_DATAPLANE. */
+export async function dataplanePid(runDir: string): Promise<number> {
+  const client = await connectToDataplane(join(runDir, 'dataplane.sock'));
+  try {
+    return (await client.call('ping', {})).pid;
+  } finally {
+    client.close();
   }
 }
 

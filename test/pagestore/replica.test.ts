@@ -94,3 +94,18 @@ test('a data file that lost pages its map has is an error', async () => {
   await truncate(path, 10 * PAGE);
   expect(await codeOf((async () => opened(path, generation))())).toBe('E_CORRUPT');
 });
+
+test('absent pages as runs: joined over words of the bitmap, and told if they are too many', async () => {
+  const replica = opened(join(await temporary(), 'replica'), newGeneration());
+  expect(replica.absentRuns(false, 1)).toEqual([0, PAGES]);
+  replica.fill(3, page(3));
+  replica.fillZero(10, 2);
+  replica.fill(63, page(63));
+  replica.fill(99, page(99));
+  const runs = [0, 3, 4, 6, 12, 51, 64, 35];
+  expect(replica.absentRuns(false, 4)).toEqual(runs);
+  expect(replica.absentRuns(true, 4)).toEqual(runs); // nobody over it: all is needed
+  expect(replica.absentRuns(false, 3)).toBeNull();
+  replica.fillZero(0, PAGES);
+  expect(replica.absentRuns(false, 0)).toEqual([]);
+});

@@ -20,7 +20,7 @@ import {
 import { hardLimit } from './console-log.js';
 import { probeKvm } from './kvm-probe.js';
 import { defaultMachine, type Machine } from './machine.js';
-import { tailOf, VmProcess } from './process.js';
+import { isAlive, tailOf, VmProcess } from './process.js';
 import { QmpClient } from './qmp.js';
 import { QemuVm } from './vm.js';
 
@@ -125,6 +125,10 @@ export class QemuDriver implements HypervisorDriver {
     const process = VmProcess.adopt({ pid, startTicks, bootId: boot_id });
     const qmp = await QmpClient.connect(record.control_socket);
     return QemuVm.attach({ process, qmp, record, startMs: 0, maxStateBytes: this.#maxStateBytes });
+  }
+
+  alive({ pid, start_ticks: startTicks, boot_id }: VmRecord): boolean {
+    return isAlive({ pid, startTicks, bootId: boot_id });
   }
 
   async end(record: VmRecord): Promise<void> {
