@@ -6,13 +6,16 @@
 namespace sf::mcdist {
 namespace {
 
-// A window in which less than this share of the rate was sent says nothing about the rate: there
-// was nothing to send, or the local link was slower.
+// A window in which less than this share of the rate was sent does not show that the rate is good:
+// there was nothing to send, or the local link was slower.
 constexpr double kFull = 0.7;
+// And below this share of the start, what is lost is no matter of the rate.
+constexpr double kTellingShare = 0.25;
 // Clients that take less than this share of what is sent, for so many windows in a row, are too
-// slow even if their buffers still hold it.
+// slow even if their buffers still hold it. Their own estimates lag by two or three windows.
 constexpr double kSlowShare = 0.7;
-constexpr uint32_t kSlowWindows = 4;
+constexpr uint32_t kSlowWindows = 5;
+constexpr double kLag = 1.2;
 constexpr double kMaxNoise = 0.5;
 constexpr double kStartGrowth = 2;
 
@@ -77,29 +80,36 @@ void FlowControl::judge(const Audience::Summary& heard, TimeNs now) {
     settle_--;
     return;
   }
-  if (sent_rate < kFull * rate_ || symbols < config_.window_symbols || heard.peers == 0) {
+  if (symbols < config_.window_symbols || heard.peers == 0) {
     slow_windows_ = 0;
     // A drain that sent nothing has drained.
     if (state_ == State::kDrain) enter(State::kCruise, config_.recover * delivered_, 1);
     if (state_ == State::kProbe) enter(State::kCruise, rate_before_, 0);
     return;
   }
+  const bool full = sent_rate >= kFull * rate_;
   // Clients too slow look like a loss of what they did not take.
-  const double taken = smooth_ > 0 ? heard.receive_rate / smooth_ : 1;
-  slow_windows_ = taken < kSlowShare * (1 - noise_) ? slow_windows_ + 1 : 0;
+  const double taken = smooth_ > 0 ? heard.receive_rate / smooth_ / (1 - noise_) : 1;
+  const bool telling = full || group_rate >= kTellingShare * config_.start_rate;
+  slow_windows_ = telling && taken < kSlowShare ? slow_windows_ + 1 : 0;
   const bool slow = slow_windows_ >= kSlowWindows;
   const double loss = slow ? std::max(heard.loss, 1 - taken) : heard.loss;
   // Three standard deviations of what noise alone would give in one client's window.
-  const double spread =
-      3 * std::sqrt(noise_ * (1 - noise_) / static_cast<double>(std::max<uint64_t>(symbols, 1)));
+  const double spread = 3 * std::sqrt(noise_ * (1 - noise_) / static_cast<double>(symbols));
   const bool lossy = loss > noise_ + config_.loss_tolerance + spread;
-  const double delivered = slow ? heard.receive_rate : group_rate * (1 - loss) / (1 - noise_);
+  // What arrived: by what was reported lost, which tells it of this window but not of packets sent
+  // for repair; bounded by what the clients say, which lags.
+  const double said = heard.receive_rate / (1 - noise_);
+  const double implied = group_rate * (1 - loss) / (1 - noise_);
+  const double delivered = slow ? said : said > 0 ? std::min(implied, kLag * said) : implied;
   if (!lossy && config_.learn_noise) noise_ += 0.1 * (loss - noise_);
 
   switch (state_) {
     case State::kStart:
-      if (lossy) return congested(loss, delivered);
-      return enter(State::kStart, rate_ * kStartGrowth, 1);
+      if (lossy && telling) return congested(loss, delivered);
+      // No faster before the clients are seen to take what is sent.
+      if (full && taken >= kSlowShare) enter(State::kStart, rate_ * kStartGrowth, 1);
+      return;
     case State::kDrain:
       if (config_.learn_noise && loss - noise_ > 0.5 * (loss_before_ - noise_)) {
         undone_++;
@@ -109,11 +119,13 @@ void FlowControl::judge(const Audience::Summary& heard, TimeNs now) {
       until_probe_ = probe_wait_;
       return enter(State::kCruise, config_.recover * delivered_, 1);
     case State::kCruise:
-      if (lossy) return congested(loss, delivered);
-      if (config_.probe <= 1 || (until_probe_ > 0 && --until_probe_ > 0)) return;
+      if (lossy && telling) return congested(loss, delivered);
+      if (!full || config_.probe <= 1 || taken < kSlowShare) return;
+      if (until_probe_ > 0 && --until_probe_ > 0) return;
       rate_before_ = rate_;
       return enter(State::kProbe, rate_ * config_.probe, 1);
     case State::kProbe:
+      if (!full) return enter(State::kCruise, rate_before_, 0);
       if (lossy) {
         probe_wait_ = std::min(2 * probe_wait_, config_.probe_windows_max);
         until_probe_ = probe_wait_;

@@ -1,6 +1,7 @@
 import { createHash } from 'node:crypto';
 import { asSnowflockError } from '../common/errors.js';
 import { loadAddon } from '../common/native.js';
+import { groupOf } from './groups.js';
 
 /** Opaque: the `handle` property of a `Replica`. */
 export type ReplicaHandle = unknown;
@@ -344,9 +345,5 @@ export class McdistClient {
  * cost each other's clients the look at a packet's header, never a byte.
  */
 export function groupFor(generation: string): { group: string; port: number } {
-  const digest = createHash('sha256').update(`mcdist group ${generation}`).digest();
-  return {
-    group: `239.195.${digest.readUInt8(0)}.${digest.readUInt8(1)}`,
-    port: 16384 + (digest.readUInt16BE(2) & 0x3fff),
-  };
+  return groupOf(createHash('sha256').update(`mcdist group ${generation}`).digest());
 }
