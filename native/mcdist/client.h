@@ -35,6 +35,7 @@
 #include "common/page.h"
 #include "common/status.h"
 #include "mcdist/counters.h"
+#include "mcdist/parity_table.h"
 #include "mcdist/reassembly.h"
 #include "mcdist/requester.h"
 #include "mcdist/senders.h"
@@ -117,6 +118,9 @@ class Client final : public PageFetcher {
   void handle_negative(const Sender* sender, const std::vector<Run>& runs, TimeNs now);
   void handle_welcome(Sender* sender, const Header& header, const Welcome& welcome, TimeNs now);
   void handle_announce(Sender* sender, const Announce& announce, TimeNs now);
+  void handle_parity(const Sender* sender, const Header& header, size_t size, TimeNs now);
+  void repair(uint64_t block, TimeNs now);
+  const uint8_t* symbol(PageIndex page, unsigned fragment);
   void look(BlockReport* report) const;
   void refresh_needed(TimeNs now);
 
@@ -178,6 +182,11 @@ class Client final : public PageFetcher {
   // Of whoever has the role.
   ReceiveBatch received_;
   Reassembly reassembly_;
+  ParityTable parities_;
+  bool repairing_ = false;
+  PageIndex symbol_page_ = 0;  // what is in symbols_
+  bool symbol_read_ = false;
+  uint8_t symbols_[kPageBytes];
   SenderTable senders_;
   Sender* current_ = nullptr;  // who welcomed us last, in senders_
   TimeNs last_word_ = 0;       // of the current server

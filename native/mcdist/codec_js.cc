@@ -109,7 +109,7 @@ Napi::Value Encode(const Napi::CallbackInfo& info) {
       },
       out.data());
   if (!encoded) return info.Env().Null();
-  return Bytes::Copy(info.Env(), out.data(), count * fragment_size(fragments));
+  return Bytes::Copy(info.Env(), out.data(), count * symbol_bytes(fragments));
 }
 
 class ParityTableJs : public Napi::ObjectWrap<ParityTableJs> {

@@ -9,7 +9,7 @@ bool encode_parity(unsigned fragments, const SymbolSet& cover, unsigned first, u
   if (!valid_cover(fragments, cover) || first > kMaxParities || count > kMaxParities - first) {
     return false;
   }
-  const size_t size = fragment_size(fragments);
+  const size_t size = symbol_bytes(fragments);
   std::memset(out, 0, count * size);
   for (unsigned i = cover.next(0); i < kMaxSymbols;) {
     const unsigned page = i / fragments;

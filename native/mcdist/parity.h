@@ -6,7 +6,7 @@
 // of such a matrix can be inverted, so any n parities over a cover repair any n lost symbols of it.
 // A coefficient depends on i and j alone, not on the cover.
 //
-// Symbols here are fragment_size(fragments) bytes; `fragments` is 1 to 4.
+// Symbols here are symbol_bytes(fragments) bytes; `fragments` is 1 to 4.
 #pragma once
 
 #include <functional>
@@ -33,7 +33,7 @@ inline bool valid_cover(unsigned fragments, const SymbolSet& cover) {
 using BlockReader = std::function<const uint8_t*(unsigned page)>;
 
 // Writes parities first .. first + count - 1 over `cover` to `out`, count *
-// fragment_size(fragments) bytes. Reads each page of the cover once, in order. False, and `out` is
+// symbol_bytes(fragments) bytes. Reads each page of the cover once, in order. False, and `out` is
 // of no use: a page cannot be read, the cover is not valid, or first + count > kMaxParities.
 bool encode_parity(unsigned fragments, const SymbolSet& cover, unsigned first, unsigned count,
                    const BlockReader& read, uint8_t* out);

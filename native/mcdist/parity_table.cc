@@ -44,7 +44,7 @@ std::vector<uint8_t> invert(const std::vector<uint8_t>& x, const std::vector<uin
 }  // namespace
 
 size_t ParityTable::row_bytes(unsigned fragments) const {
-  return mode_ == Mode::kBytes ? fragment_size(fragments) : 0;
+  return mode_ == Mode::kBytes ? symbol_bytes(fragments) : 0;
 }
 
 const ParityTable::Block* ParityTable::find(uint64_t block, unsigned fragments) const {
@@ -87,7 +87,7 @@ bool ParityTable::solvable(const Block& block, const SymbolSet& missing, System*
 ParityTable::Added ParityTable::add(uint64_t block, const Cover& cover, unsigned index,
                                     const uint8_t* bytes, size_t size, const SymbolSet& missing) {
   if (index >= kMaxParities || cover.id == 0 || !valid_cover(cover.fragments, cover.symbols) ||
-      (mode_ == Mode::kBytes && size != fragment_size(cover.fragments))) {
+      (mode_ == Mode::kBytes && size != symbol_bytes(cover.fragments))) {
     return Added::kBad;
   }
   const SymbolSet unknowns = cover.symbols & missing;
@@ -173,7 +173,7 @@ ParityTable::Repair ParityTable::repair(uint64_t block, unsigned fragments,
 // Takes what is held out of the system's rows: what is left in work_ is of its unknowns alone.
 bool ParityTable::reduce(const System& system, const SymbolSet& missing, unsigned fragments,
                          const SymbolReader& read) {
-  const size_t size = fragment_size(fragments);
+  const size_t size = symbol_bytes(fragments);
   work_.resize(system.rows.size() * size);
   SymbolSet held;
   for (size_t r = 0; r < system.rows.size(); r++) {
@@ -194,7 +194,7 @@ bool ParityTable::reduce(const System& system, const SymbolSet& missing, unsigne
 }
 
 void ParityTable::solve(const System& system, unsigned fragments, const SymbolWriter& write) {
-  const size_t size = fragment_size(fragments);
+  const size_t size = symbol_bytes(fragments);
   const size_t n = system.rows.size();
   std::vector<uint8_t> x, y;
   for (const Row* row : system.rows) x.push_back(static_cast<uint8_t>(128 + row->index));

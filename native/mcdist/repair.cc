@@ -38,7 +38,7 @@ bool Repair::on_its_way(const Block& block, const BlockReport& report, const Sym
   }
   if (asked.within(block.plain)) return true;
   if (block.cover_id == 0 || !asked.within(block.cover)) return false;
-  const unsigned lacks = (report.missing & block.cover).size();
+  const unsigned lacks = (report.missing & block.cover).count();
   if (report.cover != block.cover_id) return block.used >= lacks;
   const unsigned held = lacks > report.need ? lacks - report.need : 0;
   return block.used >= held + report.need;
@@ -90,9 +90,9 @@ bool Repair::next(TimeNs now, Order* out) {
   unsigned fresh = 0;
   unsigned more = 0;
   for (const Reporter& reporter : block.reporters) {
-    fresh = std::max(fresh, (reporter.missing & block.asked).size());
+    fresh = std::max(fresh, (reporter.missing & block.asked).count());
     more = std::max<unsigned>(
-        more, reporter.matched ? reporter.need : (reporter.missing & block.cover).size());
+        more, reporter.matched ? reporter.need : (reporter.missing & block.cover).count());
   }
   const bool goes_on = block.cover_id != 0 && block.asked.within(block.cover) && more > 0 &&
                        more <= fresh && block.used + more <= kIndices;
@@ -100,7 +100,7 @@ bool Repair::next(TimeNs now, Order* out) {
   out->block = number;
   out->fragments = block.fragments;
   const unsigned least = goes_on ? more : fresh;
-  if (!config_.parity || least >= block.asked.size() || fresh > kIndices) {
+  if (!config_.parity || least >= block.asked.count() || fresh > kIndices) {
     out->symbols = block.plain = block.asked;
     return true;
   }

@@ -6,12 +6,24 @@
 #include <cstdint>
 
 #include "common/page.h"
-#include "mcdist/wire.h"
 
 namespace sf::mcdist {
 
-constexpr unsigned kBlockPages = 32;
+constexpr unsigned kMaxFragments = 4;  // a page at the smallest MTU
+constexpr PageIndex kBlockPages = 32;  // what parity packets span
 constexpr unsigned kMaxSymbols = kBlockPages * kMaxFragments;
+
+// Each packet of a page has so many bytes of it; the last one is padded with zeros to that.
+inline size_t symbol_bytes(unsigned fragments) { return (kPageBytes + fragments - 1) / fragments; }
+inline size_t fragment_offset(unsigned index, unsigned fragments) {
+  return index * symbol_bytes(fragments);
+}
+// Without the padding.
+inline size_t fragment_length(unsigned index, unsigned fragments) {
+  const size_t offset = fragment_offset(index, fragments);
+  const size_t size = symbol_bytes(fragments);
+  return offset + size <= kPageBytes ? size : kPageBytes - offset;
+}
 
 class SymbolSet {
  public:
@@ -26,7 +38,9 @@ class SymbolSet {
     return set;
   }
   // All symbols of a block. `fragments` is 1 to 4.
-  static constexpr SymbolSet Block(unsigned fragments) { return First(kBlockPages * fragments); }
+  static constexpr SymbolSet Block(unsigned fragments) {
+    return First(static_cast<unsigned>(kBlockPages) * fragments);
+  }
   // The symbols of page `page` (0 to 31).
   static constexpr SymbolSet Page(unsigned page, unsigned fragments) {
     return First((page + 1) * fragments) - First(page * fragments);
