@@ -5,6 +5,7 @@
 // network never know each other.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -44,6 +45,12 @@ class PageFetcher {
  public:
   virtual ~PageFetcher() = default;
   virtual void want(PageIndex page, Urgency urgency) = 0;
+  // For a thread that can do nothing until the page is there: want() as a fault, and the thread is
+  // lent to the fetcher, which may have it receive (other pages too) until `done`. May return
+  // sooner.
+  virtual void fetch(PageIndex page, const std::atomic<bool>& done) {
+    if (!done.load()) want(page, Urgency::kFault);
+  }
   // Asks for a run of pages nobody waits for yet. False: it has too much to do, nothing was taken.
   virtual bool prefetch(PageIndex first, uint64_t count) {
     for (; count > 0; first++, count--) want(first, Urgency::kPrefetch);

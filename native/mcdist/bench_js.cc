@@ -63,12 +63,24 @@ bool read_all(int fd, uint8_t* out, size_t bytes) {
   return true;
 }
 
-// (replica handle, first, count) -> time from want() to the waiting thread running again, one page
-// after the other.
+// (replica handle, first, count, handed over) -> time from asking to the waiting thread running
+// again, one page after the other. The thread lends itself to the client (Replica::fetch), unless
+// `handed over`: then the client's thread wakes it.
 Napi::Value MeasureFetch(const Napi::CallbackInfo& info) {
   auto replica = unwrap_replica(info[0]);
   const uint64_t first = whole_of(info[1], "first");
   const uint64_t pages = whole_of(info[2], "count");
+  if (!info[3].ToBoolean()) {
+    return Measurement::Run(info.Env(), [replica, first, pages](std::vector<double>* out) {
+      for (uint64_t page = first; page < first + pages; page++) {
+        const TimeNs begin = now_ns();
+        Status status = replica->fetch(page);
+        out->push_back(static_cast<double>(now_ns() - begin) / 1000);
+        if (!status.ok()) return status;
+      }
+      return Status::Ok();
+    });
+  }
   return Measurement::Run(info.Env(), [replica, first, pages](std::vector<double>* out) {
     struct Wait {
       std::mutex mutex;

@@ -6,6 +6,7 @@
 #include <sys/timerfd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 
 namespace sf::mcdist {
@@ -16,6 +17,9 @@ namespace {
 constexpr size_t kDirectFaults = 4;
 constexpr TimeNs kGreetFirst = 20 * kMillisecond;
 constexpr TimeNs kGreetLast = 250 * kMillisecond;
+// After a thread that lent itself has left, the next one is waited for so long. What comes
+// meanwhile and nobody waits for stays in the sockets' buffers.
+constexpr TimeNs kLent = 2 * kMillisecond;
 constexpr unsigned kGreetIdle = 8;  // greetings while nobody wants anything
 constexpr TimeNs kRateMemory = 100 * kMillisecond;
 // A page not answered for so many source time-outs, though the server speaks, is given up.
@@ -38,6 +42,7 @@ Client::Client(const Options& options, const BootId& boot, std::shared_ptr<Repli
       server_(options.server),
       home_(options.server),
       packet_(kMaxMtuBytes),
+      received_(true),
       fragments_(static_cast<uint8_t>(fragments_for(options.mtu_bytes))) {}
 
 Status Client::Open(const Options& options, std::shared_ptr<Replica> replica,
@@ -56,6 +61,8 @@ Status Client::Open(const Options& options, std::shared_ptr<Replica> replica,
   Status status = open_member(options.group, options.interface_address, &client->member_);
   if (status.ok()) status = open_unicast(local, options.interface_address, 1, &client->unicast_);
   if (!status.ok()) return status;
+  coalesce(client->member_);
+  coalesce(client->unicast_);
   client->timer_ = Fd(::timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC));
   client->wake_ = Fd(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
   if (!client->timer_.valid() || !client->wake_.valid()) {
@@ -78,10 +85,11 @@ void Client::close() {
     std::lock_guard lock(mutex_);
     closing_ = true;
     end_subscription();
+    give_back();
+    const uint64_t one = 1;
+    (void)!::write(wake_.get(), &one, sizeof one);  // stays: all are to see it
   }
   replica_->set_fetcher(nullptr);
-  const uint64_t one = 1;
-  (void)!::write(wake_.get(), &one, sizeof one);
   thread_.join();
 }
 
@@ -104,9 +112,43 @@ void Client::want(PageIndex page, Urgency urgency) {
     request_.reports.clear();
     send_request(now);
     arm(requester_.due_at());
+    if (lent_ && !helping_) give_back();
     return;
   }
   wake();
+}
+
+void Client::fetch(PageIndex page, const std::atomic<bool>& done) {
+  std::unique_lock role(role_mutex_, std::try_to_lock);
+  if (!role.owns_lock()) return want(page, Urgency::kFault);  // whoever has it receives for all
+  {
+    std::lock_guard lock(mutex_);
+    if (closing_) return;
+    helping_ = lent_ = true;
+  }
+  want(page, Urgency::kFault);
+  pollfd watched[3] = {
+      {member_.get(), POLLIN, 0}, {unicast_.get(), POLLIN, 0}, {wake_.get(), POLLIN, 0}};
+  while (!done.load()) {
+    TimeNs due;
+    {
+      std::lock_guard lock(mutex_);
+      if (closing_) break;
+      due = armed_;
+    }
+    const TimeNs wait = std::clamp<TimeNs>(due - now_ns(), 0, kSecond);
+    const timespec timeout = {wait / kSecond, wait % kSecond};
+    const int ready = ::ppoll(watched, 3, &timeout, nullptr);
+    if (ready < 0) continue;
+    if (watched[2].revents != 0 && !clear_wake()) break;
+    if (ready == 0 || watched[2].revents != 0) {
+      std::lock_guard lock(mutex_);
+      if (armed_ <= now_ns()) armed_ = kNever;  // the timer itself fires too, for nothing
+      watched[0].revents = watched[1].revents = POLLIN;
+    }
+    serve(watched[0].revents != 0, watched[1].revents != 0);
+  }
+  leave();
 }
 
 bool Client::prefetch(PageIndex first, uint64_t pages) {
@@ -175,7 +217,13 @@ Client::Gauges Client::gauges() const {
 
 // --- with mutex_ held ---
 
+void Client::give_back() {
+  if (!std::exchange(lent_, false)) return;
+  role_changed_.notify_one();
+}
+
 void Client::wake() {
+  if (lent_ && !helping_) give_back();
   if (std::exchange(wake_pending_, true)) return;
   const uint64_t one = 1;
   (void)!::write(wake_.get(), &one, sizeof one);
@@ -261,33 +309,65 @@ void Client::run() {
                        {unicast_.get(), POLLIN, 0},
                        {timer_.get(), POLLIN, 0},
                        {wake_.get(), POLLIN, 0}};
-  flush(true);
+  {
+    std::lock_guard role(role_mutex_);
+    flush(true);
+  }
   for (;;) {
+    {
+      std::unique_lock lock(mutex_);
+      while (lent_) {
+        role_changed_.wait_for(lock, std::chrono::nanoseconds(kLent));
+        if (!helping_ && now_ns() - helped_at_ >= kLent) lent_ = false;
+      }
+    }
     if (::poll(watched, 4, -1) <= 0) continue;
+    std::unique_lock role(role_mutex_, std::try_to_lock);
+    if (!role.owns_lock()) {
+      std::lock_guard lock(mutex_);
+      if (closing_) return;
+      continue;
+    }
     uint64_t drained;
     if (watched[2].revents != 0) {
       (void)!::read(timer_.get(), &drained, sizeof drained);
       std::lock_guard lock(mutex_);
       armed_ = kNever;
     }
-    if (watched[3].revents != 0) {
-      (void)!::read(wake_.get(), &drained, sizeof drained);
-      std::lock_guard lock(mutex_);
-      wake_pending_ = false;
-      if (closing_) return;
-    }
+    if (watched[3].revents != 0 && !clear_wake()) return;
     // Whoever woke us: what has come is read before anything is taken for lost.
-    const bool more_there = receive(member_, true);
-    const bool more_here = receive(unicast_, false);
-    flush(!more_there && !more_here);
-    const TimeNs now = now_ns();
-    watch_server(now);
-    watch_source(now);
+    serve(true, true);
   }
 }
 
+bool Client::clear_wake() {
+  std::lock_guard lock(mutex_);
+  if (closing_) return false;
+  uint64_t drained;
+  (void)!::read(wake_.get(), &drained, sizeof drained);
+  wake_pending_ = false;
+  return true;
+}
+
+void Client::leave() {
+  std::lock_guard lock(mutex_);
+  helping_ = false;
+  helped_at_ = now_ns();
+  if (closing_ || wake_pending_ || requester_.faults() > 0) give_back();
+}
+
+void Client::serve(bool group, bool unicast) {
+  const bool more_there = group && receive(member_, true);
+  const bool more_here = unicast && receive(unicast_, false);
+  flush(!more_there && !more_here);
+  const TimeNs now = now_ns();
+  watch_server(now);
+  watch_source(now);
+}
+
 bool Client::receive(const Fd& fd, bool group) {
-  const size_t n = received_.receive(fd);
+  bool full;
+  const size_t n = received_.receive(fd, &full);
   if (n == 0) return false;
   const TimeNs now = now_ns();
   uint64_t bytes = 0;
@@ -301,7 +381,7 @@ bool Client::receive(const Fd& fd, bool group) {
   receive_rate_ = receive_rate_ * std::exp(-std::max(gap, 0.0)) +
                   static_cast<double>(bytes) / (static_cast<double>(kRateMemory) / kSecond);
   rate_at_ = now;
-  return n == ReceiveBatch::kPackets;
+  return full;
 }
 
 void Client::flush(bool drained) {

@@ -13,13 +13,18 @@
 //  - Every wait ends: with the page, or with fail_page() or fail() of the replica.
 //  - "The server lives" is believed only of packets that cannot be replays: a welcome that answers
 //    a question of ours, or a higher counter under the boot id of that welcome.
-// Threads: want() runs on the faulting side's thread and sends its request itself when it can, so
-// that a fault wakes one thread here: the client's own, by the answer. Lock order: lost_mutex_, the
-// replica's locks, mutex_; the replica is never called with mutex_ held (state() excepted, which
-// takes no lock).
+// Threads: whoever receives has the *role* (role_mutex_): the client's own thread, or a thread that
+// waits in fetch() and lends itself, which saves a wake-up: its page comes to it directly. As long
+// as threads lend themselves one after the other, the client's own thread keeps away from the
+// sockets (`lent_`); it takes the role back a moment after the last one left, and at once if
+// somebody else's fault is under way then (leave() and want() see to it under mutex_, so none is
+// left alone). want() sends its request on the calling thread when it can.
+// Lock order: role_mutex_, lost_mutex_, the replica's locks, mutex_. The replica is never called
+// with mutex_ held (state() and absent_mask() excepted, which take no lock).
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -30,6 +35,7 @@
 #include "common/page.h"
 #include "common/status.h"
 #include "mcdist/counters.h"
+#include "mcdist/parity_table.h"
 #include "mcdist/reassembly.h"
 #include "mcdist/requester.h"
 #include "mcdist/senders.h"
@@ -74,6 +80,7 @@ class Client final : public PageFetcher {
   ~Client() override;
 
   void want(PageIndex page, Urgency urgency) override;
+  void fetch(PageIndex page, const std::atomic<bool>& done) override;
   // Pages beyond the end are left out; all pages: subscribes. False: too many ranges, none was
   // taken.
   bool prefetch(PageIndex first, uint64_t count) override;
@@ -91,7 +98,11 @@ class Client final : public PageFetcher {
  private:
   Client(const Options& options, const BootId& boot, std::shared_ptr<Replica> replica);
   void run();
+  void leave();  // of a thread that lent itself
+  // With the role:
+  void serve(bool group, bool unicast);    // these may be readable
   bool receive(const Fd& fd, bool group);  // true if more may be there
+  bool clear_wake();                       // false: closing
   void flush(bool drained);
   void watch_source(TimeNs now);
   void lose(const Status& status);
@@ -107,6 +118,9 @@ class Client final : public PageFetcher {
   void handle_negative(const Sender* sender, const std::vector<Run>& runs, TimeNs now);
   void handle_welcome(Sender* sender, const Header& header, const Welcome& welcome, TimeNs now);
   void handle_announce(Sender* sender, const Announce& announce, TimeNs now);
+  void handle_parity(const Sender* sender, const Header& header, size_t size, TimeNs now);
+  void repair(uint64_t block, TimeNs now);
+  const uint8_t* symbol(PageIndex page, unsigned fragment);
   void look(BlockReport* report) const;
   void refresh_needed(TimeNs now);
 
@@ -120,6 +134,7 @@ class Client final : public PageFetcher {
   void arm(TimeNs at);
   void busy(TimeNs now);
   void wake();
+  void give_back();
   void end_subscription();
   void turn_to(const sockaddr_in& server, uint64_t cookie, TimeNs now);
 
@@ -132,6 +147,7 @@ class Client final : public PageFetcher {
   ClientCounters counters_;
   std::mutex lost_mutex_;  // makes lose() and set_server() exclude each other
   std::mutex close_mutex_;
+  std::mutex role_mutex_;
 
   mutable std::mutex mutex_;  // guards all up to the blank line
   Requester requester_;
@@ -140,6 +156,10 @@ class Client final : public PageFetcher {
   bool lost_ = false;
   bool closing_ = false;
   bool wake_pending_ = false;
+  bool helping_ = false;  // a thread that lent itself has the role
+  bool lent_ = false;     // ... or had it a moment ago: the own thread waits in role_changed_
+  TimeNs helped_at_ = 0;
+  std::condition_variable role_changed_;
   bool server_set_ = false;  // by set_server(), the thread has not seen it yet
   TimeNs busy_since_ = 0;
   TimeNs armed_ = kNever;
@@ -159,9 +179,14 @@ class Client final : public PageFetcher {
   double receive_rate_ = 0;
   TimeNs rate_at_ = 0;
 
-  // The thread's own.
+  // Of whoever has the role.
   ReceiveBatch received_;
   Reassembly reassembly_;
+  ParityTable parities_;
+  bool repairing_ = false;
+  PageIndex symbol_page_ = 0;  // what is in symbols_
+  bool symbol_read_ = false;
+  uint8_t symbols_[kPageBytes];
   SenderTable senders_;
   Sender* current_ = nullptr;  // who welcomed us last, in senders_
   TimeNs last_word_ = 0;       // of the current server

@@ -98,6 +98,10 @@ class ClientJs : public Napi::ObjectWrap<ClientJs> {
         options.requester.rto_min > options.requester.rto_max) {
       throw bad_option(info.Env(), "minRetryMs", "0.001 to 250 ms");
     }
+    auto& begin_wait = options.requester.subscription.begin_wait;
+    const double wait_ms = number_of(given, "pushWaitMs", static_cast<double>(begin_wait) / 1e6);
+    if (wait_ms < 0 || wait_ms > 1e6) throw bad_option(info.Env(), "pushWaitMs", "0 to 1000000 ms");
+    begin_wait = static_cast<TimeNs>(wait_ms * 1e6);
     auto replica = unwrap_replica(given.Get("replica"));
     GenerationId held;
     if (!parse_generation(replica->generation(), &held) || held != options.generation) {

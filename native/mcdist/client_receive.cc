@@ -52,6 +52,7 @@ void Client::handle(const uint8_t* data, size_t size, bool group, TimeNs now) {
   if (header.type == Type::kPage) return handle_page(sender, header, data, size, group, now);
   if (!sender->key->open(data, size, clear_)) return count(counters_.auth_failures);
   heard(sender, header, group, now);
+  if (header.type == Type::kParity) return handle_parity(sender, header, size, now);
   if (header.type != Type::kZero && header.type != Type::kNegative) {
     return count(counters_.bad_packets);
   }
@@ -110,6 +111,81 @@ void Client::handle_page(Sender* sender, const Header& header, const uint8_t* da
   if (known) return count(counters_.duplicates);
   const uint8_t* page = reassembly_.add(header, clear_);
   if (page != nullptr) store(header.page, page, now);
+  repair(header.page / kBlockPages, now);
+}
+
+void Client::handle_parity(const Sender* sender, const Header& header, size_t size, TimeNs now) {
+  Parity parity;
+  const size_t bytes = size - kOverheadBytes;
+  if (!decode_parity(header, clear_, bytes, &parity)) return count(counters_.bad_packets);
+  count(counters_.parities_received);
+  if (sender == current_) fragments_ = header.fragments;
+  if (header.fragments != fragments_) return;  // cut otherwise than what is gathered here
+  BlockReport block;
+  block.block = header.page / kBlockPages;
+  look(&block);
+  const Cover cover{header.sender, parity.cover_id, header.fragments, parity.cover};
+  if (parities_.add(block.block, cover, parity.index, clear_ + kParityFixed, bytes - kParityFixed,
+                    block.missing) == ParityTable::Added::kHeld) {
+    repair(block.block, now);
+  }
+}
+
+// Whatever the parities held for a block give now.
+void Client::repair(uint64_t block, TimeNs now) {
+  if (repairing_ || parities_.rows(block) == 0) return;
+  repairing_ = true;
+  const unsigned fragments = fragments_;
+  const PageIndex first = block * kBlockPages;
+  for (;;) {
+    BlockReport state;
+    state.block = block;
+    look(&state);
+    SymbolSet repaired;
+    symbol_read_ = false;
+    const auto outcome = parities_.repair(
+        block, fragments, state.missing,
+        [&](unsigned at) { return symbol(first + at / fragments, at % fragments); },
+        [&](unsigned at, const uint8_t* bytes, size_t) {
+          Header header;
+          header.page = first + at / fragments;
+          header.fragment = static_cast<uint8_t>(at % fragments);
+          header.fragments = static_cast<uint8_t>(fragments);
+          const uint8_t* page = reassembly_.add(header, bytes);
+          if (page == nullptr) return;
+          count(counters_.pages_repaired);
+          store(header.page, page, now);
+        },
+        &repaired);
+    if (outcome == ParityTable::Repair::kRepaired) continue;
+    parities_.settle(block, fragments, state.missing);
+    break;
+  }
+  repairing_ = false;
+}
+
+// The bytes of a symbol that is held; nullptr: it cannot be read.
+const uint8_t* Client::symbol(PageIndex page, unsigned fragment) {
+  if (!symbol_read_ || symbol_page_ != page) {
+    symbol_read_ = true;
+    symbol_page_ = page;
+    const uint8_t* gathered = reassembly_.bytes(page);
+    switch (replica_->read(page, symbols_)) {
+      case ReadResult::kData:
+        break;
+      case ReadResult::kZero:
+        std::memset(symbols_, 0, sizeof symbols_);
+        break;
+      case ReadResult::kAbsent:
+        if (gathered != nullptr) std::memcpy(symbols_, gathered, sizeof symbols_);
+        symbol_read_ = gathered != nullptr;
+        break;
+      case ReadResult::kError:
+        symbol_read_ = false;
+        break;
+    }
+  }
+  return symbol_read_ ? symbols_ + fragment_offset(fragment, fragments_) : nullptr;
 }
 
 void Client::store(PageIndex page, const uint8_t* bytes, TimeNs now) {
@@ -233,17 +309,18 @@ void Client::look(BlockReport* report) const {
   const uint64_t needed = needed_.empty() ? ~uint64_t{0} : needed_[word / 64];
   report->fragments = fragments_;
   report->wanted = absent & static_cast<uint32_t>(needed >> (first - word));
-  unsigned need = 0;
   for (uint32_t left = absent; left != 0; left &= left - 1) {
     const auto page = static_cast<unsigned>(std::countr_zero(left));
     const uint8_t held = reassembly_.held(first + page, fragments_);
     for (unsigned i = 0; i < fragments_; i++) {
-      if (((held >> i) & 1) != 0) continue;
-      report->missing.add(page * fragments_ + i);
-      need += (report->wanted >> page) & 1;
+      if (((held >> i) & 1) == 0) report->missing.add(page * fragments_ + i);
     }
   }
-  report->need = static_cast<uint8_t>(need);
+  const uint32_t sender = current_ == nullptr ? 0 : tag_of(current_->key->boot());
+  const ParityTable::Need need = parities_.need(report->block, fragments_, sender, report->missing,
+                                                SymbolSet::Pages(report->wanted, fragments_));
+  report->need = static_cast<uint8_t>(need.symbols);
+  report->cover = need.cover_id;
 }
 
 // Without mutex_: asks the replica's users, which have locks of their own.

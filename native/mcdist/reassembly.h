@@ -54,6 +54,11 @@ class Reassembly {
     auto found = partial_.find(page);
     return found != partial_.end() && found->second.fragments == fragments ? found->second.mask : 0;
   }
+  // The bytes of a page of which some have come; which, held() tells. nullptr: none have.
+  const uint8_t* bytes(PageIndex page) const {
+    auto found = partial_.find(page);
+    return found == partial_.end() ? nullptr : found->second.bytes->data();
+  }
   bool has(const Header& header) const {
     auto found = partial_.find(header.page);
     return found != partial_.end() && found->second.fragments == header.fragments &&

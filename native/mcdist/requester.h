@@ -119,6 +119,7 @@ class Requester {
   void round_trip(TimeNs rtt);
 
   bool idle() const { return pages_.empty() && ranges_.empty() && !subscription_.on(); }
+  size_t faults() const { return fault_since_.size(); }  // wanted and not here
   size_t faults_asked() const { return in_flight_[0]; }
   size_t under_way() const { return pages_.size(); }
   uint64_t retries() const { return retries_; }

@@ -133,26 +133,64 @@ uint16_t bound_port(const Fd& fd) {
   return ntohs(address.sin_port);
 }
 
-ReceiveBatch::ReceiveBatch()
-    : buffer_(kPackets * kMaxMtuBytes), from_(kPackets), vectors_(kPackets), messages_(kPackets) {}
-
-size_t ReceiveBatch::receive(const Fd& fd) {
-  for (size_t i = 0; i < kPackets; i++) {
-    vectors_[i] = {buffer_.data() + i * kMaxMtuBytes, kMaxMtuBytes};
-    messages_[i] = {};
-    messages_[i].msg_hdr.msg_name = &from_[i];
-    messages_[i].msg_hdr.msg_namelen = sizeof(sockaddr_in);
-    messages_[i].msg_hdr.msg_iov = &vectors_[i];
-    messages_[i].msg_hdr.msg_iovlen = 1;
-  }
-  // An error here is of an earlier packet (e.g. ICMP port unreachable while the server restarts);
-  // reading it clears it, and the packets behind it come with the next call.
-  const int n = ::recvmmsg(fd.get(), messages_.data(), kPackets, MSG_DONTWAIT, nullptr);
-  return n < 0 ? 0 : static_cast<size_t>(n);
+void coalesce(const Fd& fd) {
+  const int on = 1;
+  ::setsockopt(fd.get(), SOL_UDP, UDP_GRO, &on, sizeof on);
 }
 
-size_t ReceiveBatch::size(size_t i) const {
-  return (messages_[i].msg_hdr.msg_flags & MSG_TRUNC) != 0 ? 0 : messages_[i].msg_len;
+ReceiveBatch::ReceiveBatch(bool coalesced)
+    : message_bytes_(coalesced ? kCoalescedBytes : kMaxMtuBytes),
+      count_(coalesced ? kCoalesced : kPackets),
+      buffer_(count_ * message_bytes_),
+      control_(count_ * kControlBytes),
+      from_(count_),
+      vectors_(count_),
+      messages_(count_) {
+  packets_.reserve(count_);
+}
+
+size_t ReceiveBatch::receive(const Fd& fd, bool* full) {
+  // What the call before used up is made ready again; the rest is.
+  for (size_t i = 0; i < count_; i++) {
+    msghdr& message = messages_[i].msg_hdr;
+    if (message.msg_iov != nullptr && messages_[i].msg_len == 0) break;
+    vectors_[i] = {buffer_.data() + i * message_bytes_, message_bytes_};
+    messages_[i] = {};
+    message.msg_name = &from_[i];
+    message.msg_namelen = sizeof(sockaddr_in);
+    message.msg_iov = &vectors_[i];
+    message.msg_iovlen = 1;
+    message.msg_control = control_.data() + i * kControlBytes;
+    message.msg_controllen = kControlBytes;
+  }
+  packets_.clear();
+  if (full != nullptr) *full = false;
+  // An error here is of an earlier packet (e.g. ICMP port unreachable while the server restarts);
+  // reading it clears it, and the packets behind it come with the next call.
+  const int n =
+      ::recvmmsg(fd.get(), messages_.data(), static_cast<unsigned>(count_), MSG_DONTWAIT, nullptr);
+  if (n < 0) return 0;
+  if (full != nullptr) *full = static_cast<size_t>(n) == count_;
+  for (size_t i = 0; i < static_cast<size_t>(n); i++) {
+    msghdr& message = messages_[i].msg_hdr;
+    size_t left = (message.msg_flags & MSG_TRUNC) != 0 ? 0 : messages_[i].msg_len;
+    size_t piece = left;
+    for (cmsghdr* at = CMSG_FIRSTHDR(&message); at != nullptr; at = CMSG_NXTHDR(&message, at)) {
+      if (at->cmsg_level != SOL_UDP || at->cmsg_type != UDP_GRO) continue;
+      int size = 0;
+      std::memcpy(&size, CMSG_DATA(at), sizeof size);
+      if (size > 0) piece = static_cast<size_t>(size);
+    }
+    const uint8_t* data = buffer_.data() + i * message_bytes_;
+    do {
+      const size_t size = std::min(piece, left);
+      packets_.push_back({data, size, i});
+      data += size;
+      left -= size;
+    } while (left > 0);
+    if (messages_[i].msg_len == 0) messages_[i].msg_len = 1;  // used: an empty datagram
+  }
+  return packets_.size();
 }
 
 SendBatch::SendBatch(size_t datagram_bytes)

@@ -29,22 +29,39 @@ Status open_unicast(const sockaddr_in& address, const in_addr& interface_address
 Status open_member(const sockaddr_in& group, const in_addr& interface_address, Fd* out);
 uint16_t bound_port(const Fd& fd);
 
+// Lets the kernel hand over several datagrams of one sender at once. Best effort: without it they
+// come one by one.
+void coalesce(const Fd& fd);
+
 class ReceiveBatch {
  public:
   static constexpr size_t kPackets = 64;
-  ReceiveBatch();
-  // Number of datagrams received without waiting.
-  size_t receive(const Fd& fd);
-  const uint8_t* data(size_t i) const { return buffer_.data() + i * kMaxMtuBytes; }
+  // For sockets that coalesce(): fewer, longer messages, of up to kCoalescedBytes each.
+  explicit ReceiveBatch(bool coalesced = false);
+  // Number of datagrams received without waiting. `full`: more may be there.
+  size_t receive(const Fd& fd, bool* full = nullptr);
+  const uint8_t* data(size_t i) const { return packets_[i].data; }
   // 0 for a datagram that was cut short: too long to be one of ours.
-  size_t size(size_t i) const;
-  const sockaddr_in& from(size_t i) const { return from_[i]; }
+  size_t size(size_t i) const { return packets_[i].size; }
+  const sockaddr_in& from(size_t i) const { return from_[packets_[i].message]; }
 
  private:
+  static constexpr size_t kCoalescedBytes = 65536;
+  static constexpr size_t kCoalesced = 16;
+  static constexpr size_t kControlBytes = CMSG_SPACE(sizeof(int));
+  struct Packet {
+    const uint8_t* data;
+    size_t size;
+    size_t message;
+  };
+  const size_t message_bytes_;
+  const size_t count_;
   std::vector<uint8_t> buffer_;
+  std::vector<uint8_t> control_;
   std::vector<sockaddr_in> from_;
   std::vector<iovec> vectors_;
   std::vector<mmsghdr> messages_;
+  std::vector<Packet> packets_;
 };
 
 // Datagrams gathered and sent with as few system calls as possible. Those of one size to one

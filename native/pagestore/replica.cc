@@ -342,36 +342,66 @@ void Replica::end_waiters(PageIndex page, const Status& status) {
   for (auto& done : waiters) done(status);
 }
 
-void Replica::want(PageIndex page, Done done) {
+bool Replica::enlist(PageIndex page, Done* done, Status* status) {
   if (page >= pages_) {
-    done(Status::Error("E_ARGUMENT", "page beyond the end of " + path_));
-    return;
+    *status = Status::Error("E_ARGUMENT", "page beyond the end of " + path_);
+    return false;
   }
-  bool ask = false;
-  Status failed;
+  std::lock_guard lock(mutex_);
+  // Tested under the lock: wake() takes it after the bit is set, so no waiter is left behind.
+  if (state(page) != PageState::kAbsent) return false;
+  if (!failed_.ok()) {
+    *status = failed_;
+    return false;
+  }
+  auto& waiters = waiters_[page];
+  waiters.done.push_back(std::exchange(*done, nullptr));
+  // One that is prefetched is asked for again: now somebody waits.
+  if (std::exchange(waiters.urgent, true)) return false;
+  urgent_++;
+  return true;
+}
+
+void Replica::want(PageIndex page, Done done) {
+  Status status;
+  const bool ask = enlist(page, &done, &status);
+  if (done) return done(status);
+  if (!ask) return;
+  std::lock_guard lock(fetcher_mutex_);
+  if (fetcher_ != nullptr) fetcher_->want(page, Urgency::kFault);
+}
+
+Status Replica::fetch(PageIndex page) {
+  struct Wait {
+    std::atomic<bool> done{false};
+    std::mutex mutex;
+    std::condition_variable changed;
+    Status status;
+  };
+  auto wait = std::make_shared<Wait>();
+  Done done = [wait](const Status& status) {
+    std::lock_guard lock(wait->mutex);
+    wait->status = status;
+    wait->done.store(true);
+    wait->changed.notify_one();
+  };
+  Status status;
+  enlist(page, &done, &status);
+  if (done) return status;
+  PageFetcher* fetcher;
   {
-    std::lock_guard lock(mutex_);
-    // Tested under the lock: wake() takes it after the bit is set, so no waiter is left behind.
-    if (state(page) == PageState::kAbsent) {
-      if (failed_.ok()) {
-        auto& waiters = waiters_[page];
-        // One that is prefetched is asked for again: now somebody waits.
-        ask = !std::exchange(waiters.urgent, true);
-        if (ask) urgent_++;
-        waiters.done.push_back(std::move(done));
-      } else {
-        failed = failed_;
-      }
-    }
-  }
-  if (done) {
-    done(failed);
-    return;
-  }
-  if (ask) {
     std::lock_guard lock(fetcher_mutex_);
-    if (fetcher_ != nullptr) fetcher_->want(page, Urgency::kFault);
+    fetcher = fetcher_;
+    if (fetcher != nullptr) lent_++;
   }
+  if (fetcher != nullptr) {
+    fetcher->fetch(page, wait->done);
+    std::lock_guard lock(fetcher_mutex_);
+    if (--lent_ == 0) returned_.notify_all();
+  }
+  std::unique_lock lock(wait->mutex);
+  wait->changed.wait(lock, [&] { return wait->done.load(); });
+  return wait->status;
 }
 
 void Replica::prefetch(PageIndex page) {
@@ -413,8 +443,9 @@ Status Replica::prefetch(PageIndex first, uint64_t count, const PageDone& done, 
 }
 
 void Replica::set_fetcher(PageFetcher* fetcher) {
-  std::lock_guard lock(fetcher_mutex_);
-  fetcher_ = fetcher;
+  std::unique_lock lock(fetcher_mutex_);
+  const bool other = std::exchange(fetcher_, fetcher) != fetcher;
+  if (other) returned_.wait(lock, [this] { return lent_ == 0; });
   if (fetcher == nullptr) return;
   std::vector<std::pair<PageIndex, Urgency>> pages;
   {

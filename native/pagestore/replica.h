@@ -18,6 +18,7 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -74,6 +75,10 @@ class Replica final : public PageProvider {
   // with the error after fail(). `done` may run on any thread and must not block.
   void want(PageIndex page, Done done);
 
+  // Waits for a page, as long as want() would. The thread does the fetcher's receiving meanwhile if
+  // it can: one thread less has to be woken. Not to be called from a `done`.
+  Status fetch(PageIndex page);
+
   // Asks for a page nobody waits for yet.
   void prefetch(PageIndex page);
   // Asks for the absent ones of a run, which nobody waits for yet, and counts them in `*asked`.
@@ -100,8 +105,8 @@ class Replica final : public PageProvider {
   uint64_t users_version() const { return users_version_.load(std::memory_order_acquire); }
 
   // The fetcher must not call back into the replica from inside want(). It must outlive its time
-  // as the fetcher: set nullptr (which waits for calls under way)
-  // before it goes. Waiters stay, and are asked of the next fetcher.
+  // as the fetcher: set nullptr (which waits for calls under way, so threads lent to it have to
+  // return) before it goes. Waiters stay, and are asked of the next fetcher.
   void set_fetcher(PageFetcher* fetcher);
 
   // The source is gone for good: absent pages, waited for or wanted later, end with `status`.
@@ -125,6 +130,9 @@ class Replica final : public PageProvider {
   Status write_page(PageIndex page, const uint8_t* data);
   void wake(PageIndex page);
   void end_waiters(PageIndex page, const Status& status);
+  // Adds a waiter if the page is absent; otherwise `done` stays, and `*status` is what to tell it.
+  // True: it is to be asked for.
+  bool enlist(PageIndex page, Done* done, Status* status);
   bool count_bits();  // false: there are bits beyond the last page
   void check_complete();
   bool all_known() const;
@@ -168,6 +176,8 @@ class Replica final : public PageProvider {
   Status failed_;
   std::mutex fetcher_mutex_;  // held while the fetcher is called; taken before mutex_, never after
   PageFetcher* fetcher_ = nullptr;
+  unsigned lent_ = 0;  // threads inside fetcher_->fetch(), without the lock
+  std::condition_variable returned_;
 };
 
 }  // namespace sf

@@ -157,6 +157,8 @@ export interface McdistClientOptions {
   readonly mtuBytes?: number;
   /** Shortest time-out before a page is asked for again; default 10. */
   readonly minRetryMs?: number;
+  /** How long a subscription waits for a push to begin before it asks for pages; default 60. */
+  readonly pushWaitMs?: number;
   /** Let the server send first what other hosts faulted on. */
   readonly history?: boolean;
 }

@@ -20,22 +20,24 @@ async function latency(): Promise<void> {
     const generation = newGeneration();
     const [source, receiver] = [await net.host(), await net.host()];
     const count = 4000;
-    const server = await startSource(net, source, generation, { pages: 4 * count });
-    await startReceiver(net, receiver, generation, server, { pages: 4 * count });
+    const server = await startSource(net, source, generation, { pages: 6 * count });
+    await startReceiver(net, receiver, generation, server, { pages: 6 * count });
     const ports = await source.call<{ udpPort: number; tcpPort: number }>('benchServer', {
       address: source.address,
     });
     const trips = (kind: string, port: number) =>
       receiver.call<number[]>('roundTrips', { kind, address: source.address, port, count });
-    for (let round = 0; round < 3; round++) {
+    for (let round = 0; round < 6; round++) {
+      const handedOver = round % 2 === 1;
       console.log('udp ping-pong', quantiles(await trips('udp', ports.udpPort)));
       console.log('tcp          ', quantiles(await trips('tcp', ports.tcpPort)));
       const took = await receiver.call<number[]>('fetchTimed', {
         replica: 'replica',
         from: round * count,
         count,
+        handedOver,
       });
-      console.log('mcdist       ', quantiles(took));
+      console.log(handedOver ? 'mcdist, thread' : 'mcdist, lent  ', quantiles(took));
     }
     const stats = await receiver.call<McdistClientStats>('stats', { name: 'client' });
     console.log(`mcdist: ${stats.retries} retries, ${stats.duplicates} duplicates`);
