@@ -95,6 +95,8 @@ interface Words {
   readonly listening: RegExp;
   readonly sending: RegExp;
   readonly complete: RegExp;
+  /** Its receivers end by themselves, perhaps with the last write after that line. */
+  readonly receivers_end: boolean;
 }
 
 /** Receivers first, then the sender; ends all of them. */
@@ -129,7 +131,9 @@ async function transfer(
     peers.push(from);
     begin_ms = await from.line(words.sending, READY_MS);
     end_ms = Math.max(...(await Promise.all(completes)));
-    await Promise.race([from.closed, new Promise((resolve) => setTimeout(resolve, END_MS))]);
+    const ending = words.receivers_end ? peers : [from];
+    const ended = Promise.all(ending.map((peer) => peer.closed));
+    await Promise.race([ended, new Promise((resolve) => setTimeout(resolve, END_MS).unref())]);
   } finally {
     signal.removeEventListener('abort', end);
     for (const peer of peers) await peer.end();
@@ -143,11 +147,10 @@ export const udpcast: System = {
     const { limit_mbit_per_s: limit, loss_percent: loss } = net.plan;
     // Its own limiter's worth: below the link's, so that it and not the link's queue is what is full.
     const rates = limit > 0 ? ['', `--max-bitrate ${Math.round(limit * 0.97)}m`] : [''];
-    const fecs = loss > 0 ? ['', '--fec 8x8/128', '--fec 8x16/128'] : [''];
-    const modes = ['--full-duplex', '--half-duplex'];
-    return modes.flatMap((mode) =>
-      rates.flatMap((rate) => fecs.map((fec) => [mode, rate, fec].filter(Boolean).join(' '))),
+    const plain = ['--full-duplex', '--half-duplex'].flatMap((mode) =>
+      rates.map((rate) => `${mode} ${rate}`.trim()),
     );
+    return loss > 0 ? [...plain, '--full-duplex --fec 8x8/128'] : plain;
   },
   send(net, payload, setting, signal) {
     const common = ['--nokbd', '--no-progress', '--interface', 'eth0'];
@@ -160,6 +163,7 @@ export const udpcast: System = {
         listening: /UDP receiver for/,
         sending: /Starting transfer/,
         complete: /Transfer complete/,
+        receivers_end: true,
       },
       (place) => {
         const file = join(payload.folder, place.namespace);
@@ -195,6 +199,7 @@ export const uftp: System = {
         listening: /Loaded .* key/,
         sending: /Starting pass 1/,
         complete: /File transfer complete/,
+        receivers_end: false,
       },
       (place) => {
         const folder = join(payload.folder, `${place.namespace}.d`);

@@ -35,7 +35,7 @@ const NOTES = [
   'every receiver’s bytes were compared; data on tmpfs; mcdist encrypts and authenticates, the peers send in the clear',
   'with loss or a limit segmentation and receive offload are off, so that loss hits packets of wire size for all; without either they are on, and TCP’s headers are counted once a large packet',
   'TCP copies: sendfile() to each receiver on its own, all at once; kernel defaults',
-  'udpcast: fastest of full and half duplex, with and without --max-bitrate of 97% of the limit and FEC of 8 or 16 in 128, on a small payload in the same row; uftp: fastest of several -R, buffers of 8 MiB, blocks of 1450 bytes',
+  'udpcast: fastest of full and half duplex, with and without --max-bitrate of 97% of the limit and FEC of 8 in 128, on a small payload in the same row; uftp: fastest of several -R, buffers of 8 MiB, blocks of 1450 bytes',
 ];
 
 const median = (runs: readonly Run[], of: (run: Run) => number): number =>
