@@ -130,7 +130,12 @@ async function transfer(
     const from = new Peer(basename(sender[0] ?? ''), net.command(net.source, sender));
     peers.push(from);
     begin_ms = await from.line(words.sending, READY_MS);
-    end_ms = Math.max(...(await Promise.all(completes)));
+    const gone = from.closed.then(async () => {
+      await new Promise((resolve) => setTimeout(resolve, END_MS).unref());
+      throw new SnowflockError('E_IO', `${from.name} ended before all receivers were complete`);
+    });
+    end_ms = Math.max(...(await Promise.race([Promise.all(completes), gone])));
+    gone.catch(() => undefined); // all are complete
     const ending = words.receivers_end ? peers : [from];
     const ended = Promise.all(ending.map((peer) => peer.closed));
     await Promise.race([ended, new Promise((resolve) => setTimeout(resolve, END_MS).unref())]);
@@ -184,9 +189,16 @@ export const uftp: System = {
   settings(net) {
     const limit = net.plan.limit_mbit_per_s;
     // It keeps to the rate it is told, or, by -1, to what the interface takes.
-    const rates =
-      limit > 0 ? [0.85, 0.93, 0.97].map((part) => limit * part) : [1000, 2000, 4000, -1];
-    return rates.map((rate) => `-R ${rate < 0 ? -1 : Math.round(rate * 1000)}`);
+    const rates = limit > 0 ? [0.5, 0.85, 0.95].map((part) => limit * part) : [500, 1000, 2000, -1];
+    // Its idea of the group's round trip, first, least, most, and how often it repeats a question:
+    // with the defaults it takes seconds to find its receivers, with less it gives up under loss.
+    const waits =
+      net.plan.loss_percent > 0
+        ? ['-r 0.1:0.01:0.2 -s 20', '-r 0.5:0.1:15 -s 50']
+        : ['-r 0.05 -s 10'];
+    return rates.flatMap((rate) =>
+      waits.map((wait) => `-R ${rate < 0 ? -1 : Math.round(rate * 1000)} ${wait}`),
+    );
   },
   send(net, payload, setting, signal) {
     const buffer = ['-B', String(UFTP_BUFFER_BYTES)];
@@ -207,7 +219,7 @@ export const uftp: System = {
         return { argv, file: join(folder, basename(payload.file)) };
       },
       [
-        ...['uftp', '-I', 'eth0', '-b', '1450', '-r', '0.05', '-s', '10', '-H', ids],
+        ...['uftp', '-I', 'eth0', '-b', '1450', '-H', ids],
         ...[...buffer, ...setting.split(' '), payload.file],
       ],
     );
