@@ -26,7 +26,14 @@ interface Turn {
 interface Addon {
   mcdistBench: {
     server(address: string): { udpPort: number; tcpPort: number };
-    fetch(replica: unknown, from: number, count: number, start: number, period: number): number[];
+    fetch(
+      replica: unknown,
+      from: number,
+      count: number,
+      handedOver: boolean,
+      start: number,
+      period: number,
+    ): Promise<number[]>;
     roundTrips(
       kind: string,
       address: string,
@@ -67,7 +74,7 @@ const operations = {
     ({ guest } = await guests.vm(guests.server(), pages, replica));
   },
   fetch: ({ from, count, start_ns, period_ns }: Turn) =>
-    bench.fetch(replica?.handle, from, count, start_ns, period_ns),
+    bench.fetch(replica?.handle, from, count, false, start_ns, period_ns),
   /** A guest's thread touches pages; a fault each. */
   async fault({ from, count, start_ns, period_ns }: Turn): Promise<number[]> {
     const said = await guest?.say(`time ${from} ${count} ${start_ns} ${period_ns}`);

@@ -88,13 +88,13 @@ class Pace {
   uint64_t period_;
 };
 
-// (replica handle, first, count, startNs?, periodNs?) -> time from want() to the waiting thread
-// running again, one page after the other.
+// (replica handle, first, count, handed over, startNs?, periodNs?) -> time from want() to the waiting
+// thread running again, one page after the other. The client's thread wakes it, always.
 Napi::Value MeasureFetch(const Napi::CallbackInfo& info) {
   auto replica = unwrap_replica(info[0]);
   const uint64_t first = whole_of(info[1], "first");
   const uint64_t pages = whole_of(info[2], "count");
-  const Pace pace(info, 3);
+  const Pace pace(info, 4);
   return Measurement::Run(info.Env(), [replica, first, pages, pace](std::vector<double>* out) {
     struct Wait {
       std::mutex mutex;
