@@ -15,9 +15,10 @@ import { type Bench, type BenchContext, numbers } from './lib/bench.js';
 import { BenchNet, type NetPlan, sent } from './lib/mcdist-net.js';
 import { makeFolders, udpcast, uftp } from './lib/mcdist-peers.js';
 import { type Measured, report } from './lib/mcdist-report.js';
-import { CHILD, mcdist, type Payload, type System, tcp } from './lib/mcdist-systems.js';
+import { CHILD, mcdist, type Payload, prefetcher, type System, tcp } from './lib/mcdist-systems.js';
 
-const SYSTEMS: Readonly<Record<string, System>> = { mcdist, udpcast, uftp, tcp };
+const SYSTEMS: Readonly<Record<string, System>> = { mcdist, udpcast, uftp, tcp, prefetcher };
+const DEFAULT_SYSTEMS = 'mcdist,udpcast,uftp,tcp';
 const MIB = 2 ** 20;
 const TRIAL_MIB = 16;
 /** With loss udpcast and uftp do not always find all their receivers. */
@@ -32,7 +33,7 @@ const bench: Bench = {
     limit: 'Mbit/s of each link, 0: none; 1000,0',
     mib: 'size; 256 (quick: 64)',
     rounds: '3 (quick: 1)',
-    systems: 'mcdist,udpcast,uftp,tcp',
+    systems: `of mcdist, udpcast, uftp, tcp, prefetcher; ${DEFAULT_SYSTEMS}`,
   },
   async run(context) {
     const { quick, settings } = context;
@@ -45,7 +46,7 @@ const bench: Bench = {
         for (const receivers of counts) plans.push({ receivers, limit_mbit_per_s, loss_percent });
       }
     }
-    const systems = (settings.get('systems') ?? Object.keys(SYSTEMS).join(',')).split(',');
+    const systems = (settings.get('systems') ?? DEFAULT_SYSTEMS).split(',');
     for (const name of systems) {
       if (SYSTEMS[name] === undefined) throw new SnowflockError('E_ARGUMENT', `systems=${name}`);
     }

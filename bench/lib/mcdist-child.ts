@@ -5,7 +5,7 @@
  */
 import { readFileSync } from 'node:fs';
 import { loadAddon } from '../../src/common/native.js';
-import { McdistServer } from '../../src/mcdist/mcdist.js';
+import { McdistClient, McdistServer } from '../../src/mcdist/mcdist.js';
 import { RemoteReplica } from '../../src/pagestore/remote-replica.js';
 import { openReplica, type Replica } from '../../src/pagestore/replica.js';
 
@@ -29,6 +29,8 @@ const addon = loadAddon<Addon>('dataplane');
 let source: Replica | undefined;
 let server: McdistServer | undefined;
 let remote: RemoteReplica | undefined;
+let client: McdistClient | undefined;
+let filled: Replica | undefined;
 
 const now_ms = (): number => Number(process.hrtime.bigint()) / 1e6;
 
@@ -51,20 +53,42 @@ const operations = {
   },
   /** Resolves when the server has answered the client's greeting. */
   async open(
-    args: Group & { path: string; pages: number; address: string; server: [string, number] },
+    args: Group & {
+      path: string;
+      pages: number;
+      address: string;
+      server: [string, number];
+      /** Asks the client itself for all pages; else the replica's prefetcher does. */
+      direct: boolean;
+    },
   ) {
     const { keyHex, generation, path, pages, group, groupPort } = args;
     const [address, port] = args.server;
-    remote = new RemoteReplica({
-      ...{ path, generation, pages, medium: 'memory', interfaceAddress: args.address },
-      source: { address, port, group, groupPort, key: Buffer.from(keyHex, 'hex') },
-    });
-    while (remote.stats().client?.welcomed !== true) {
+    const key = Buffer.from(keyHex, 'hex');
+    const interfaceAddress = args.address;
+    if (args.direct) {
+      filled = openReplica(path, generation, pages, 'memory');
+      const at = { generation, key, group, groupPort, interfaceAddress };
+      client = new McdistClient({ ...at, replica: filled.handle, server: { address, port } });
+    } else {
+      const source = { address, port, group, groupPort, key };
+      const replica = { path, generation, pages, medium: 'memory' } as const;
+      remote = new RemoteReplica({ ...replica, interfaceAddress, source });
+    }
+    while ((client?.stats() ?? remote?.stats().client)?.welcomed !== true) {
       await new Promise((resolve) => setTimeout(resolve, 5));
     }
   },
   /** Prefetches all; resolves with the time at which all was here. */
   async prefetch(): Promise<number> {
+    if (client !== undefined && filled !== undefined) {
+      const replica = filled;
+      const complete = new Promise<number>((resolve) => {
+        replica.onComplete(() => resolve(now_ms()));
+      });
+      client.prefetch(0, replica.stats().pages);
+      return complete;
+    }
     const replica = remote;
     if (replica === undefined) throw new Error('no replica is open');
     const complete = new Promise<number>((resolve, reject) => {
@@ -86,7 +110,10 @@ const operations = {
   },
   pid: () => process.pid,
   /** Counters of the server and the client here; null where there is none. */
-  stats: () => ({ server: server?.stats() ?? null, replica: remote?.stats() ?? null }),
+  stats: () => ({
+    server: server?.stats() ?? null,
+    client: client?.stats() ?? remote?.stats().client ?? null,
+  }),
 };
 
 type Operations = typeof operations;

@@ -2,7 +2,8 @@
  * The systems that the mcdist bench compares. Each is brought to where its receivers are known to
  * its sender, then sends one file, or generation, to all of them:
  *
- * - *mcdist*: a server with the generation, a replica on each host that is prefetched without limit;
+ * - *mcdist*: a server with the generation, a replica on each host whose client is asked for all pages;
+ * - *prefetcher*: the same, filled by the replica's prefetcher without a limit, as for disks;
  * - *TCP copies*: sendfile() on a connection for each receiver, 256 KiB reads there;
  * - *udpcast*, *uftp*: as Debian has them, see mcdist-peers.ts.
  *
@@ -81,15 +82,15 @@ async function cpu(hosts: readonly Host[]): Promise<number> {
 
 const fileOf = (payload: Payload, host: Host): string => join(payload.folder, host.namespace);
 
-export const mcdist: System = {
-  name: 'mcdist',
+const own = (name: string, direct: boolean): System => ({
+  name,
   settings: () => [''],
   send: (net, payload, _setting, signal) =>
     withHosts(net, signal, async (source, receivers) => {
       const pages = payload.bytes / 4096;
       const { group, port: groupPort } = groupFor(payload.generation);
       const keyHex = randomBytes(32).toString('hex');
-      const of = { generation: payload.generation, keyHex, group, groupPort, pages };
+      const of = { generation: payload.generation, keyHex, group, groupPort, pages, direct };
       const address = source.address;
       const port = await source.call<number>('serve', { ...of, path: payload.replica, address });
       const server = [address, port];
@@ -104,7 +105,10 @@ export const mcdist: System = {
       const counters = await Promise.all([source, ...receivers].map((host) => host.call('stats')));
       return { begin_ms, end_ms, files: receivers.map((host) => fileOf(payload, host)), counters };
     }),
-};
+});
+
+export const mcdist = own('mcdist', true);
+export const prefetcher = own('prefetcher', false);
 
 export const tcp: System = {
   name: 'TCP copies',

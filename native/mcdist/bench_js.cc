@@ -88,8 +88,8 @@ class Pace {
   uint64_t period_;
 };
 
-// (replica handle, first, count, handed over, startNs?, periodNs?) -> time from want() to the waiting
-// thread running again, one page after the other. The client's thread wakes it, always.
+// (replica handle, first, count, handed over, startNs?, periodNs?) -> time from want() to the
+// waiting thread running again, one page after the other. The client's thread wakes it, always.
 Napi::Value MeasureFetch(const Napi::CallbackInfo& info) {
   auto replica = unwrap_replica(info[0]);
   const uint64_t first = whole_of(info[1], "first");
