@@ -1,6 +1,6 @@
 /**
- * `npm run bench -- NAME [--json FILE] [--quick]`: runs one bench, prints its tables, writes its
- * figures. A bench is a file `bench/NAME.ts` with a {@link Bench} as its default export; without a
+ * `npm run bench -- NAME [--json FILE] [--quick] [--set SETTING=VALUE]...`: runs one bench, prints its
+ * tables, writes its figures. A bench is a file `bench/NAME.ts` with a {@link Bench} as its default export; without a
  * name they are listed.
  */
 import { readdirSync, renameSync, writeFileSync } from 'node:fs';
@@ -33,6 +33,19 @@ async function load(name: string): Promise<Bench> {
   return bench;
 }
 
+function settingsOf(bench: Bench, given: readonly string[]): Map<string, string> {
+  const settings = new Map<string, string>();
+  for (const each of given) {
+    const [, name = '', value = ''] = /^([^=]+)=(.*)$/.exec(each) ?? [];
+    if (!Object.hasOwn(bench.settings ?? {}, name)) {
+      const known = Object.keys(bench.settings ?? {}).join(', ') || 'none';
+      throw new SnowflockError('E_ARGUMENT', `--set ${each}: ${bench.name} has settings: ${known}`);
+    }
+    settings.set(name, value);
+  }
+  return settings;
+}
+
 function writeJson(file: string, value: object): void {
   try {
     writeFileSync(`${file}.making`, `${JSON.stringify(value, null, 2)}\n`);
@@ -63,14 +76,19 @@ async function main(argv: string[]): Promise<void> {
   const [name, ...rest] = positionals;
   if (rest.length > 0) throw new SnowflockError('E_ARGUMENT', `one bench at a time: ${rest[0]}?`);
   if (name === undefined) {
-    process.stdout.write('npm run bench -- NAME [--json FILE] [--quick]\n\n');
+    process.stdout.write('npm run bench -- NAME [--json FILE] [--quick] [--set NAME=VALUE]...\n\n');
     for (const each of names()) {
-      process.stdout.write(`  ${each.padEnd(12)} ${(await load(each)).description}\n`);
+      const { description, settings } = await load(each);
+      process.stdout.write(`  ${each.padEnd(12)} ${description}\n`);
+      for (const [setting, what] of Object.entries(settings ?? {})) {
+        process.stdout.write(`  ${''.padEnd(14)} ${setting}: ${what}\n`);
+      }
     }
     return;
   }
   const bench = await load(name);
   const quick = values.quick ?? false;
+  const settings = settingsOf(bench, values.set ?? []);
   const before = machine();
   const abort = new AbortController();
   for (const signal of ['SIGINT', 'SIGTERM'] as const) process.on(signal, () => abort.abort());
@@ -78,6 +96,7 @@ async function main(argv: string[]): Promise<void> {
   const start = performance.now();
   const result = await bench.run({
     quick,
+    settings,
     signal: abort.signal,
     log: (line) => process.stderr.write(`${line}\n`),
   });
@@ -88,6 +107,7 @@ async function main(argv: string[]): Promise<void> {
       bench: bench.name,
       description: bench.description,
       quick,
+      settings: Object.fromEntries(settings),
       started_at: startedAt,
       duration_ms: Math.round(performance.now() - start),
       machine: before,
@@ -102,7 +122,11 @@ function parse(argv: string[]) {
   return parseArgs({
     args: argv,
     allowPositionals: true,
-    options: { json: { type: 'string' }, quick: { type: 'boolean' } },
+    options: {
+      json: { type: 'string' },
+      quick: { type: 'boolean' },
+      set: { type: 'string', multiple: true },
+    },
   });
 }
 

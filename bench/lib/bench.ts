@@ -1,3 +1,4 @@
+import { SnowflockError } from '../../src/common/errors.js';
 import type { Table } from './table.js';
 
 /** What a bench is run with. */
@@ -6,6 +7,8 @@ export interface BenchContext {
   readonly quick: boolean;
   /** Says what is going on, on stderr: stdout is for the tables. */
   log(line: string): void;
+  /** From `--set NAME=VALUE`; only names the bench has {@link Bench.settings} for. */
+  readonly settings: ReadonlyMap<string, string>;
   /** Aborted on Ctrl-C: end what was started. */
   readonly signal: AbortSignal;
 }
@@ -24,5 +27,24 @@ export interface Bench {
   readonly name: string;
   /** One line: what is measured, against what. */
   readonly description: string;
+  /** What `--set` may name, each with its default and what it means. */
+  readonly settings?: Readonly<Record<string, string>>;
   run(context: BenchContext): Promise<BenchResult>;
+}
+
+/** A setting of numbers parted by commas. @throws E_ARGUMENT unless all are in `least` to `most` */
+export function numbers(
+  settings: ReadonlyMap<string, string>,
+  name: string,
+  missing: readonly number[],
+  least: number,
+  most: number,
+): number[] {
+  const text = settings.get(name);
+  if (text === undefined) return [...missing];
+  const values = text.split(',').map((part) => (part.trim() === '' ? Number.NaN : Number(part)));
+  if (!values.every((value) => Number.isInteger(value) && value >= least && value <= most)) {
+    throw new SnowflockError('E_ARGUMENT', `${name}=${text}: whole numbers, ${least} to ${most}`);
+  }
+  return values;
 }

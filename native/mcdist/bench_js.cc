@@ -4,7 +4,9 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <sodium.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
+#include <time.h>
 
 #include <condition_variable>
 #include <mutex>
@@ -63,16 +65,41 @@ bool read_all(int fd, uint8_t* out, size_t bytes) {
   return true;
 }
 
-// (replica handle, first, count, handed over) -> time from asking to the waiting thread running
-// again, one page after the other. The thread lends itself to the client (Replica::fetch), unless
-// `handed over`: then the client's thread wakes it.
+// Several clients ask for the same at once: the i-th at `start` + i * `period`, of the monotonic
+// clock in ns. Without a period each asks as soon as it has its last answer.
+class Pace {
+ public:
+  Pace(const Napi::CallbackInfo& info, size_t at)
+      : start_(info.Length() > at ? whole_of(info[at], "startNs") : 0),
+        period_(info.Length() > at + 1 ? whole_of(info[at + 1], "periodNs") : 0) {}
+
+  void wait(uint64_t i) const {
+    if (start_ == 0) return;
+    if (i == 0) ::prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0);
+    const uint64_t ns = start_ + i * period_;
+    const timespec until = {static_cast<time_t>(ns / 1'000'000'000),
+                            static_cast<long>(ns % 1'000'000'000)};
+    while (::clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, nullptr) == EINTR) {
+    }
+  }
+
+ private:
+  uint64_t start_;
+  uint64_t period_;
+};
+
+// (replica handle, first, count, handed over, startNs?, periodNs?) -> time from asking to the
+// waiting thread running again, one page after the other. The thread lends itself to the client
+// (Replica::fetch), unless `handed over`: then the client's thread wakes it.
 Napi::Value MeasureFetch(const Napi::CallbackInfo& info) {
   auto replica = unwrap_replica(info[0]);
   const uint64_t first = whole_of(info[1], "first");
   const uint64_t pages = whole_of(info[2], "count");
+  const Pace pace(info, 4);
   if (!info[3].ToBoolean()) {
-    return Measurement::Run(info.Env(), [replica, first, pages](std::vector<double>* out) {
+    return Measurement::Run(info.Env(), [replica, first, pages, pace](std::vector<double>* out) {
       for (uint64_t page = first; page < first + pages; page++) {
+        pace.wait(page - first);
         const TimeNs begin = now_ns();
         Status status = replica->fetch(page);
         out->push_back(static_cast<double>(now_ns() - begin) / 1000);
@@ -81,7 +108,7 @@ Napi::Value MeasureFetch(const Napi::CallbackInfo& info) {
       return Status::Ok();
     });
   }
-  return Measurement::Run(info.Env(), [replica, first, pages](std::vector<double>* out) {
+  return Measurement::Run(info.Env(), [replica, first, pages, pace](std::vector<double>* out) {
     struct Wait {
       std::mutex mutex;
       std::condition_variable changed;
@@ -90,6 +117,7 @@ Napi::Value MeasureFetch(const Napi::CallbackInfo& info) {
     };
     for (uint64_t page = first; page < first + pages; page++) {
       auto wait = std::make_shared<Wait>();
+      pace.wait(page - first);
       const TimeNs begin = now_ns();
       replica->want(page, [wait](const Status& status) {
         std::lock_guard lock(wait->mutex);
@@ -155,14 +183,15 @@ Napi::Value MeasureServer(const Napi::CallbackInfo& info) {
   return out;
 }
 
-// ('udp' | 'tcp', address, port, count) -> round trips.
+// ('udp' | 'tcp', address, port, count, startNs?, periodNs?) -> round trips.
 Napi::Value MeasureRoundTrips(const Napi::CallbackInfo& info) {
   const bool tcp = info[0].ToString().Utf8Value() == "tcp";
   sockaddr_in to;
   throw_if(info.Env(),
            parse_address(info[1].ToString(), static_cast<int64_t>(whole_of(info[2], "port")), &to));
   const uint64_t rounds = whole_of(info[3], "count");
-  return Measurement::Run(info.Env(), [tcp, to, rounds](std::vector<double>* out) {
+  const Pace pace(info, 4);
+  return Measurement::Run(info.Env(), [tcp, to, rounds, pace](std::vector<double>* out) {
     Fd fd(::socket(AF_INET, (tcp ? SOCK_STREAM : SOCK_DGRAM) | SOCK_CLOEXEC, 0));
     if (::connect(fd.get(), reinterpret_cast<const sockaddr*>(&to), sizeof to) != 0) {
       return Status::Errno("E_NETWORK", "connect");
@@ -172,6 +201,7 @@ Napi::Value MeasureRoundTrips(const Napi::CallbackInfo& info) {
     uint8_t request[100] = {2};
     uint8_t page[kPageBytes];
     for (uint64_t i = 0; i < rounds; i++) {
+      pace.wait(i);
       const TimeNs begin = now_ns();
       if (::send(fd.get(), request, sizeof request, 0) != sizeof request ||
           !read_all(fd.get(), page, sizeof page)) {

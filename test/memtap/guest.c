@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <sys/wait.h>
@@ -65,6 +66,26 @@ static double now_us(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return (double)t.tv_sec * 1e6 + (double)t.tv_nsec / 1e3;
+}
+
+// Touches one page after the other; the i-th at `start_ns` + i * `period_ns` of the monotonic clock,
+// unless that is 0. Answers with the microseconds each touch took.
+static void time_touches(uint64_t first, uint64_t count, uint64_t start_ns, uint64_t period_ns) {
+  uint64_t sum = 0;
+  prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0);
+  printf("ok");
+  for (uint64_t i = 0; i < count; i++) {
+    if (start_ns != 0) {
+      const uint64_t ns = start_ns + i * period_ns;
+      const struct timespec until = {(time_t)(ns / 1000000000), (long)(ns % 1000000000)};
+      while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL) == EINTR) {
+      }
+    }
+    const double begin = now_us();
+    sum += *(volatile uint8_t *)(ram + (first + i) * PAGE);
+    printf(" %.1f", now_us() - begin);
+  }
+  printf(" %" PRIu64 "\n", sum);
 }
 
 // In a forked child: 0 if neither the RAM nor a descriptor of the agent is there.
@@ -159,10 +180,10 @@ int main(void) {
   char line[512], command[32], path[400];
   setvbuf(stdout, NULL, _IOLBF, 0);
   while (fgets(line, sizeof line, stdin) != NULL) {
-    uint64_t a = 0, b = 0, c = 0;
+    uint64_t a = 0, b = 0, c = 0, d = 0;
     path[0] = '\0';
     if (sscanf(line, "%31s", command) != 1) continue;
-    sscanf(line, "%*s %" SCNu64 " %" SCNu64 " %" SCNu64, &a, &b, &c);
+    sscanf(line, "%*s %" SCNu64 " %" SCNu64 " %" SCNu64 " %" SCNu64, &a, &b, &c, &d);
     sscanf(line, "%*s %*u %*u %399s", path);
     if (strcmp(command, "map") == 0) {
       const char *failed = map_ram(a);
@@ -187,6 +208,8 @@ int main(void) {
         }
       }
       printf("ok %.2f %" PRIu64 "\n", b == 0 ? 0 : (now_us() - begin) / (double)b, sum);
+    } else if (strcmp(command, "time") == 0) {  // time FIRST COUNT START_NS PERIOD_NS: us of each
+      time_touches(a, b, c, d);
     } else if (strcmp(command, "dump") == 0) {  // dump FIRST COUNT PATH: write(2) out of the RAM
       int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
       uint64_t done = 0;

@@ -4,7 +4,6 @@ import { chmodSync, mkdirSync, mkdtempSync, readFileSync, rmSync } from 'node:fs
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
-import { fileURLToPath } from 'node:url';
 import { loadAddon, projectRoot } from '../../src/common/native.js';
 import {
   agentEnvironment,
@@ -48,7 +47,7 @@ export class Bench {
     this.open = mkdtempSync(join(tmpdir(), 'memtap-test-'));
     chmodSync(this.open, 0o777);
     this.#guestProgram = join(this.open, 'guest');
-    const source = fileURLToPath(new URL('guest.c', import.meta.url));
+    const source = join(projectRoot, 'test', 'memtap', 'guest.c');
     try {
       execFileSync('gcc', [
         ...['-std=gnu17', '-D_GNU_SOURCE', '-O2', '-Wall', '-Wextra', '-Werror', '-pthread'],
