@@ -17,6 +17,8 @@ double rate(const Napi::Object& options, const char* name, double missing, doubl
   return value;
 }
 
+}  // namespace
+
 PolicyConfig policy_of(const Napi::Value& value) {
   PolicyConfig config;
   if (value.IsUndefined()) return config;
@@ -42,6 +44,8 @@ PolicyConfig policy_of(const Napi::Value& value) {
   }
   return config;
 }
+
+namespace {
 
 class ServerJs : public Napi::ObjectWrap<ServerJs> {
  public:
