@@ -198,6 +198,7 @@ void Simulation::deliver(Delivery delivery) {
   if (!all && !up_.has(answer.to)) return;
   const auto came = static_cast<uint8_t>(answer.fragments & ~answer.dropped);
   const auto bytes = answer.bytes * static_cast<unsigned>(__builtin_popcount(came));
+  result_->received_bytes += bytes * (end - first);
   draw_losses(&random_, segment.loss, came, first, end, &losses_);
   if (all) {
     segment.rate.add(static_cast<uint64_t>(static_cast<double>(bytes) * (1 - segment.loss)), now_);

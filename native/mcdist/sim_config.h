@@ -98,6 +98,7 @@ struct SimResult {
   uint64_t events = 0;
   uint64_t sent_bytes = 0;  // by the server, with UDP and IP headers
   uint64_t sent_packets = 0;
+  uint64_t received_bytes = 0;  // by all clients, before losses of their own
   uint64_t pages_served = 0;
   uint64_t zero_pages_served = 0;
   uint64_t distinct_pages = 0;  // of those served

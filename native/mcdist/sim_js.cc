@@ -144,6 +144,7 @@ Napi::Object to_js(Napi::Env env, const SimResult& result) {
   SF_NUMBER(events)
   SF_NUMBER(sent_bytes)
   SF_NUMBER(sent_packets)
+  SF_NUMBER(received_bytes)
   SF_NUMBER(pages_served)
   SF_NUMBER(zero_pages_served)
   SF_NUMBER(distinct_pages)

@@ -94,6 +94,8 @@ export interface SimResult {
   readonly events: number;
   readonly sentBytes: number;
   readonly sentPackets: number;
+  /** By all clients, before losses of their own. */
+  readonly receivedBytes: number;
   readonly pagesServed: number;
   readonly zeroPagesServed: number;
   readonly distinctPages: number;
