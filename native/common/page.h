@@ -30,6 +30,8 @@ class PageProvider {
  public:
   virtual ~PageProvider() = default;
   virtual uint64_t pages() const = 0;
+  // How many of them it can read now.
+  virtual uint64_t held() const { return pages(); }
   virtual ReadResult read(PageIndex page, uint8_t* out) = 0;
 };
 

@@ -17,15 +17,11 @@ constexpr size_t kDirectFaults = 4;
 constexpr TimeNs kGreetFirst = 20 * kMillisecond;
 constexpr TimeNs kGreetLast = 250 * kMillisecond;
 constexpr unsigned kGreetIdle = 8;  // greetings while nobody wants anything
-// A page present already need not be opened, as long as the server was heard this recently.
-constexpr TimeNs kWordFresh = 100 * kMillisecond;
 constexpr TimeNs kRateMemory = 100 * kMillisecond;
 // A page not answered for so many source time-outs, though the server speaks, is given up.
 constexpr TimeNs kPageTimeouts = 4;
-
-Status with_page(const char* code, PageIndex page, const char* what) {
-  return Status::Error(code, "page " + std::to_string(page) + ": " + what);
-}
+constexpr size_t kMaxReports = 24;  // in one request; the rest of it is for runs
+constexpr size_t kRunsOfReport = kReportBytes / kRunBytes;
 
 }  // namespace
 
@@ -37,9 +33,12 @@ Client::Client(const Options& options, const BootId& boot, std::shared_ptr<Repli
       requester_(
           options.requester,
           [raw = replica_.get()](PageIndex page) { return raw->state(page) != PageState::kAbsent; },
-          [this](PageIndex page) { return reassembly_.missing(page); }),
+          [this](PageIndex page) { return reassembly_.missing(page); }, replica_->pages(),
+          [this](BlockReport* report) { look(report); }),
       server_(options.server),
-      packet_(kMaxMtuBytes) {}
+      home_(options.server),
+      packet_(kMaxMtuBytes),
+      fragments_(static_cast<uint8_t>(fragments_for(options.mtu_bytes))) {}
 
 Status Client::Open(const Options& options, std::shared_ptr<Replica> replica,
                     std::shared_ptr<Client>* out) {
@@ -78,6 +77,7 @@ void Client::close() {
     std::lock_guard reviving(lost_mutex_);
     std::lock_guard lock(mutex_);
     closing_ = true;
+    end_subscription();
   }
   replica_->set_fetcher(nullptr);
   const uint64_t one = 1;
@@ -100,19 +100,22 @@ void Client::want(PageIndex page, Urgency urgency) {
   Run run;
   if (urgency == Urgency::kFault && cookie_ != 0 && !wake_pending_ &&
       requester_.faults_asked() < kDirectFaults && requester_.ask_now(page, now, &run)) {
-    send_request({run}, now);
+    request_.runs.assign(1, run);
+    request_.reports.clear();
+    send_request(now);
     arm(requester_.due_at());
     return;
   }
-  if (wake_pending_) return;
-  wake_pending_ = true;
-  const uint64_t one = 1;
-  (void)!::write(wake_.get(), &one, sizeof one);
+  wake();
 }
 
 bool Client::prefetch(PageIndex first, uint64_t pages) {
   if (first >= replica_->pages()) return true;
   pages = std::min(pages, replica_->pages() - first);
+  if (pages == replica_->pages()) {
+    subscribe(true);
+    return true;
+  }
   std::lock_guard lock(mutex_);
   if (lost_ || closing_) return true;  // whoever waits hears of it from the replica
   busy(now_ns());
@@ -120,11 +123,19 @@ bool Client::prefetch(PageIndex first, uint64_t pages) {
     count(counters_.prefetch_dropped, pages);
     return false;
   }
-  if (wake_pending_) return true;
-  wake_pending_ = true;
-  const uint64_t one = 1;
-  (void)!::write(wake_.get(), &one, sizeof one);
+  wake();
   return true;
+}
+
+void Client::subscribe(bool on) {
+  const TimeNs now = now_ns();
+  std::lock_guard lock(mutex_);
+  if (lost_ || closing_) return;
+  if (!on) return end_subscription();
+  if (replica_->complete()) return;
+  busy(now);
+  requester_.subscribe(true, now);
+  wake();
 }
 
 void Client::set_server(const sockaddr_in& server) {
@@ -133,15 +144,13 @@ void Client::set_server(const sockaddr_in& server) {
   {
     std::lock_guard lock(mutex_);
     if (closing_) return;
-    server_ = server;
-    cookie_ = 0;
-    greet_due_ = 0;
-    greetings_ = 0;
-    busy_since_ = now_ns();  // the new server gets the whole time-out
+    const TimeNs now = now_ns();
+    home_ = server;
+    turn_to(server, 0, now);
+    server_set_ = true;
+    busy_since_ = now;  // the new server gets the whole time-out
     revived = std::exchange(lost_, false);
-    wake_pending_ = true;
-    const uint64_t one = 1;
-    (void)!::write(wake_.get(), &one, sizeof one);
+    wake();
   }
   if (revived) replica_->set_fetcher(this);  // takes back the failure
 }
@@ -154,11 +163,41 @@ Client::Gauges Client::gauges() const {
           requester_.smoothed_rtt(Urgency::kFault),
           requester_.smoothed_rtt(Urgency::kPrefetch),
           requester_.timeout(Urgency::kFault),
+          servers_.load(std::memory_order_relaxed),
+          loss_permille_,
+          requester_.subscription().reported_blocks(),
+          server_,
           cookie_ != 0,
+          requester_.subscribed(),
+          unicast_only_,
           lost_};
 }
 
 // --- with mutex_ held ---
+
+void Client::wake() {
+  if (std::exchange(wake_pending_, true)) return;
+  const uint64_t one = 1;
+  (void)!::write(wake_.get(), &one, sizeof one);
+}
+
+void Client::turn_to(const sockaddr_in& server, uint64_t cookie, TimeNs now) {
+  server_ = server;
+  cookie_ = cookie;
+  asked_from_ = last_counter_;
+  greet_due_ = now;
+  greetings_ = 0;
+}
+
+// Tells the server, or it would go on pushing for a while.
+void Client::end_subscription() {
+  if (!requester_.subscribed()) return;
+  requester_.subscribe(false, 0);
+  if (cookie_ == 0) return;
+  request_.runs.clear();
+  request_.reports.clear();
+  send_request(now_ns());
+}
 
 void Client::arm(TimeNs at) {
   if (at >= armed_) return;
@@ -169,23 +208,28 @@ void Client::arm(TimeNs at) {
   ::timerfd_settime(timer_.get(), TFD_TIMER_ABSTIME, &spec, nullptr);
 }
 
-void Client::send_request(const std::vector<Run>& runs, TimeNs now) {
+void Client::send_request(TimeNs now) {
   const double quiet = static_cast<double>(now - rate_at_) / static_cast<double>(kRateMemory);
-  Request request;
-  request.cookie = cookie_;
-  request.receive_kbps =
+  request_.cookie = cookie_;
+  request_.receive_kbps =
       static_cast<uint32_t>(std::min(receive_rate_ * std::exp(-std::max(quiet, 0.0)) / 1000, 4e9));
-  request.runs = runs;
-  encode_request(request, &body_);
+  request_.loss_permille = requester_.loss_permille();
+  loss_permille_ = request_.loss_permille;
+  request_.unicast_only = unicast_only_;
+  request_.subscribe = requester_.subscribed() && !unicast_only_;
+  request_.history = options_.history;
+  encode_request(request_, &body_);
   Header header;
   header.type = Type::kRequest;
-  header.page = runs.empty() ? 0 : runs.front().first;
+  header.page = request_.runs.empty() ? 0 : request_.runs.front().first;
   const size_t bytes = sealer_.seal(&header, body_.data(), body_.size(), packet_.data());
   last_counter_ = header.counter;
   last_sent_ = now;
+  requester_.sent(now);
   count(counters_.requests);
   count(counters_.wire_bytes_sent, bytes + kUdpIpBytes);
-  for (const Run& run : runs) {
+  count(counters_.blocks_reported, request_.reports.size());
+  for (const Run& run : request_.runs) {
     count(counters_.pages_requested, run.count);
     if (run.urgent) count(counters_.urgent_requested, run.count);
     if (run.retry) count(counters_.retries, run.count);
@@ -198,15 +242,16 @@ void Client::send_request(const std::vector<Run>& runs, TimeNs now) {
 }
 
 void Client::greet(TimeNs now) {
-  if (now >= greet_due_) {
-    if (greetings_ >= kGreetIdle && requester_.idle()) {
-      greet_due_ = kNever;
-      return;
-    }
-    send_request({}, now);
-    greet_due_ = now + std::min(kGreetFirst << std::min(greetings_, 8U), kGreetLast);
-    greetings_++;
+  if (now < greet_due_) return;
+  if (greetings_ >= kGreetIdle && requester_.idle()) {
+    greet_due_ = kNever;
+    return;
   }
+  request_.runs.clear();
+  request_.reports.clear();
+  send_request(now);
+  greet_due_ = now + std::min(kGreetFirst << std::min(greetings_, 8U), kGreetLast);
+  greetings_++;
 }
 
 // --- the thread ---
@@ -232,21 +277,23 @@ void Client::run() {
       if (closing_) return;
     }
     // Whoever woke us: what has come is read before anything is taken for lost.
-    const bool more_there = receive(member_);
-    const bool more_here = receive(unicast_);
+    const bool more_there = receive(member_, true);
+    const bool more_here = receive(unicast_, false);
     flush(!more_there && !more_here);
-    watch_source(now_ns());
+    const TimeNs now = now_ns();
+    watch_server(now);
+    watch_source(now);
   }
 }
 
-bool Client::receive(const Fd& fd) {
+bool Client::receive(const Fd& fd, bool group) {
   const size_t n = received_.receive(fd);
   if (n == 0) return false;
   const TimeNs now = now_ns();
   uint64_t bytes = 0;
   for (size_t i = 0; i < n; i++) {
     bytes += received_.size(i) + kUdpIpBytes;
-    handle(received_.data(i), received_.size(i), now);
+    handle(received_.data(i), received_.size(i), group, now);
   }
   count(counters_.wire_bytes_received, bytes);
   std::lock_guard lock(mutex_);
@@ -257,140 +304,15 @@ bool Client::receive(const Fd& fd) {
   return n == ReceiveBatch::kPackets;
 }
 
-void Client::handle(const uint8_t* data, size_t size, TimeNs now) {
-  Header header;
-  if (!decode_header(data, size, &header) || header.type == Type::kRequest) {
-    return count(counters_.bad_packets);
-  }
-  if (header.generation != tag_of(options_.generation)) return count(counters_.wrong_generation);
-  if (header.type == Type::kWelcome) {
-    Welcome welcome;
-    auto key =
-        std::make_unique<SenderKey>(options_.generation, options_.key, header.boot, Side::kServer);
-    if (!key->open(data, size, clear_)) return count(counters_.auth_failures);
-    if (!decode_welcome(clear_, size - kLongOverheadBytes, &welcome)) {
-      return count(counters_.bad_packets);
-    }
-    return handle_welcome(header, welcome, std::move(key), now);
-  }
-  if (server_key_ == nullptr || header.sender != tag_of(server_key_->boot())) {
-    return count(counters_.unknown_sender);
-  }
-  if (header.type == Type::kPage) return handle_page(header, data, size, now);
-  if (!server_key_->open(data, size, clear_)) return count(counters_.auth_failures);
-  heard(header, now);
-  if (header.type != Type::kZero && header.type != Type::kNegative) {
-    return count(counters_.bad_packets);
-  }
-  if (!decode_runs(clear_, size - kOverheadBytes, replica_->pages(), &runs_)) {
-    return count(counters_.bad_packets);
-  }
-  if (header.type == Type::kZero) return handle_zero(runs_, now);
-  handle_negative(runs_, now);
-}
-
-void Client::heard(const Header& header, TimeNs now) {
-  if (header.sender != tag_of(server_boot_) || header.counter <= server_counter_) return;
-  server_counter_ = header.counter;
-  last_word_ = now;
-}
-
-void Client::handle_page(const Header& header, const uint8_t* data, size_t size, TimeNs now) {
-  if (header.page >= replica_->pages()) return count(counters_.bad_packets);
-  const bool known = replica_->state(header.page) != PageState::kAbsent || reassembly_.has(header);
-  if (known && now - last_word_ < kWordFresh) return count(counters_.duplicates);
-  if (!server_key_->open(data, size, clear_)) return count(counters_.auth_failures);
-  heard(header, now);
-  if (known) return count(counters_.duplicates);
-  const uint8_t* page = reassembly_.add(header, clear_);
-  if (page == nullptr) return;
-  const Status status = replica_->fill(header.page, page);
-  bool asked;
-  {
-    std::lock_guard lock(mutex_);
-    // After the fill: from then on nobody asks for it, so no want falls between the two.
-    asked = requester_.arrived(header.page, now);
-  }
-  if (!status.ok()) {
-    count(counters_.fill_errors);
-    if (!asked) return;
-    count(counters_.pages_failed);
-    return replica_->fail_page(header.page, status);
-  }
-  count(counters_.pages_filled);
-  count(counters_.payload_bytes, kPageBytes);
-  if (!asked) count(counters_.pages_overheard);
-}
-
-void Client::handle_zero(const std::vector<Run>& runs, TimeNs now) {
-  for (const Run& run : runs) {
-    for (PageIndex page = run.first; page < run.first + run.count; page++) {
-      if (replica_->state(page) != PageState::kAbsent) {
-        count(counters_.duplicates);
-        continue;
-      }
-      (void)replica_->fill_zero(page);  // fails only beyond the end, which decode_runs() checked
-      reassembly_.forget(page);
-      count(counters_.zero_pages_filled);
-      std::lock_guard lock(mutex_);
-      if (!requester_.arrived(page, now)) count(counters_.pages_overheard);
-    }
-  }
-}
-
-void Client::handle_negative(const std::vector<Run>& runs, TimeNs now) {
-  for (const Run& run : runs) {
-    for (PageIndex page = run.first; page < run.first + run.count; page++) {
-      Requester::Refusal refusal;
-      {
-        std::lock_guard lock(mutex_);
-        refusal = requester_.refused(page, now);
-      }
-      if (refusal == Requester::Refusal::kUnknown) continue;
-      count(counters_.negative_answers);
-      if (refusal == Requester::Refusal::kAgain) continue;
-      count(counters_.pages_failed);
-      replica_->fail_page(
-          page, run.error ? with_page("E_IO", page, "the source cannot read it")
-                          : with_page("E_SOURCE_LOST", page, "the source does not hold it"));
-    }
-  }
-}
-
-void Client::handle_welcome(const Header& header, const Welcome& welcome,
-                            std::unique_ptr<SenderKey> key, TimeNs now) {
-  if (welcome.client != sealer_.boot()) return;  // misdirected; nothing to us
-  bool wrong_size;
-  {
-    std::lock_guard lock(mutex_);
-    // An answer to a question of ours not answered before, so not a replay.
-    if (welcome.echo <= last_echo_ || welcome.echo > last_counter_) return;
-    last_echo_ = welcome.echo;
-    if (welcome.echo == last_counter_) requester_.round_trip(now - last_sent_);
-    wrong_size = welcome.pages != replica_->pages();
-    if (welcome.cookie != cookie_) {
-      cookie_ = welcome.cookie;
-      greetings_ = 0;
-      greet_due_ = kNever;
-      requester_.ask_again(now);
-    }
-  }
-  count(counters_.welcomes);
-  if (server_key_ == nullptr || server_boot_ != header.boot) server_key_ = std::move(key);
-  server_boot_ = header.boot;
-  server_counter_ = header.counter;
-  last_word_ = now;
-  if (wrong_size) {
-    lose(Status::Error("E_REPLICA_MISMATCH",
-                       "the source's generation has " + std::to_string(welcome.pages) +
-                           " pages, the replica " + std::to_string(replica_->pages())));
-  }
-}
-
 void Client::flush(bool drained) {
   const TimeNs now = now_ns();
+  refresh_needed(now);
   for (;;) {
     std::lock_guard lock(mutex_);
+    if (std::exchange(server_set_, false)) {
+      current_ = nullptr;
+      turned_at_ = now;
+    }
     if (lost_) return;
     if (cookie_ == 0) {
       greet(now);
@@ -399,11 +321,24 @@ void Client::flush(bool drained) {
       if (at != kNever) arm(at);
       return;
     }
-    sending_.clear();
-    requester_.collect(now, drained, max_runs_, &sending_);
-    if (!sending_.empty()) {
-      send_request(sending_, now);
+    // The probe: does the group reach us?
+    if (!group_heard_ && !unicast_only_) {
+      greet(now);
+      if (greet_due_ != kNever) arm(greet_due_);
+    }
+    if (requester_.subscribed() && replica_->complete()) end_subscription();
+    request_.runs.clear();
+    request_.reports.clear();
+    if (drained) {
+      const size_t most = std::min(kMaxReports, max_runs_ / kRunsOfReport / 2);
+      requester_.collect_reports(now, most, &request_.reports);
+    }
+    const size_t room = max_runs_ - request_.reports.size() * kRunsOfReport;
+    requester_.collect(now, drained, room, &request_.runs);
+    if (!request_.runs.empty() || !request_.reports.empty()) {
+      send_request(now);
     } else if (!requester_.more()) {
+      if (requester_.keepalive(now)) send_request(now);
       // Not drained: at once again, even if the packets read last were the last ones there.
       if (!requester_.idle()) arm(drained ? requester_.due_at() : now);
       return;
@@ -430,7 +365,8 @@ void Client::watch_source(TimeNs now) {
                                             " ms"));
   } else if (stuck) {
     count(counters_.pages_failed);
-    replica_->fail_page(page, with_page("E_SOURCE_LOST", page, "never answered by the source"));
+    replica_->fail_page(page, Status::Error("E_SOURCE_LOST", "page " + std::to_string(page) +
+                                                                 ": never answered by the source"));
   }
 }
 
@@ -440,6 +376,7 @@ void Client::lose(const Status& status) {
     std::lock_guard lock(mutex_);
     if (lost_ || closing_) return;
     lost_ = true;
+    end_subscription();
     requester_.clear();
   }
   replica_->fail(status);

@@ -1,22 +1,25 @@
 // The mcdist client of one generation on one host: fetches absent pages into a replica, and stores
 // whatever page of that generation comes by, asked for from here or not.
 //
-// States:  greeting (no cookie yet) -> welcomed -> greeting (the server restarted, set_server)
-//          any -> lost (no authentic word from the server in time) -> greeting (set_server)
+// States:  greeting (no cookie yet) -> welcomed -> greeting (the server restarted, another server)
+//          any -> lost (no authentic word from any server in time) -> greeting (set_server)
+// Servers: one at a time is asked, the *current* one; first the one given. Announces make others
+// known (SenderTable). When the current one is silent, or refuses a page, another one becomes the
+// current one; never back unless that one fails as well, or set_server() says so.
 // Invariants:
 //  - Only bytes that opened with the generation's key, under this generation's id, reach the
-//  replica.
+//    replica. Whose they are does not matter: a generation is immutable.
 //  - A page under way is asked of the network once per time-out, however many wait for it.
 //  - Every wait ends: with the page, or with fail_page() or fail() of the replica.
 //  - "The server lives" is believed only of packets that cannot be replays: a welcome that answers
-//  a
-//    question of ours, or a higher counter under the boot id of that welcome.
+//    a question of ours, or a higher counter under the boot id of that welcome.
 // Threads: want() runs on the faulting side's thread and sends its request itself when it can, so
 // that a fault wakes one thread here: the client's own, by the answer. Lock order: lost_mutex_, the
 // replica's locks, mutex_; the replica is never called with mutex_ held (state() excepted, which
 // takes no lock).
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -29,6 +32,7 @@
 #include "mcdist/counters.h"
 #include "mcdist/reassembly.h"
 #include "mcdist/requester.h"
+#include "mcdist/senders.h"
 #include "mcdist/socket.h"
 #include "mcdist/wire.h"
 #include "pagestore/replica.h"
@@ -45,6 +49,7 @@ class Client final : public PageFetcher {
     in_addr interface_address = {};
     TimeNs source_timeout = 30 * kSecond;
     size_t mtu_bytes = 1500;
+    bool history = false;  // let the server send first what others faulted on
     RequesterConfig requester;
   };
   struct Gauges {
@@ -54,7 +59,13 @@ class Client final : public PageFetcher {
     TimeNs fault_rtt;
     TimeNs prefetch_rtt;
     TimeNs fault_timeout;
+    uint64_t servers;          // known, the current one among them
+    uint64_t loss_permille;    // of what was sent to us lately
+    uint64_t reported_blocks;  // reported as lacking something, not repaired yet
+    sockaddr_in server;        // the current one
     bool welcomed;
+    bool subscribed;
+    bool unicast_only;
     bool lost;
   };
 
@@ -63,9 +74,13 @@ class Client final : public PageFetcher {
   ~Client() override;
 
   void want(PageIndex page, Urgency urgency) override;
-  // Pages beyond the end are left out. False: too many ranges, none was taken.
+  // Pages beyond the end are left out; all pages: subscribes. False: too many ranges, none was
+  // taken.
   bool prefetch(PageIndex first, uint64_t count) override;
   void set_server(const sockaddr_in& server);
+  // All pages that the replica's users need, as fast as the server sends them. Until all are here,
+  // or none can be had any more, or taken back.
+  void subscribe(bool on);
   // Detaches from the replica, whose waiters stay for its next fetcher, and ends the thread.
   void close();
 
@@ -76,29 +91,42 @@ class Client final : public PageFetcher {
  private:
   Client(const Options& options, const BootId& boot, std::shared_ptr<Replica> replica);
   void run();
-  bool receive(const Fd& fd);  // true if more may be there
-  void handle(const uint8_t* data, size_t size, TimeNs now);
-  void handle_page(const Header& header, const uint8_t* data, size_t size, TimeNs now);
-  void handle_zero(const std::vector<Run>& runs, TimeNs now);
-  void handle_negative(const std::vector<Run>& runs, TimeNs now);
-  void handle_welcome(const Header& header, const Welcome& welcome, std::unique_ptr<SenderKey> key,
-                      TimeNs now);
-  void heard(const Header& header, TimeNs now);
+  bool receive(const Fd& fd, bool group);  // true if more may be there
   void flush(bool drained);
   void watch_source(TimeNs now);
   void lose(const Status& status);
 
+  // client_receive.cc
+  void handle(const uint8_t* data, size_t size, bool group, TimeNs now);
+  Sender* open_long(const Header& header, const uint8_t* data, size_t size);
+  void heard(Sender* sender, const Header& header, bool group, TimeNs now);
+  void handle_page(Sender* sender, const Header& header, const uint8_t* data, size_t size,
+                   bool group, TimeNs now);
+  void store(PageIndex page, const uint8_t* bytes, TimeNs now);
+  void handle_zero(const std::vector<Run>& runs, TimeNs now);
+  void handle_negative(const Sender* sender, const std::vector<Run>& runs, TimeNs now);
+  void handle_welcome(Sender* sender, const Header& header, const Welcome& welcome, TimeNs now);
+  void handle_announce(Sender* sender, const Announce& announce, TimeNs now);
+  void look(BlockReport* report) const;
+  void refresh_needed(TimeNs now);
+
+  // client_servers.cc
+  void watch_server(TimeNs now);
+  bool turn_to_other(TimeNs now, bool ask_again);
+
   // With mutex_ held:
-  void send_request(const std::vector<Run>& runs, TimeNs now);
+  void send_request(TimeNs now);  // of request_
   void greet(TimeNs now);
   void arm(TimeNs at);
   void busy(TimeNs now);
+  void wake();
+  void end_subscription();
+  void turn_to(const sockaddr_in& server, uint64_t cookie, TimeNs now);
 
   const Options options_;
   const std::shared_ptr<Replica> replica_;
   const size_t max_runs_;
   Sealer sealer_;
-  std::unique_ptr<SenderKey> server_key_;  // the thread's own
   Fd member_, unicast_, timer_, wake_;
   std::thread thread_;
   ClientCounters counters_;
@@ -112,6 +140,7 @@ class Client final : public PageFetcher {
   bool lost_ = false;
   bool closing_ = false;
   bool wake_pending_ = false;
+  bool server_set_ = false;  // by set_server(), the thread has not seen it yet
   TimeNs busy_since_ = 0;
   TimeNs armed_ = kNever;
   TimeNs greet_due_ = 0;
@@ -119,6 +148,12 @@ class Client final : public PageFetcher {
   uint64_t last_counter_ = 0;  // of the request sent last
   TimeNs last_sent_ = 0;
   uint64_t last_echo_ = 0;
+  unsigned probes_ = 0;  // greetings answered although the group was not heard
+  bool unicast_only_ = false;
+  uint64_t loss_permille_ = 0;  // as told last
+  uint64_t asked_from_ = 0;     // counter of the last request before the current server's first
+  sockaddr_in home_;            // the server that was set, to fall back to
+  Request request_;
   std::vector<uint8_t> body_;
   std::vector<uint8_t> packet_;
   double receive_rate_ = 0;
@@ -127,11 +162,19 @@ class Client final : public PageFetcher {
   // The thread's own.
   ReceiveBatch received_;
   Reassembly reassembly_;
-  BootId server_boot_{};
-  uint64_t server_counter_ = 0;
-  TimeNs last_word_ = 0;
+  SenderTable senders_;
+  Sender* current_ = nullptr;  // who welcomed us last, in senders_
+  TimeNs last_word_ = 0;       // of the current server
+  TimeNs turned_at_ = 0;
+  TimeNs silent_since_ = 0;
+  uint64_t retries_then_ = 0;     // when it spoke last
+  uint8_t fragments_;             // symbols in a page, as sent to us last
+  std::vector<uint64_t> needed_;  // bit maps of the replica's needed pages; empty: all
+  uint64_t needed_version_ = 0;
+  TimeNs needed_at_ = 0;
+  std::atomic<uint64_t> servers_{0};
+  std::atomic<bool> group_heard_{false};
   std::vector<Run> runs_;
-  std::vector<Run> sending_;
   uint8_t clear_[kMaxMtuBytes];
 };
 

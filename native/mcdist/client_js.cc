@@ -1,4 +1,6 @@
 // JavaScript's view of the mcdist client.
+#include <arpa/inet.h>
+
 #include "mcdist/client.h"
 #include "mcdist/js_common.h"
 
@@ -67,6 +69,7 @@ class ClientJs : public Napi::ObjectWrap<ClientJs> {
                                             {
                                                 InstanceMethod("fetch", &ClientJs::Fetch),
                                                 InstanceMethod("prefetch", &ClientJs::Prefetch),
+                                                InstanceMethod("subscribe", &ClientJs::Subscribe),
                                                 InstanceMethod("setServer", &ClientJs::SetServer),
                                                 InstanceMethod("stats", &ClientJs::Stats),
                                                 InstanceMethod("close", &ClientJs::Close),
@@ -82,6 +85,7 @@ class ClientJs : public Napi::ObjectWrap<ClientJs> {
     options.group = group_of(given);
     options.interface_address = interface_of(given);
     options.mtu_bytes = whole_of(given, "mtuBytes", options.mtu_bytes);
+    options.history = has(given, "history") && given.Get("history").ToBoolean();
     const double timeout_ms =
         number_of(given, "sourceTimeoutMs", static_cast<double>(options.source_timeout) / 1e6);
     if (timeout_ms < 1 || timeout_ms > 1e9) {
@@ -114,6 +118,11 @@ class ClientJs : public Napi::ObjectWrap<ClientJs> {
     if (server.sin_port == 0) throw bad_option(value.Env(), "server.port", "1 to 65535");
     return server;
   }
+  static std::string address_text(const sockaddr_in& address) {
+    char text[INET_ADDRSTRLEN] = "";
+    ::inet_ntop(AF_INET, &address.sin_addr, text, sizeof text);
+    return text;
+  }
   Napi::Value Fetch(const Napi::CallbackInfo& info) {
     Client& client = open(info.Env());
     return Arrivals::Of(info.Env())
@@ -123,6 +132,9 @@ class ClientJs : public Napi::ObjectWrap<ClientJs> {
     open(info.Env())
         .prefetch(whole_of(info[0], "first"),
                   info[1].IsUndefined() ? 1 : whole_of(info[1], "count"));
+  }
+  void Subscribe(const Napi::CallbackInfo& info) {
+    open(info.Env()).subscribe(info[0].IsUndefined() || info[0].ToBoolean());
   }
   void SetServer(const Napi::CallbackInfo& info) {
     open(info.Env()).set_server(server_of(info[0]));
@@ -145,6 +157,13 @@ class ClientJs : public Napi::ObjectWrap<ClientJs> {
     out.Set("faultRttMs", static_cast<double>(gauges.fault_rtt) / 1e6);
     out.Set("prefetchRttMs", static_cast<double>(gauges.prefetch_rtt) / 1e6);
     out.Set("faultTimeoutMs", static_cast<double>(gauges.fault_timeout) / 1e6);
+    set_number(out, "servers_known", gauges.servers);
+    set_number(out, "blocks_lacking", gauges.reported_blocks);
+    set_number(out, "loss_permille", gauges.loss_permille);
+    out.Set("serverAddress", address_text(gauges.server));
+    out.Set("serverPort", ntohs(gauges.server.sin_port));
+    out.Set("subscribed", gauges.subscribed);
+    out.Set("unicastOnly", gauges.unicast_only);
     out.Set("welcomed", gauges.welcomed);
     out.Set("lost", gauges.lost);
     return out;

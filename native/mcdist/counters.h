@@ -24,13 +24,22 @@ inline void count(Counter& counter, uint64_t by = 1) {
   X(packets_sent)                                                                          \
   X(merged)           /* pages asked that were queued already */                           \
   X(lockstep_ignored) /* pages asked that were sent a moment ago */                        \
+  X(pages_pushed)     /* of those served: asked for by nobody */                           \
+  X(unicast_answers)  /* pages answered to one peer alone */                               \
+  X(reports)          /* blocks reported to lack something */                              \
+  X(reports_ignored)  /* of those: what repairs them was on its way */                     \
+  X(reports_dropped)  /* of those: not taken, too many are gathered */                     \
+  X(repair_symbols)   /* symbols sent again for reports, as they are */                    \
+  X(parity_symbols)   /* parity symbols sent for reports */                                \
+  X(announces)                                                                             \
   X(retries)          /* pages asked again after a client's time-out */                    \
   X(queue_dropped)    /* pages not taken: the queue, or the peer's share of it, is full */ \
   X(welcomes)                                                                              \
   X(replays)       /* authentic packets seen before */                                     \
   X(auth_failures) /* packets that did not open with the generation's key */               \
   X(bad_packets)   /* packets malformed, or of a kind not sent to a server */              \
-  X(send_errors)
+  X(send_errors)   /* packets the system did not take */                                   \
+  X(send_waits)    /* times it had no room: the local link is the limit */
 
 #define SF_MCDIST_CLIENT_COUNTERS(X)                                                  \
   X(requests)         /* request packets sent */                                      \
@@ -48,6 +57,12 @@ inline void count(Counter& counter, uint64_t by = 1) {
   X(pages_failed)                                                                     \
   X(prefetch_dropped) /* prefetches not taken: too many ranges */                     \
   X(welcomes)                                                                         \
+  X(announces)                                                                        \
+  X(pushed_packets)  /* that nobody asked for: sent by a push cursor */               \
+  X(blocks_reported) /* blocks told to lack something, again each time */             \
+  X(parities_received)                                                                \
+  X(pages_repaired) /* pages filled of which a part came out of parities */           \
+  X(fail_overs)     /* times another server became the one that is asked */           \
   X(auth_failures)                                                                    \
   X(wrong_generation)                                                                 \
   X(unknown_sender) /* packets of a server that has not made itself known */          \

@@ -7,7 +7,6 @@
 #include <string>
 
 #include "common/js.h"
-#include "mcdist/policy.h"
 #include "mcdist/socket.h"
 #include "mcdist/wire.h"
 
@@ -90,9 +89,6 @@ inline in_addr interface_of(const Napi::Object& object) {
   throw_if(object.Env(), parse_address(string_of(object, "interfaceAddress"), 0, &out));
   return out.sin_addr;
 }
-
-// `policy` of serve() and of a simulation; undefined: the defaults.
-PolicyConfig policy_of(const Napi::Value& value);
 
 // Snake case in C++, camel case in JavaScript.
 inline std::string camel(const char* name) {

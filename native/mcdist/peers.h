@@ -21,11 +21,12 @@ struct Peer {
   uint64_t cookie = 0;
   ReplayWindow window;
   std::unique_ptr<SenderKey> key;
+  sockaddr_in address = {};  // its last fresh request came from there
 };
 
 class PeerTable {
  public:
-  static constexpr size_t kMaxPeers = 1024;
+  static constexpr size_t kMaxPeers = 16384;
 
   Peer* find(const BootId& boot) {
     auto found = index_.find(boot);
@@ -33,17 +34,23 @@ class PeerTable {
     order_.splice(order_.begin(), order_, found->second);
     return &*found->second;
   }
+  // nullptr: evicted.
+  Peer* find(uint32_t id) {
+    auto found = ids_.find(id);
+    return found == ids_.end() ? nullptr : &*found->second;
+  }
   // The peer heard longest ago makes room; its id is written to `evicted` (0: none).
   Peer& admit(std::unique_ptr<SenderKey> key, uint64_t cookie, uint32_t* evicted) {
     *evicted = 0;
     if (order_.size() >= kMaxPeers) {
       *evicted = order_.back().id;
       index_.erase(order_.back().boot);
+      ids_.erase(order_.back().id);
       order_.pop_back();
     }
     const BootId boot = key->boot();
-    order_.push_front(Peer{boot, ++last_id_, cookie, {}, std::move(key)});
-    index_[boot] = order_.begin();
+    order_.push_front(Peer{boot, ++last_id_, cookie, {}, std::move(key), {}});
+    index_[boot] = ids_[last_id_] = order_.begin();
     return order_.front();
   }
   size_t size() const { return order_.size(); }
@@ -51,6 +58,7 @@ class PeerTable {
  private:
   std::list<Peer> order_;  // heard last first
   std::unordered_map<BootId, std::list<Peer>::iterator, IdHash> index_;
+  std::unordered_map<uint32_t, std::list<Peer>::iterator> ids_;
   uint32_t last_id_ = 0;
 };
 

@@ -1,153 +1,280 @@
 #include "mcdist/policy.h"
 
 #include <algorithm>
-#include <cmath>
 
 namespace sf::mcdist {
 namespace {
 
-// Which sent pages are remembered, to tell lockstep and loss: for this long, and so many.
-constexpr TimeNs kSentMemory = kSecond;
-constexpr size_t kSentPages = 65536;
+// Announces: while a push runs; its end, in case the announce of it is lost; otherwise while
+// anything happens; and never more often than the last.
+constexpr TimeNs kAnnouncePush = 20 * kMillisecond;
+constexpr TimeNs kAnnounceEnd = 5 * kMillisecond;
+constexpr uint32_t kAnnouncesOfEnd = 3;
+constexpr TimeNs kAnnounceIdle = 250 * kMillisecond;
+constexpr TimeNs kAnnounceLeast = 5 * kMillisecond;
+constexpr TimeNs kAnnounceMemory = 2 * kSecond;  // "anything happens": somebody was heard
+constexpr size_t kIntroductions = 256;
 // A client that has not reported for this long is no longer part of the mean.
-constexpr TimeNs kReportMemory = 2 * kSecond;
-
-double seconds(TimeNs time) { return static_cast<double>(time) / static_cast<double>(kSecond); }
-
-// Does a send of `had` (0: all) include all that `wanted` (0: all) asks for?
-bool covers(uint8_t had, uint8_t wanted) {
-  return had == 0 || (wanted != 0 && (wanted & ~had) == 0);
-}
+constexpr TimeNs kReportMemory = 300 * kMillisecond;
 
 }  // namespace
 
-Policy::Verdict Policy::request(uint32_t peer, PageIndex page, Urgency urgency, bool retry,
+Policy::Policy(const PolicyConfig& config, uint64_t pages)
+    : config_(config),
+      pages_(pages),
+      queue_(config.queue_pages, config.peer_pages),
+      memory_(config),
+      audience_(std::max(config.subscriber_silence, kReportMemory)),
+      flow_(config),
+      push_(config_, pages),
+      repair_(config_),
+      history_(config.history_pages, pages),
+      unusual_((pages + 63) / 64) {}
+
+void Policy::heard(uint32_t id, const PeerReport& report, TimeNs now) {
+  advance(now);
+  Audience::Peer& peer = audience_.heard(id, report, now);
+  if (report.history && !peer.history) {
+    peer.history = true;
+    history_.replay(id);
+  }
+  if (!peer.subscribed || config_.push != PushMode::kSubscribers) return;
+  if (!push_.running()) {
+    if (peer.round == push_.round() && peer.round != 0) {
+      push_.resume();
+    } else if (peer.round == 0 && audience_.subscribers() == 1) {
+      push_.begin(now, push_.round() > 0);
+      announce_at_ = std::min(announce_at_, push_.starts());
+    }
+  }
+  peer.round = push_.round();
+}
+
+bool Policy::endgame(uint32_t peer, TimeNs now) const {
+  // Whoever subscribed lacks something, so others want what one of them asks for.
+  if (audience_.subscribers() > 1) return false;
+  if (static_cast<double>(push_.sent_count()) >
+      config_.endgame_share * static_cast<double>(pages_)) {
+    return true;
+  }
+  return config_.endgame_silence != kNever && !audience_.others(peer, config_.endgame_silence, now);
+}
+
+Policy::Verdict Policy::request(uint32_t id, PageIndex page, Urgency urgency, bool retry,
                                 uint8_t fragments, TimeNs now) {
   advance(now);
-  const size_t kind = static_cast<size_t>(urgency);
-  auto queued = index_.find(page);
-  if (queued != index_.end()) {
-    Item& item = *queued->second.at;
-    item.fragments = item.fragments == 0 || fragments == 0 ? 0 : item.fragments | fragments;
-    if (urgency == Urgency::kFault && item.urgency == Urgency::kPrefetch) {
-      auto owner = peers_.find(item.peer);
-      if (owner != peers_.end() && owner->second.queued[1] > 0) {
-        owner->second.queued[1]--;
-        owner->second.queued[0]++;
-      }
-      item.urgency = Urgency::kFault;
-      queue_[0].splice(queue_[0].end(), queue_[1], queued->second.at);
-    }
-    return Verdict::kMerged;
+  Audience::Peer* peer = audience_.find(id);
+  const bool unreached = peer != nullptr && peer->unicast_only;
+  if (urgency == Urgency::kFault) history_.faulted(page);
+  if (!unreached && queue_.merge({page, 0}, urgency, fragments)) return Verdict::kMerged;
+  SentMemory::Verdict known = SentMemory::Verdict::kUnknown;
+  if (!unreached) known = memory_.ask({page, 0}, retry, fragments, now);
+  if (known != SentMemory::Verdict::kIgnore) {
+    const auto alone = memory_.ask({page, id}, retry, fragments, now);
+    if (alone != SentMemory::Verdict::kUnknown) known = alone;
   }
-  auto sent = sent_.find(page);
-  if (sent != sent_.end() && covers(sent->second.fragments, fragments)) {
-    const TimeNs age = now - sent->second.at;
-    if (age < (retry ? config_.retry_window : config_.lockstep_window) &&
-        sent->second.ignored < config_.lockstep_requests) {
-      sent->second.ignored++;
-      return Verdict::kLockstep;
-    }
+  if (known == SentMemory::Verdict::kIgnore) return Verdict::kLockstep;
+  if (known == SentMemory::Verdict::kLost && peer != nullptr) {
+    const unsigned lost =
+        fragments == 0 ? symbols_ : static_cast<unsigned>(__builtin_popcount(fragments));
+    audience_.lose(*peer, lost, flow_.window());
   }
-  if (retry && sent != sent_.end()) interval_lost_++;
-  if (queue_[kind].size() >= config_.queue_pages) return Verdict::kQueueFull;
-  Peer& owner = peers_[peer];
-  if (owner.queued[kind] >= config_.peer_pages) return Verdict::kPeerFull;
-  owner.queued[kind]++;
-  queue_[kind].push_back(Item{page, fragments, peer, urgency});
-  index_[page] = Entry{std::prev(queue_[kind].end())};
-  return Verdict::kQueued;
+  const bool unicast = unreached || push_.disjoint(page) || endgame(id, now);
+  if (!unicast) push_.requested(page);
+  switch (queue_.add({{page, unicast ? id : 0}, fragments, id, urgency})) {
+    case PageQueue::Verdict::kQueued:
+      return Verdict::kQueued;
+    case PageQueue::Verdict::kMerged:
+      return Verdict::kMerged;
+    case PageQueue::Verdict::kQueueFull:
+      return Verdict::kQueueFull;
+    case PageQueue::Verdict::kPeerFull:
+      break;
+  }
+  return Verdict::kPeerFull;
 }
 
-void Policy::report(uint32_t peer, double receive_rate, TimeNs now) {
-  Peer& state = peers_[peer];
-  state.rate = receive_rate;
-  state.reported = now;
+Repair::Verdict Policy::report(uint32_t id, const BlockReport& report, TimeNs now) {
+  advance(now);
+  Audience::Peer* peer = audience_.find(id);
+  symbols_ = report.fragments;
+  const bool unreached = peer != nullptr && peer->unicast_only;
+  BlockReport rest = report;
+  // What parity cannot repair is asked page by page.
+  const PageIndex first = report.block * kBlockPages;
+  for (uint32_t left = report.wanted; left != 0; left &= left - 1) {
+    const unsigned i = static_cast<unsigned>(__builtin_ctz(left));
+    const PageIndex page = first + i;
+    const bool unusual = (unusual_[page / 64] >> (page % 64) & 1) != 0;
+    if (!unreached && !unusual) continue;
+    rest.wanted &= ~(1U << i);
+    unsigned mask = 0;
+    for (unsigned f = 0; f < report.fragments; f++) {
+      mask |= report.missing.has(i * report.fragments + f) ? 1U << f : 0;
+    }
+    if (mask == 0) continue;
+    request(id, page, Urgency::kPrefetch, true, unusual ? 0 : static_cast<uint8_t>(mask), now);
+  }
+  const auto verdict = repair_.report(rest, audience_.subscribers() <= 1, now);
+  if (verdict == Repair::Verdict::kTaken && report.cover == 0 && peer != nullptr) {
+    audience_.lose(*peer, report.missing.size(), flow_.window());
+  }
+  return verdict;
 }
 
-void Policy::forget(uint32_t peer) { peers_.erase(peer); }
+void Policy::forget(uint32_t peer) { audience_.forget(peer); }
+
+void Policy::introduce(uint32_t id, TimeNs now) {
+  const Audience::Peer* peer = audience_.find(id);
+  if (peer != nullptr && peer->unicast_only) {
+    if (introductions_.size() < kIntroductions) introductions_.push_back(id);
+    return;
+  }
+  announce_at_ = std::min(announce_at_, std::max(now, announced_ + kAnnounceLeast));
+}
 
 bool Policy::next(TimeNs now, Item* out) {
   advance(now);
-  if (tokens_ <= 0) return false;
-  for (auto& queue : queue_) {
-    if (queue.empty()) continue;
-    *out = queue.front();
-    queue.pop_front();
-    index_.erase(out->page);
-    auto owner = peers_.find(out->peer);
-    if (owner != peers_.end()) {
-      uint32_t& held = owner->second.queued[static_cast<size_t>(out->urgency)];
-      if (held > 0) held--;
-    }
+  *out = Item{};
+  if (next_announce(now, out)) return true;
+  if (!flow_.allows()) return false;
+  PageQueue::Entry entry;
+  const auto take = [&](Urgency urgency) {
+    if (!queue_.pop(urgency, &entry)) return false;
+    out->page = entry.target.page;
+    out->peer = entry.target.peer;
+    out->fragments = entry.fragments;
+    out->urgency = urgency;
     return true;
-  }
-  return false;
+  };
+  if (take(Urgency::kFault) || next_repair(now, out)) return true;
+  // In turn: a late joiner that asks for what it missed and those who are pushed to.
+  if (++turn_ % 2 == 0) return take(Urgency::kPrefetch) || next_idle(now, out);
+  return next_idle(now, out) || take(Urgency::kPrefetch);
 }
 
-void Policy::sent(const Item& item, uint64_t wire_bytes, TimeNs now) {
-  tokens_ -= static_cast<double>(wire_bytes);
-  interval_sent_++;
-  sent_[item.page] = Sent{now, 0, item.fragments};
-  sent_order_.emplace_back(now, item.page);
-  while (!sent_order_.empty() &&
-         (sent_order_.size() > kSentPages || now - sent_order_.front().first > kSentMemory)) {
-    auto oldest = sent_.find(sent_order_.front().second);
-    // A page sent again since has a later entry of its own.
-    if (oldest != sent_.end() && oldest->second.at == sent_order_.front().first) {
-      sent_.erase(oldest);
-    }
-    sent_order_.pop_front();
+bool Policy::next_repair(TimeNs now, Item* out) {
+  if (order_.symbols.empty() && !repair_.next(now, &order_)) return false;
+  const unsigned per_page = order_.fragments;
+  out->repair = true;
+  if (order_.parity) {
+    out->kind = Item::Kind::kParity;
+    out->page = order_.block * kBlockPages;
+    out->fragments = static_cast<uint8_t>(per_page);
+    out->parity = Parity{order_.first, order_.cover_id, order_.symbols};
+    out->parities = order_.count;
+    order_.symbols = {};
+    return true;
   }
+  for (unsigned i = 0; i < kBlockPages; i++) {
+    unsigned mask = 0;
+    for (unsigned f = 0; f < per_page; f++) {
+      if (!order_.symbols.has(i * per_page + f)) continue;
+      order_.symbols.remove(i * per_page + f);
+      mask |= 1U << f;
+    }
+    if (mask == 0) continue;
+    out->page = order_.block * kBlockPages + i;
+    out->fragments = mask == (1U << per_page) - 1 ? 0 : static_cast<uint8_t>(mask);
+    break;
+  }
+  return true;
+}
+
+bool Policy::next_idle(TimeNs now, Item* out) {
+  while (history_.replaying()) {
+    const bool alone = !audience_.others(history_.peer(), config_.endgame_silence, now);
+    if (!history_.next(&out->page)) break;
+    out->peer = alone || push_.disjoint(out->page) ? history_.peer() : 0;
+    if (out->peer == 0 && push_.disjoint(out->page)) continue;
+    return true;
+  }
+  if (push_.running() && now >= push_.starts()) {
+    if (audience_.subscribers() == 0) {
+      push_.stop();
+    } else if (push_.next(&out->page)) {
+      out->pushed = true;
+      return true;
+    }
+    farewells_ = kAnnouncesOfEnd;
+    announce_at_ = now;
+    return next_announce(now, out);
+  }
+  // Idle time only.
+  uint8_t counter = 0;
+  if (!queue_.empty(Urgency::kPrefetch) || !push_.next_behind(&out->page, &counter)) return false;
+  out->pushed = true;
+  out->cursor = static_cast<uint8_t>(counter + 1);
+  return true;
+}
+
+bool Policy::wants_announces(TimeNs now) const {
+  return audience_.anybody(kAnnounceMemory, now);
+}
+
+bool Policy::next_announce(TimeNs now, Item* out) {
+  if (!introductions_.empty()) {
+    out->peer = introductions_.front();
+    introductions_.pop_front();
+  } else if (announce_at_ <= now) {
+    announced_ = now;
+    if (farewells_ > 0) farewells_--;
+    announce_at_ = push_.running()          ? now + kAnnouncePush
+                   : farewells_ > 0         ? now + kAnnounceEnd
+                   : wants_announces(now) ? now + kAnnounceIdle
+                                            : kNever;
+  } else {
+    return false;
+  }
+  out->kind = Item::Kind::kAnnounce;
+  out->pushed = push_.running() && now >= push_.starts();
+  out->position = push_.position();
+  return true;
+}
+
+void Policy::sent(const Item& item, Outcome outcome, uint64_t wire_bytes, TimeNs now) {
+  if (item.kind == Item::Kind::kAnnounce) return flow_.sent(wire_bytes, 0, false);
+  const bool group = item.peer == 0;
+  uint64_t symbols = item.parities;
+  if (item.kind == Item::Kind::kPage) {
+    symbols = outcome != Outcome::kData ? 0
+              : item.fragments == 0
+                  ? symbols_
+                  : static_cast<unsigned>(__builtin_popcount(item.fragments));
+    uint64_t& word = unusual_[item.page / 64];
+    const uint64_t bit = uint64_t{1} << (item.page % 64);
+    word = outcome == Outcome::kData ? word & ~bit : word | bit;
+    if (outcome != Outcome::kRefused || !item.pushed) {
+      memory_.sent({item.page, item.peer}, item.fragments, now);
+    }
+    if (group && outcome != Outcome::kRefused && item.fragments == 0) push_.sent(item.page);
+  }
+  flow_.sent(wire_bytes, symbols, group);
 }
 
 TimeNs Policy::ready_at(TimeNs now) const {
-  if (index_.empty()) return kNever;
-  if (tokens_ > 0) return now;
-  return last_ + static_cast<TimeNs>(std::ceil((1 - tokens_) / rate_ * 1e9));
-}
-
-double Policy::mean_receive_rate(TimeNs now) const {
-  double sum = 0;
-  size_t count = 0;
-  for (const auto& [id, peer] : peers_) {
-    if (now - peer.reported > kReportMemory) continue;
-    sum += peer.rate;
-    count++;
+  if (!introductions_.empty()) return now;
+  TimeNs at = repair_.ready_at();
+  if (queue_.size() > 0 || !order_.symbols.empty() || history_.replaying() || push_.counting()) {
+    at = now;
   }
-  return count == 0 ? 0 : sum / static_cast<double>(count);
+  if (push_.running()) at = std::min(at, push_.starts());
+  if (at != kNever) at = std::max(at, flow_.ready_at(now));
+  return std::max(now, std::min(at, announce_at_));
 }
 
-// Two milliseconds' worth: what a timer that wakes late must be able to catch up.
-double Policy::burst() const { return std::max(65536.0, rate_ * 0.002); }
+double Policy::mean_receive_rate(TimeNs now) {
+  return audience_.summary(0, 0, config_.max_rate, now - 2 * kSecond).receive_rate;
+}
 
 void Policy::advance(TimeNs now) {
-  if (!started_) {
-    started_ = true;
-    last_ = interval_start_ = now;
-    tokens_ = burst();
-  }
-  if (now <= last_) return;
-  const double elapsed = seconds(now - last_);
-  last_ = now;
-  rate_ = std::min(config_.max_rate, rate_ + config_.increase_per_s * elapsed);
-  tokens_ = std::min(burst(), tokens_ + rate_ * elapsed);
-
-  if (now - interval_start_ < config_.loss_interval || interval_sent_ < config_.loss_min_pages) {
-    return;
-  }
-  size_t clients = 0;
-  for (const auto& [id, peer] : peers_) clients += now - peer.reported <= kReportMemory ? 1 : 0;
-  const double lost = static_cast<double>(interval_lost_) /
-                      static_cast<double>(std::max<size_t>(clients, 1) * interval_sent_);
-  if (lost > config_.loss_tolerance) {
-    // Never up: a rate the clients have not been seen to receive is no reason to send faster.
-    rate_ = std::max(config_.min_rate, std::min(rate_, config_.cut * mean_receive_rate(now)));
-    tokens_ = std::min(tokens_, burst());
-    cuts_++;
-  }
-  interval_start_ = now;
-  interval_sent_ = interval_lost_ = 0;
+  flow_.advance(now);
+  audience_.expire(now);
+  if (announce_at_ == kNever && wants_announces(now)) announce_at_ = now;
+  if (!flow_.window_over(now)) return;
+  flow_.judge(audience_.summary(flow_.window(), flow_.window_symbols(), flow_.group_rate(),
+                                now - kReportMemory),
+              now);
 }
 
 }  // namespace sf::mcdist

@@ -49,6 +49,11 @@ class Reassembly {
     if (found == partial_.end()) return 0;
     return static_cast<uint8_t>(((1 << found->second.fragments) - 1) & ~found->second.mask);
   }
+  // Mask of the symbols that have come, if the page was cut into so many.
+  uint8_t held(PageIndex page, unsigned fragments) const {
+    auto found = partial_.find(page);
+    return found != partial_.end() && found->second.fragments == fragments ? found->second.mask : 0;
+  }
   bool has(const Header& header) const {
     auto found = partial_.find(header.page);
     return found != partial_.end() && found->second.fragments == header.fragments &&

@@ -1,6 +1,7 @@
 #include "mcdist/requester.h"
 
 #include <algorithm>
+#include <bit>
 
 namespace sf::mcdist {
 namespace {
@@ -8,6 +9,7 @@ namespace {
 // Pages of prefetch ranges looked at in one call: it is made under a lock that faults need.
 constexpr size_t kMaxLook = 16384;
 constexpr unsigned kMaxBackoff = 8;
+constexpr uint64_t kLossMemory = 4096;  // symbols or pages
 
 }  // namespace
 
@@ -106,29 +108,33 @@ void Requester::outcome(bool lost) {
 }
 
 bool Requester::arrived(PageIndex page, TimeNs now) {
+  if (subscription_.on()) subscription_.arrived(page);
   auto found = pages_.find(page);
   if (found == pages_.end()) return false;
   const Page& state = found->second;
   if (state.asked && state.tries == 0 && state.negatives == 0) {
     rtt_[static_cast<size_t>(state.urgency)].sample(now - state.asked_at);
+    loss(0, 1);
   }
   if (state.urgency == Urgency::kPrefetch && state.asked) outcome(false);
   erase(found);
   return true;
 }
 
-Requester::Refusal Requester::refused(PageIndex page, TimeNs now) {
+Requester::Refusal Requester::refused(PageIndex page, TimeNs now, uint32_t servers) {
   auto found = pages_.find(page);
   if (found == pages_.end()) return Refusal::kUnknown;
   Page& state = found->second;
   if (!state.asked || state.refused) return Refusal::kAgain;
   state.refused = true;
-  if (++state.negatives >= config_.negative_tries) {
+  const uint32_t round = ++state.negatives / servers;
+  if (round >= config_.negative_tries) {
     erase(found);
     return Refusal::kGiveUp;
   }
   // A source that is itself being filled may hold it soon.
-  set_due(page, &state, now + (config_.rto_min << (state.negatives - 1)));
+  const bool all = state.negatives % servers == 0;
+  set_due(page, &state, all ? now + (config_.rto_min << (round - 1)) : now);
   return Refusal::kAgain;
 }
 
@@ -145,6 +151,41 @@ void Requester::clear() {
   fresh_[1].clear();
   ranges_.clear();
   in_flight_[0] = in_flight_[1] = 0;
+  subscription_.stop();
+}
+
+void Requester::subscribe(bool on, TimeNs now) {
+  if (!on) return subscription_.stop();
+  if (subscription_.on()) return;
+  ranges_.clear();
+  subscription_.start(now);
+  last_sent_ = 0;  // say so at once
+}
+
+void Requester::new_server(TimeNs now) {
+  subscription_.new_server(now);
+  ask_again(now);
+}
+
+void Requester::loss(uint64_t lost, uint64_t sent) {
+  lost_ += lost;
+  sent_ += sent;
+  if (sent_ <= kLossMemory) return;
+  lost_ /= 2;
+  sent_ /= 2;
+}
+
+uint16_t Requester::loss_permille() {
+  uint64_t lost, sent;
+  subscription_.take_loss(&lost, &sent);
+  loss(lost, sent);
+  return sent_ == 0 ? 0 : static_cast<uint16_t>(lost_ * 1000 / sent_);
+}
+
+void Requester::collect_reports(TimeNs now, size_t max, std::vector<BlockReport>* out) {
+  // Not sooner than the server's own wait for other clients' reports, and its queue, allow.
+  const TimeNs timeout = std::max(this->timeout(Urgency::kPrefetch), config_.rto_min_prefetch);
+  subscription_.collect(now, timeout, max, out);
 }
 
 void Requester::mark_asked(PageIndex page, Page* state, TimeNs now) {
@@ -201,6 +242,7 @@ void Requester::collect_timeouts(TimeNs now, size_t max_runs, std::vector<Run>* 
     if (lost) {
       if (state.tries < 255) state.tries++;
       retries_++;
+      loss(1, 1);
       Rtt& rtt = rtt_[static_cast<size_t>(state.urgency)];
       if (rtt.backoff < kMaxBackoff && now - rtt.backed_off_at > config_.rto_min) {
         rtt.backoff *= 2;
@@ -234,9 +276,14 @@ void Requester::collect(TimeNs now, bool drained, size_t max_runs, std::vector<R
     }
   }
   if (!drained) return;
-  size_t looked = 0;
   // Many pages in few requests: wait until a quarter of the window is free.
   if (in_flight_[1] > window_ - window_ / 4) return;
+  collect_ranges(now, max_runs, out);
+  collect_sweep(now, max_runs, out);
+}
+
+void Requester::collect_ranges(TimeNs now, size_t max_runs, std::vector<Run>* out) {
+  size_t looked = 0;
   while (!ranges_.empty() && in_flight_[1] < window_ && out->size() < max_runs) {
     if (++looked > kMaxLook) {
       more_ = true;
@@ -245,7 +292,7 @@ void Requester::collect(TimeNs now, bool drained, size_t max_runs, std::vector<R
     auto& range = ranges_.front();
     const PageIndex page = range.first++;
     if (--range.second == 0) ranges_.pop_front();
-    if (present_(page) || pages_.contains(page)) continue;
+    if (present_(page) || pages_.contains(page) || subscription_.covers(page)) continue;
     Page state;
     state.urgency = Urgency::kPrefetch;
     state.since = now;
@@ -254,7 +301,33 @@ void Requester::collect(TimeNs now, bool drained, size_t max_runs, std::vector<R
   }
 }
 
-TimeNs Requester::due_at() const { return due_.empty() ? kNever : due_.begin()->first; }
+void Requester::collect_sweep(TimeNs now, size_t max_runs, std::vector<Run>* out) {
+  if (!subscription_.on()) return;
+  for (size_t looked = 0; in_flight_[1] < window_ && out->size() + kBlockPages <= max_runs;) {
+    BlockReport block;
+    if (++looked > kMaxLook / kBlockPages) {
+      more_ = true;
+      return;
+    }
+    if (!subscription_.sweep(&block.block)) break;
+    look_(&block);
+    for (uint32_t wanted = block.wanted; wanted != 0; wanted &= wanted - 1) {
+      const PageIndex page =
+          block.block * kBlockPages + static_cast<PageIndex>(std::countr_zero(wanted));
+      if (pages_.contains(page)) continue;
+      Page state;
+      state.urgency = Urgency::kPrefetch;
+      state.since = now;
+      auto added = pages_.emplace(page, state).first;
+      ask(page, &added->second, now, false, out);
+    }
+  }
+  if (subscription_.done()) subscription_.stop();
+}
+
+TimeNs Requester::due_at() const {
+  return std::min(due_.empty() ? kNever : due_.begin()->first, subscription_.due_at(last_sent_));
+}
 
 void Requester::ask_again(TimeNs now) {
   std::vector<PageIndex> asked;

@@ -7,6 +7,8 @@
 //   asked -> asked (time-out: collect again, flagged as a retry, doubled time-out)
 //   asked -> refused (negative answer) -> asked ... -> given up (negative answers used up)
 //   range (prefetch) -> asked; a range costs one entry however long it is
+// All of a generation is had by a subscription (subscription.h): pages come by a push, by repair of
+// blocks reported, and the rest by requests as above.
 // Invariants:
 //  - A page is under way at most once; asked again it is at most made urgent.
 //  - Time-outs come from measured round trips of first requests only (Karn), kept apart for faults
@@ -27,6 +29,7 @@
 
 #include "common/page.h"
 #include "mcdist/policy.h"
+#include "mcdist/subscription.h"
 #include "mcdist/wire.h"
 
 namespace sf::mcdist {
@@ -47,17 +50,22 @@ struct RequesterConfig {
   TimeNs prefetch_delay = 4 * kMillisecond;
   uint32_t max_ranges = 65536;
   uint32_t negative_tries = 10;  // some 5 s in all: a source may itself wait for its source
+  SubscriptionConfig subscription;
 };
 
 class Requester {
  public:
   // `present(page)`: no need to ask. `missing(page)`: mask of fragments not received yet, 0 for
-  // all.
+  // all. `look(report)`: fills in what is wanted and missing of report->block; needed by
+  // subscribe() alone, and so is the number of `pages`.
   Requester(const RequesterConfig& config, std::function<bool(PageIndex)> present,
-            std::function<uint8_t(PageIndex)> missing)
+            std::function<uint8_t(PageIndex)> missing, uint64_t pages = 0,
+            Subscription::Look look = nullptr)
       : config_(config),
         present_(std::move(present)),
         missing_(std::move(missing)),
+        look_(look),
+        subscription_(config.subscription, pages, std::move(look)),
         window_(config.prefetch_window_start) {}
 
   // True if there is something new to send.
@@ -67,8 +75,29 @@ class Requester {
 
   // The page is in the replica (by whoever asked). True if it was under way here.
   bool arrived(PageIndex page, TimeNs now);
+  // All pages that are wanted, by a push if the server pushes. Ends by itself when no more can be
+  // had.
+  void subscribe(bool on, TimeNs now);
+  bool subscribed() const { return subscription_.on(); }
+  const Subscription& subscription() const { return subscription_; }
+  // A packet that a push cursor of our server sent, and what our server announced.
+  void pushed(PageIndex page, TimeNs now) { subscription_.pushed(page, now); }
+  void announced(bool pushing, PageIndex position, TimeNs now) {
+    subscription_.announced(pushing, position, now);
+  }
+  // Another server, or the same one restarted: it knows nothing of us.
+  void new_server(TimeNs now);
+  // A request was sent, of whatever kind.
+  void sent(TimeNs now) { last_sent_ = now; }
+  // True if one has to be sent although there is nothing to ask for.
+  bool keepalive(TimeNs now) const { return subscription_.keepalive(now, last_sent_); }
+  // Of what was sent to us lately, in 1/1000: of the symbols of blocks pushed, or of pages asked
+  // for.
+  uint16_t loss_permille();
+
   enum class Refusal : uint8_t { kUnknown, kAgain, kGiveUp };  // kGiveUp: no longer under way
-  Refusal refused(PageIndex page, TimeNs now);
+  // `servers`: how many may be asked in turn; only after all of them refused it is waited.
+  Refusal refused(PageIndex page, TimeNs now, uint32_t servers = 1);
   void forget(PageIndex page);  // no longer under way, without an answer
   void clear();
 
@@ -76,6 +105,8 @@ class Requester {
   // may lie unread in a socket (not `drained`), nothing is taken for lost, and nothing is
   // prefetched: on a host that lags behind it may have come already because others asked.
   void collect(TimeNs now, bool drained, size_t max_runs, std::vector<Run>* out);
+  // Likewise the reports of blocks. To be called before collect().
+  void collect_reports(TimeNs now, size_t max, std::vector<BlockReport>* out);
   // Asks for one page that was just wanted, ahead of collect(). False: leave it to collect().
   bool ask_now(PageIndex page, TimeNs now, Run* out);
   // True if collect() stopped early and is to be called again at once.
@@ -87,7 +118,7 @@ class Requester {
   // A round trip measured without a page.
   void round_trip(TimeNs rtt);
 
-  bool idle() const { return pages_.empty() && ranges_.empty(); }
+  bool idle() const { return pages_.empty() && ranges_.empty() && !subscription_.on(); }
   size_t faults_asked() const { return in_flight_[0]; }
   size_t under_way() const { return pages_.size(); }
   uint64_t retries() const { return retries_; }
@@ -102,7 +133,7 @@ class Requester {
     Urgency urgency = Urgency::kFault;
     bool asked = false;  // counts in in_flight_
     uint8_t tries = 0;   // time-outs so far, saturating
-    uint8_t negatives = 0;
+    uint32_t negatives = 0;
     bool refused = false;  // since asked last; siblings' questions bring negative answers as well
     TimeNs since = 0;
     TimeNs asked_at = 0;
@@ -124,11 +155,16 @@ class Requester {
   void mark_asked(PageIndex page, Page* state, TimeNs now);
   void ask(PageIndex page, Page* state, TimeNs now, bool retry, std::vector<Run>* out);
   void collect_timeouts(TimeNs now, size_t max_runs, std::vector<Run>* out);
+  void collect_ranges(TimeNs now, size_t max_runs, std::vector<Run>* out);
+  void collect_sweep(TimeNs now, size_t max_runs, std::vector<Run>* out);
   void outcome(bool lost);
+  void loss(uint64_t lost, uint64_t sent);
 
   const RequesterConfig config_;
   const std::function<bool(PageIndex)> present_;
   const std::function<uint8_t(PageIndex)> missing_;
+  const Subscription::Look look_;
+  Subscription subscription_;
   Pages pages_;
   std::set<std::pair<TimeNs, PageIndex>> due_;
   std::set<std::pair<TimeNs, PageIndex>> fault_since_;
@@ -143,6 +179,8 @@ class Requester {
   uint32_t epoch_answers_ = 0;
   uint32_t epoch_losses_ = 0;
   uint64_t retries_ = 0;
+  TimeNs last_sent_ = 0;
+  uint64_t lost_ = 0, sent_ = 0;  // symbols or pages; older ones count less
 };
 
 }  // namespace sf::mcdist

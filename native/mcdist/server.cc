@@ -10,7 +10,11 @@ namespace sf::mcdist {
 namespace {
 
 // Pages of one generation sent before the others, and new requests, get their turn.
-constexpr size_t kTurnPages = 16;
+// As many as one segmented send holds at an MTU of 1500.
+constexpr size_t kTurnPages = 15;
+// Pages of a turn that are zero, refused or not held: they cost a read each and few bytes.
+constexpr size_t kTurnCheapPages = 512;
+constexpr size_t kTurnRuns = 128;
 // Pages of one request packet that are looked at; honest clients ask for fewer at a time.
 constexpr size_t kPacketPages = 4096;
 
@@ -42,7 +46,13 @@ Status Server::Open(const Options& options, std::shared_ptr<Server>* out) {
   std::shared_ptr<Server> server(new Server(options));
   Status status =
       open_unicast(options.bind, options.interface_address, options.ttl, &server->socket_);
+  if (status.ok()) status = report_errors(server->socket_);
   if (!status.ok()) return status;
+  server->address_ = options.bind;
+  if (server->address_.sin_addr.s_addr == INADDR_ANY) {
+    server->address_.sin_addr = options.interface_address;
+  }
+  server->address_.sin_port = htons(bound_port(server->socket_));
   server->wake_ = Fd(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
   if (!server->wake_.valid()) return Status::Errno("E_INTERNAL", "eventfd");
   server->thread_ = std::thread([raw = server.get()] { raw->run(); });
@@ -159,6 +169,7 @@ void Server::run() {
 }
 
 void Server::receive(TimeNs now) {
+  drain_errors(socket_);
   const size_t n = received_.receive(socket_);
   for (size_t i = 0; i < n; i++) {
     handle(received_.data(i), received_.size(i), received_.from(i), now);
@@ -197,9 +208,19 @@ void Server::handle(const uint8_t* data, size_t size, const sockaddr_in& from, T
   if (request_.cookie != peer->cookie) return welcome(served, *peer, header.counter, from);
   if (!peer->window.accept(header.counter)) return count(counters.replays);
   count(counters.requests);
-  served.policy.report(peer->id, request_.receive_kbps * 1000.0, now);
-  if (request_.runs.empty()) return welcome(served, *peer, header.counter, from);
+  peer->address = from;
+  served.policy.heard(peer->id,
+                      {request_.receive_kbps * 1000.0, request_.unicast_only, request_.subscribe,
+                       request_.history},
+                      now);
+  if (request_.runs.empty() && request_.reports.empty()) {
+    return welcome(served, *peer, header.counter, from);
+  }
+  take(served, peer->id, now);
+}
 
+void Server::take(Served& served, uint32_t peer, TimeNs now) {
+  ServerCounters& counters = served.stats->counters;
   // A packet may name more pages than a peer may have queued: past the first that is refused for
   // that reason the rest of its kind is not looked at.
   bool full[2] = {false, false};
@@ -214,7 +235,7 @@ void Server::handle(const uint8_t* data, size_t size, const sockaddr_in& from, T
         break;
       }
       const uint8_t mask = run.fragments & ((1 << fragments_) - 1);
-      switch (served.policy.request(peer->id, run.first + i, urgency, run.retry, mask, now)) {
+      switch (served.policy.request(peer, run.first + i, urgency, run.retry, mask, now)) {
         case Policy::Verdict::kQueued:
           break;
         case Policy::Verdict::kMerged:
@@ -231,6 +252,29 @@ void Server::handle(const uint8_t* data, size_t size, const sockaddr_in& from, T
       }
     }
   }
+  for (const BlockReport& report : request_.reports) {
+    count(counters.reports);
+    if (report.fragments != fragments_) {
+      // What this block was sent in was cut otherwise, by another server: whole pages, then.
+      for (uint32_t left = report.wanted; left != 0; left &= left - 1) {
+        const PageIndex page =
+            report.block * kBlockPages + static_cast<unsigned>(__builtin_ctz(left));
+        served.policy.request(peer, page, Urgency::kPrefetch, true, 0, now);
+      }
+      continue;
+    }
+    switch (served.policy.report(peer, report, now)) {
+      case Repair::Verdict::kTaken:
+      case Repair::Verdict::kNothing:
+        break;
+      case Repair::Verdict::kOnItsWay:
+        count(counters.reports_ignored);
+        break;
+      case Repair::Verdict::kFull:
+        count(counters.reports_dropped);
+        break;
+    }
+  }
 }
 
 void Server::welcome(Served& served, Peer& peer, uint64_t echo, const sockaddr_in& to) {
@@ -240,6 +284,7 @@ void Server::welcome(Served& served, Peer& peer, uint64_t echo, const sockaddr_i
   header.type = Type::kWelcome;
   emit(served, &header, body_.data(), body_.size(), to);
   count(served.stats->counters.welcomes);
+  served.policy.introduce(peer.id, now_ns());
 }
 
 TimeNs Server::pump() {
@@ -247,74 +292,163 @@ TimeNs Server::pump() {
   for (auto& [id, served] : served_) {
     TimeNs now = now_ns();
     Policy::Item item;
-    for (size_t i = 0; i < kTurnPages && served->policy.next(now, &item); i++) {
-      answer(*served, item);
+    size_t pages = 0;
+    size_t cheap = 0;
+    while (pages < kTurnPages && cheap < kTurnCheapPages && served->answers.size() < kTurnRuns &&
+           served->policy.next(now, &item)) {
+      (answer(*served, item) ? pages : cheap)++;
       now = now_ns();
     }
-    send_runs(*served, &served->zeros, Type::kZero);
-    send_runs(*served, &served->refused, Type::kNegative);
+    send_runs(*served);
     flush();
-    ServerStats& stats = *served->stats;
-    stats.queued.store(served->policy.queued(), std::memory_order_relaxed);
-    stats.peers.store(served->peers.size(), std::memory_order_relaxed);
-    stats.rate.store(static_cast<uint64_t>(served->policy.rate()), std::memory_order_relaxed);
-    stats.rate_cuts.store(served->policy.cuts(), std::memory_order_relaxed);
-    if (now - mean_at_ > 50 * kMillisecond) {  // walks all peers
-      stats.mean_receive_rate.store(static_cast<uint64_t>(served->policy.mean_receive_rate(now)),
-                                    std::memory_order_relaxed);
-    }
+    publish(*served, now);
     ready = std::min(ready, served->policy.ready_at(now));
   }
   if (const TimeNs now = now_ns(); now - mean_at_ > 50 * kMillisecond) mean_at_ = now;
   return ready;
 }
 
-void Server::answer(Served& served, const Policy::Item& item) {
-  ServerCounters& counters = served.stats->counters;
-  uint64_t wire_bytes = kRunBytes;
-  const ReadResult result = served.generation.provider->read(item.page, page_);
-  if (result == ReadResult::kData) {
-    wire_bytes = 0;
-    for (unsigned i = 0; i < fragments_; i++) {
-      if (item.fragments != 0 && ((item.fragments >> i) & 1) == 0) continue;
-      Header header;
-      header.type = Type::kPage;
-      header.page = item.page;
-      header.fragment = static_cast<uint8_t>(i);
-      header.fragments = static_cast<uint8_t>(fragments_);
-      const size_t length = symbol_bytes(fragments_);
-      emit(served, &header, page_ + fragment_offset(i, fragments_), length,
-           served.generation.group);
-      count(counters.payload_bytes, fragment_length(i, fragments_));
-      wire_bytes += length + kOverheadBytes + kUdpIpBytes;
-    }
-    count(counters.pages_served);
-  } else if (result == ReadResult::kZero) {
-    add_run(&served.zeros, item.page, false);
-    count(counters.zero_pages_served);
-  } else {
-    add_run(&served.refused, item.page, result == ReadResult::kError);
-    count(counters.negative_answers);
+void Server::publish(Served& served, TimeNs now) {
+  const auto set = [](std::atomic<uint64_t>& stat, auto value) {
+    stat.store(static_cast<uint64_t>(value), std::memory_order_relaxed);
+  };
+  ServerStats& stats = *served.stats;
+  set(stats.queued, served.policy.queued());
+  set(stats.peers, served.peers.size());
+  set(stats.subscribers, served.policy.subscribers());
+  set(stats.rate, served.policy.rate());
+  set(stats.rate_cuts, served.policy.cuts());
+  set(stats.rate_cuts_undone, served.policy.cuts_undone());
+  set(stats.noise_ppm, served.policy.noise() * 1e6);
+  set(stats.push_position, served.policy.push_position());
+  set(stats.pushing, served.policy.pushing() ? 1 : 0);
+  set(stats.history_pages, served.policy.history_pages());
+  if (now - mean_at_ > 50 * kMillisecond) {  // walks all peers
+    set(stats.mean_receive_rate, served.policy.mean_receive_rate(now));
   }
-  served.policy.sent(item, wire_bytes, now_ns());
 }
 
-void Server::send_runs(Served& served, std::vector<Run>* runs, Type type) {
-  if (runs->empty()) return;
-  // A turn has fewer runs than the smallest MTU holds.
-  static_assert(kTurnPages * kRunBytes <= kMinMtuBytes - kUdpIpBytes - kOverheadBytes);
-  body_.clear();
-  encode_runs(*runs, &body_);
+bool Server::answer(Served& served, const Policy::Item& item) {
+  sockaddr_in to = served.generation.group;
+  if (item.peer != 0) {
+    const Peer* peer = served.peers.find(item.peer);
+    if (peer == nullptr) {  // evicted since it asked
+      served.policy.sent(item, Policy::Outcome::kRefused, 0, now_ns());
+      return false;
+    }
+    to = peer->address;
+  }
+  switch (item.kind) {
+    case Policy::Item::Kind::kAnnounce:
+      announce(served, item, to);
+      return false;
+    case Policy::Item::Kind::kParity:
+      return false;
+    case Policy::Item::Kind::kPage:
+      break;
+  }
+  const ReadResult result = served.generation.provider->read(item.page, page_);
+  if (result == ReadResult::kData) {
+    answer_page(served, item, to);
+    return true;
+  }
+  // A zero page is told in its run at the end of the turn, with its neighbours. A pushed page that
+  // is not held is passed by: who lacks it asks, and hears so.
+  if (result == ReadResult::kZero) {
+    count(served.stats->counters.zero_pages_served);
+    tell(served, item, Type::kZero, false);
+  } else if (!item.pushed) {
+    count(served.stats->counters.negative_answers);
+    tell(served, item, Type::kNegative, result == ReadResult::kError);
+  }
+  served.policy.sent(
+      item, result == ReadResult::kZero ? Policy::Outcome::kZero : Policy::Outcome::kRefused,
+      kRunBytes, now_ns());
+  return false;
+}
+
+void Server::answer_page(Served& served, const Policy::Item& item, const sockaddr_in& to) {
+  ServerCounters& counters = served.stats->counters;
+  const size_t length = symbol_bytes(fragments_);
+  size_t symbols = 0;
+  for (unsigned i = 0; i < fragments_; i++) {
+    if (item.fragments != 0 && ((item.fragments >> i) & 1) == 0) continue;
+    Header header;
+    header.type = Type::kPage;
+    header.page = item.page;
+    header.fragment = static_cast<uint8_t>(i);
+    header.fragments = static_cast<uint8_t>(fragments_);
+    header.pushed = item.pushed;
+    header.cursor = item.cursor;
+    emit(served, &header, page_ + fragment_offset(i, fragments_), length, to);
+    count(counters.payload_bytes, fragment_length(i, fragments_));
+    symbols++;
+  }
+  count(counters.pages_served);
+  if (item.pushed) count(counters.pages_pushed);
+  if (item.repair) count(counters.repair_symbols, symbols);
+  if (item.peer != 0) count(counters.unicast_answers);
+  served.policy.sent(item, Policy::Outcome::kData,
+                     symbols * (length + kOverheadBytes + kUdpIpBytes), now_ns());
+}
+
+void Server::announce(Served& served, const Policy::Item& item, const sockaddr_in& to) {
+  Announce announce;
+  announce.address = address_.sin_addr;
+  announce.port = ntohs(address_.sin_port);
+  announce.pages = served.generation.provider->pages();
+  announce.held = std::min(served.generation.provider->held(), announce.pages);
+  announce.complete = announce.held == announce.pages;
+  announce.pushing = item.pushed;
+  announce.cursor = item.cursor;
+  announce.position = item.position;
+  encode_announce(announce, &body_);
   Header header;
-  header.type = type;
-  header.page = runs->front().first;
-  emit(served, &header, body_.data(), body_.size(), served.generation.group);
-  runs->clear();
+  header.type = Type::kAnnounce;
+  // Zeros that were passed are told first: what the position has passed has been sent.
+  send_runs(served);
+  emit(served, &header, body_.data(), body_.size(), to);
+  count(served.stats->counters.announces);
+  served.policy.sent(item, Policy::Outcome::kData,
+                     body_.size() + kLongOverheadBytes + kUdpIpBytes, now_ns());
+}
+
+void Server::tell(Served& served, const Policy::Item& item, Type type, bool error) {
+  for (Answers& some : served.answers) {
+    if (some.type == type && some.peer == item.peer && some.pushed == item.pushed &&
+        some.cursor == item.cursor && some.runs.size() < kTurnRuns) {
+      return add_run(&some.runs, item.page, error);
+    }
+  }
+  served.answers.push_back({type, item.peer, item.pushed, item.cursor, {}});
+  add_run(&served.answers.back().runs, item.page, error);
+}
+
+void Server::send_runs(Served& served) {
+  // One packet takes all runs of an entry.
+  static_assert(kTurnRuns * kRunBytes <= kMinMtuBytes - kUdpIpBytes - kOverheadBytes);
+  for (const Answers& some : served.answers) {
+    sockaddr_in to = served.generation.group;
+    if (some.peer != 0) {
+      const Peer* peer = served.peers.find(some.peer);
+      if (peer == nullptr) continue;
+      to = peer->address;
+    }
+    body_.clear();
+    encode_runs(some.runs, &body_);
+    Header header;
+    header.type = some.type;
+    header.page = some.runs.front().first;
+    header.pushed = some.pushed;
+    header.cursor = some.cursor;
+    emit(served, &header, body_.data(), body_.size(), to);
+  }
+  served.answers.clear();
 }
 
 void Server::emit(Served& served, Header* header, const uint8_t* body, size_t size,
                   const sockaddr_in& to) {
-  if (batch_.full() || batch_of_ != &served) flush();
+  if (batch_.full() || (batch_of_ != &served && !batch_.empty())) flush();
   batch_of_ = &served;
   const size_t bytes = served.sealer.seal(header, body, size, batch_.next());
   batch_.commit(bytes, to);
@@ -324,8 +458,9 @@ void Server::emit(Served& served, Header* header, const uint8_t* body, size_t si
 
 void Server::flush() {
   if (batch_.empty()) return;
-  const size_t failed = batch_.flush(socket_);
-  if (failed > 0) count(batch_of_->stats->counters.send_errors, failed);
+  const SendBatch::Result result = batch_.flush(socket_);
+  if (result.failed > 0) count(batch_of_->stats->counters.send_errors, result.failed);
+  if (result.waits > 0) count(batch_of_->stats->counters.send_waits, result.waits);
 }
 
 }  // namespace sf::mcdist

@@ -3,7 +3,8 @@
 // A generation is: not served -> served (serve) -> not served (unserve). Requests for generations
 // not served here are dropped: without their key they cannot be told from noise.
 // Invariants:
-//  - A page is sent only for a request that is authentic, fresh and from a peer with a cookie.
+//  - A page is sent only while somebody asks or subscribed by packets that are authentic, fresh and
+//    with a cookie.
 //  - The provider is read on the server's thread only, and never again once unserve() returned.
 //  - Per generation the state is a Policy and a PeerTable, both bounded.
 // Left out on purpose: a provider that blocks on a slow disk holds up the other generations.
@@ -36,6 +37,12 @@ struct ServerStats {
   std::atomic<uint64_t> rate{0};               // limit now, bytes a second
   std::atomic<uint64_t> mean_receive_rate{0};  // of the clients, as they report it
   std::atomic<uint64_t> rate_cuts{0};
+  std::atomic<uint64_t> rate_cuts_undone{0};  // what was lost did not depend on the rate
+  std::atomic<uint64_t> noise_ppm{0};         // that share, in a million
+  std::atomic<uint64_t> subscribers{0};
+  std::atomic<uint64_t> push_position{0};  // the cursor's next page
+  std::atomic<uint64_t> pushing{0};
+  std::atomic<uint64_t> history_pages{0};
 };
 
 // Of packets that belong to no generation served here.
@@ -74,17 +81,25 @@ class Server {
   const StrayStats& stray() const { return stray_; }
 
  private:
+  // Pages of one turn that are told in runs: zeros, or refused ones, to the group or one peer.
+  struct Answers {
+    Type type = Type::kZero;
+    uint32_t peer = 0;
+    bool pushed = false;
+    uint8_t cursor = 0;
+    std::vector<Run> runs;
+  };
   struct Served {
     Served(Generation g, const BootId& boot, std::shared_ptr<ServerStats> s)
         : generation(std::move(g)),
           sealer(generation.id, generation.key, boot, Side::kServer),
-          policy(generation.policy),
+          policy(generation.policy, generation.provider->pages()),
           stats(std::move(s)) {}
     Generation generation;
     Sealer sealer;
     PeerTable peers;
     Policy policy;
-    std::vector<Run> zeros, refused;  // answers gathered for one packet
+    std::vector<Answers> answers;  // gathered for a few packets
     std::shared_ptr<ServerStats> stats;
   };
 
@@ -95,14 +110,20 @@ class Server {
   void handle(const uint8_t* data, size_t size, const sockaddr_in& from, TimeNs now);
   void welcome(Served& served, Peer& peer, uint64_t echo, const sockaddr_in& to);
   TimeNs pump();  // sends a bounded number of pages; when to come again
-  void answer(Served& served, const Policy::Item& item);
-  void send_runs(Served& served, std::vector<Run>* runs, Type type);
+  bool answer(Served& served, const Policy::Item& item);  // false: nothing but a few bytes
+  void answer_page(Served& served, const Policy::Item& item, const sockaddr_in& to);
+  void announce(Served& served, const Policy::Item& item, const sockaddr_in& to);
+  void take(Served& served, uint32_t peer, TimeNs now);  // request_
+  void tell(Served& served, const Policy::Item& item, Type type, bool error);
+  void send_runs(Served& served);
+  void publish(Served& served, TimeNs now);
   void emit(Served& served, Header* header, const uint8_t* body, size_t size,
             const sockaddr_in& to);
   void flush();
 
   const Options options_;
   const unsigned fragments_;
+  sockaddr_in address_ = {};  // told in announces
   Fd socket_;
   Fd wake_;
   std::thread thread_;

@@ -103,6 +103,7 @@ class Simulation final : public SimNetwork {
   double receive_rate(uint32_t client) const override {
     return segments_[clients_->segment_of(client)].rate.now(now_) + unicast_rate_[client].now(now_);
   }
+  bool reached(uint32_t client) const override { return up_.has(client); }
   [[noreturn]] void violation(const std::string& what) const override {
     throw Violation("seed " + std::to_string(config_.seed) + ", at " +
                     std::to_string(static_cast<double>(now_) / 1e6) + " ms: " + what);
@@ -125,7 +126,8 @@ class Simulation final : public SimNetwork {
   void handle(const SimEvent& event);
   void deliver(Delivery delivery);
   void deliver_page(const SimAnswer& answer, uint32_t first, uint32_t end);
-  uint8_t all_fragments() const { return static_cast<uint8_t>((1 << config_.fragments) - 1); }
+  void deliver_runs(const SimAnswer& answer, uint32_t first, uint32_t end);
+  void deliver_parity(const SimAnswer& answer, uint32_t first, uint32_t end);
   void change(const SimChange& change);
   void check();
 
@@ -208,27 +210,69 @@ void Simulation::deliver(Delivery delivery) {
     unicast_rate_[answer.to].add(bytes, now_);
     clients_->heard(answer.to, now_);
   }
+  if (all && answer.pushed) {
+    clients_->pushed(delivery.segment, answer.page, came, losses_, now_);
+  }
   switch (answer.type) {
     case Type::kPage:
       return deliver_page(answer, first, end);
+    case Type::kParity:
+      return deliver_parity(answer, first, end);
     case Type::kZero:
     case Type::kNegative:
-      for (const Run& run : answer.runs) {
-        for (PageIndex page = run.first; page < run.first + run.count; page++) {
-          if (answer.type == Type::kNegative) {
-            clients_->refused(page, run, first, end, now_);
-            continue;
-          }
-          // One packet: who lost it lost all of the page.
-          for (SimLoss& loss : losses_) loss.second = 0xff;
-          image_.deliver(page, all_fragments(), first, end, up_, losses_);
-          clients_->delivered(page, sum_of(page), first, end, now_);
-        }
-      }
-      return;
+      return deliver_runs(answer, first, end);
+    case Type::kAnnounce:
+      return clients_->announced(first, end, answer.pushing, answer.position, now_);
     default:
       clients_->welcomed(answer.to, answer.cookie, now_);
   }
+}
+
+void Simulation::deliver_runs(const SimAnswer& answer, uint32_t first, uint32_t end) {
+  // One packet: who lost it lost all of it.
+  const auto all = static_cast<uint8_t>((1 << config_.fragments) - 1);
+  for (SimLoss& loss : losses_) loss.second = 0xff;
+  const std::vector<SimLoss> losses = losses_;
+  for (const Run& run : answer.runs) {
+    for (PageIndex page = run.first; page < run.first + run.count; page++) {
+      if (answer.type == Type::kNegative) {
+        clients_->refused(page, run, first, end, now_);
+        continue;
+      }
+      image_.deliver(page, all, first, end, up_, losses);
+      clients_->delivered(page, sum_of(page), first, end, now_);
+    }
+  }
+}
+
+void Simulation::deliver_parity(const SimAnswer& answer, uint32_t first, uint32_t end) {
+  const auto came = static_cast<uint8_t>(answer.fragments & ~answer.dropped);
+  SimSet lacking(count_);
+  std::vector<PageIndex> pages;
+  for (unsigned i = 0; i < kBlockPages; i++) {
+    for (unsigned f = 0; f < config_.fragments; f++) {
+      if (!answer.parity.cover.has(i * config_.fragments + f)) continue;
+      pages.push_back(answer.page + i);
+      image_.lacking(answer.page + i, first, end, up_, &lacking);
+      break;
+    }
+  }
+  bool repaired = false;
+  size_t next = 0;
+  for (uint32_t client = first; client < end; client++) {
+    if (!lacking.has(client)) continue;
+    while (next < losses_.size() && losses_[next].first < client) next++;
+    const uint8_t lost =
+        next < losses_.size() && losses_[next].first == client ? losses_[next].second : 0;
+    const int count = __builtin_popcount(came & ~lost);
+    if (count == 0) continue;
+    const unsigned whole =
+        image_.parity(client, answer.page, answer.parity, static_cast<unsigned>(count));
+    result_->pages_repaired += whole;
+    repaired = repaired || whole > 0;
+  }
+  if (!repaired) return;
+  for (const PageIndex page : pages) clients_->delivered(page, sum_of(page), first, end, now_);
 }
 
 void Simulation::deliver_page(const SimAnswer& answer, uint32_t first, uint32_t end) {
@@ -328,7 +372,7 @@ void Simulation::run(const std::atomic<bool>& stop) {
     handle(event);
   }
   check();
-  result_->cuts = server_->cuts();
+  server_->finish();
   result_->end = now_;
   for (const TimeNs at : result_->finished) {
     if (at != kNever) result_->end = std::max(result_->end, at);

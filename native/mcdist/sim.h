@@ -29,7 +29,8 @@ namespace sf::mcdist {
 
 constexpr uint32_t kEverybody = UINT32_MAX;
 
-// What the server sends: a page, runs of pages, or a welcome.
+// What the server sends: packets of a page, parities of a block, runs of pages, an announce or a
+// welcome.
 struct SimAnswer {
   Type type = Type::kPage;
   uint32_t to = kEverybody;
@@ -38,6 +39,10 @@ struct SimAnswer {
   uint8_t dropped = 0;    // of those, by the segment's queue
   uint64_t sum = 0;       // of the page's bytes, in place of them
   uint64_t cookie = 0;    // kWelcome
+  bool pushed = false;
+  Parity parity;          // kParity: of the block that begins at `page`; bit i of `fragments`: one
+  bool pushing = false;   // kAnnounce
+  PageIndex position = 0;
   std::vector<Run> runs;  // kZero, kNegative
   uint64_t bytes = 0;     // of one packet, with UDP and IP headers
 };
@@ -58,6 +63,7 @@ class SimNetwork {
   virtual uint64_t server_backlog_bytes() const = 0;
   virtual TimeNs server_room_at(uint64_t bytes) const = 0;  // backlog is at most that
   virtual double receive_rate(uint32_t client) const = 0;
+  virtual bool reached(uint32_t client) const = 0;  // it is not cut off
   [[noreturn]] virtual void violation(const std::string& what) const = 0;
   uint64_t sum_of(PageIndex page) const { return mix64(seed_ ^ (page + 1)); }
   bool zero(PageIndex page) const { return unit_of(mix64(seed_ * 31 + page)) < zero_share_; }
@@ -78,7 +84,7 @@ class SimServer {
   bool alive() const { return alive_; }
   size_t queued() const { return config_.unicast ? direct_.size() : policy_->queued(); }
   double rate() const { return policy_->rate(); }
-  uint64_t cuts() const { return policy_->cuts(); }
+  void finish() const;  // what only Policy counts, into the result
 
  private:
   struct Known {
@@ -86,12 +92,24 @@ class SimServer {
     uint32_t id = 0;
     std::list<uint32_t>::iterator at;
   };
+  struct Runs {
+    Type type;
+    uint32_t to;
+    bool pushed;
+    std::vector<Run> runs;
+  };
   void handle(const SimRequest& request, TimeNs now);
   void take(uint32_t peer, const SimRequest& request, TimeNs now);
-  void welcome(uint32_t client, uint64_t cookie);
-  void send(uint32_t to, const Policy::Item& item, TimeNs now);
-  void send_runs(std::vector<Run>* runs, Type type, uint32_t to);
+  void take_direct(const SimRequest& request);
+  void welcome(uint32_t client, const Known& peer, TimeNs now);
+  bool send(const Policy::Item& item, TimeNs now);  // true if pages or parities went out
+  void send_page(uint32_t to, const Policy::Item& item, TimeNs now);
+  void send_parity(const Policy::Item& item, TimeNs now);
+  void announce(uint32_t to, const Policy::Item& item, TimeNs now);
+  void tell(uint32_t to, const Policy::Item& item, Type type);
+  void send_runs();
   void schedule(TimeNs at);
+  void served(PageIndex page);
 
   const SimConfig& config_;
   SimNetwork* const network_;
@@ -102,12 +120,13 @@ class SimServer {
   TimeNs busy_until_ = 0;
   TimeNs armed_ = kNever;
   bool alive_ = true;
-  uint64_t cookies_ = 0;
+  uint64_t life_ = 1;  // restarts; a cookie tells it
   uint32_t ids_ = 0;
   std::unordered_map<uint32_t, Known> peers_;  // by client
+  std::unordered_map<uint32_t, uint32_t> client_of_;  // by id
   std::list<uint32_t> order_;                  // heard last first
-  std::vector<Run> zeros_;
-  std::vector<bool> served_;
+  std::vector<Runs> runs_;
+  std::vector<bool> served_, pushed_;
   // Unicast baseline: what is to be answered, to whom.
   std::deque<std::pair<uint32_t, Policy::Item>> direct_;
   std::unordered_set<uint64_t> direct_index_;
@@ -121,6 +140,10 @@ class SimClients {
   void timer(uint32_t client, TimeNs now);  // its mcdist thread wakes
   // Those of first..end-1 that waited for the page and now hold it go on.
   void delivered(PageIndex page, uint64_t sum, uint32_t first, uint32_t end, TimeNs now);
+  // A pushed answer reached all of the segment but for `losses`; `packets` of it.
+  void pushed(uint32_t segment, PageIndex page, uint8_t packets, const std::vector<SimLoss>& losses,
+              TimeNs now);
+  void announced(uint32_t first, uint32_t end, bool pushing, PageIndex position, TimeNs now);
   void refused(PageIndex page, const Run& run, uint32_t first, uint32_t end, TimeNs now);
   void welcomed(uint32_t client, uint64_t cookie, TimeNs now);
   void heard(uint32_t client, TimeNs now);
@@ -152,6 +175,10 @@ class SimClients {
     TimeNs greet_due = 0;
     TimeNs greeted_at = 0;
     unsigned greetings = 0;
+    unsigned probes = 0;
+    bool unicast_only = false;
+    PageIndex filled = 0;  // all pages before it are here
+    TimeNs started = 0;
     TimeNs block_waited = 0;
     TimeNs block_computed = 0;
     double pace = 1;
@@ -160,8 +187,11 @@ class SimClients {
   void go_on(uint32_t client, TimeNs now);
   void touched(uint32_t client, Client& state, TimeNs waited, TimeNs now);
   void filled(uint32_t client, TimeNs now);
+  void greet(uint32_t client, TimeNs now);
   void flush(uint32_t client, TimeNs now);
-  void send(uint32_t client, std::vector<Run> runs, TimeNs now);
+  void send(uint32_t client, TimeNs now);  // request_
+  bool group_heard(uint32_t client) const;
+  void step(uint32_t client, TimeNs now);  // flush if something is due
   void arm(uint32_t client, TimeNs at);
   void watch_source(uint32_t client, TimeNs now);
   void over(uint32_t client, SimOutcome outcome, TimeNs now);
@@ -177,7 +207,8 @@ class SimClients {
   std::vector<TimeNs> segment_heard_;
   // Who has the page under way: what an answer has to look at.
   std::unordered_map<PageIndex, std::vector<uint32_t>> interest_;
-  std::vector<Run> runs_;
+  Request request_;
+  std::vector<std::vector<uint32_t>> subscribers_;  // by segment
   uint64_t over_ = 0;
 };
 

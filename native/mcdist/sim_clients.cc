@@ -12,6 +12,10 @@ constexpr size_t kDirectFaults = 4;
 constexpr TimeNs kGreetFirst = 20 * kMillisecond;
 constexpr TimeNs kGreetLast = 250 * kMillisecond;
 constexpr size_t kMtuBytes = 1500;
+constexpr unsigned kGreetIdle = 8;
+constexpr unsigned kProbes = 3;
+constexpr size_t kMaxReports = 24;
+constexpr size_t kRunsOfReport = kReportBytes / kRunBytes;
 
 }  // namespace
 
@@ -22,7 +26,8 @@ SimClients::SimClients(const SimConfig& config, SimNetwork* network, SimImage* i
       image_(image),
       result_(result),
       max_runs_(max_request_runs(kMtuBytes)),
-      segment_heard_(config.segments.size()) {
+      segment_heard_(config.segments.size(), -1),
+      subscribers_(config.segments.size()) {
   for (size_t s = 0; s < config.segments.size(); s++) {
     segment_.insert(segment_.end(), config.segments[s].clients, static_cast<uint8_t>(s));
   }
@@ -30,7 +35,8 @@ SimClients::SimClients(const SimConfig& config, SimNetwork* network, SimImage* i
   for (uint32_t i = 0; i < segment_.size(); i++) {
     clients_.emplace_back(std::make_unique<Requester>(
         config.requester, [image, i](PageIndex page) { return image->has(i, page); },
-        [image, i](PageIndex page) { return image->missing(i, page); }));
+        [image, i](PageIndex page) { return image->missing(i, page); }, config.pages,
+        [image, i](BlockReport* report) { image->look(i, report); }));
     const double spread = 2 * unit_of(mix64(mix64(config.seed) ^ i)) - 1;
     clients_.back().pace = 1 + config.speed_spread * spread;
   }
@@ -41,10 +47,14 @@ void SimClients::start(uint32_t client) {
   Client& state = clients_[client];
   if (state.state != State::kAbsent) return;
   state.state = State::kComputing;
-  state.busy_since = state.last_word = now;
+  state.busy_since = state.last_word = state.started = now;
   result_->start[client] = now;
+  if (config_.prefetch_all) {
+    state.requester->subscribe(true, now);
+    std::vector<uint32_t>& there = subscribers_[segment_[client]];
+    there.insert(std::lower_bound(there.begin(), there.end(), client), client);
+  }
   flush(client, now);  // greets
-  if (config_.prefetch_all) state.requester->prefetch(0, config_.pages);
   go_on(client, now);
 }
 
@@ -112,14 +122,23 @@ void SimClients::go_on(uint32_t client, TimeNs now) {
   network_->wake(SimEvent::Kind::kRun, client, now + ahead);
 }
 
-// The trace has ended; so has the client once nothing it prefetches is under way.
+// The trace has ended; so has the client once it holds all it subscribed to.
 void SimClients::filled(uint32_t client, TimeNs now) {
-  if (!clients_[client].requester->idle()) return;
-  for (PageIndex page = 0; page < config_.pages; page++) {
-    if (image_->has(client, page)) continue;
-    network_->violation(describe(client) + " has stopped without page " + std::to_string(page));
+  Client& state = clients_[client];
+  while (state.filled < config_.pages && image_->has(client, state.filled)) state.filled++;
+  if (state.filled < config_.pages) {
+    if (!state.requester->idle()) return;
+    network_->violation(describe(client) + " has stopped without page " +
+                        std::to_string(state.filled));
   }
   result_->finished[client] = std::max(result_->finished[client], now);
+  state.requester->subscribe(false, now);
+  std::erase(subscribers_[segment_[client]], client);
+  if (state.cookie != 0) {
+    request_.runs.clear();
+    request_.reports.clear();
+    send(client, now);  // or the server would go on pushing
+  }
   over(client, SimOutcome::kFinished, now);
 }
 
@@ -139,7 +158,9 @@ void SimClients::run(uint32_t client, TimeNs now) {
   Run run;
   if (state.cookie != 0 && state.requester->faults_asked() < kDirectFaults &&
       state.requester->ask_now(state.page, now, &run)) {
-    send(client, {run}, now);
+    request_.runs.assign(1, run);
+    request_.reports.clear();
+    send(client, now);
     return arm(client, state.requester->due_at());
   }
   flush(client, now);
@@ -149,6 +170,8 @@ void SimClients::timer(uint32_t client, TimeNs now) {
   Client& state = clients_[client];
   if (state.armed > now || state.state == State::kOver) return;
   state.armed = kNever;
+  if (state.state == State::kFilling) filled(client, now);
+  if (state.state == State::kOver) return;
   flush(client, now);
   watch_source(client, now);
 }
@@ -160,48 +183,81 @@ void SimClients::arm(uint32_t client, TimeNs at) {
   network_->wake(SimEvent::Kind::kTimer, client, at);
 }
 
-// As Client::flush() and Client::greet().
+bool SimClients::group_heard(uint32_t client) const {
+  return segment_heard_[segment_[client]] >= clients_[client].started;
+}
+
+// As Client::greet().
+void SimClients::greet(uint32_t client, TimeNs now) {
+  Client& state = clients_[client];
+  if (now < state.greet_due) return;
+  if (state.greetings >= kGreetIdle && state.requester->idle()) {
+    state.greet_due = kNever;
+    return;
+  }
+  request_.runs.clear();
+  request_.reports.clear();
+  send(client, now);
+  state.greeted_at = now;
+  state.greet_due = now + std::min(kGreetFirst << std::min(state.greetings, 8U), kGreetLast);
+  state.greetings++;
+}
+
+// As Client::flush().
 void SimClients::flush(uint32_t client, TimeNs now) {
   Client& state = clients_[client];
   Requester& requester = *state.requester;
-  if (state.cookie == 0) {
-    if (now >= state.greet_due) {
-      send(client, {}, now);
-      state.greeted_at = now;
-      state.greet_due = now + std::min(kGreetFirst << std::min(state.greetings, 8U), kGreetLast);
-      state.greetings++;
-    }
-    return arm(client, state.greet_due);
-  }
   for (;;) {
-    runs_.clear();
-    requester.collect(now, true, max_runs_, &runs_);
-    if (!runs_.empty()) {
-      for (const Run& run : runs_) {
+    if (state.cookie == 0 || (!config_.unicast && !group_heard(client) && !state.unicast_only)) {
+      greet(client, now);
+      arm(client, state.greet_due);
+      if (state.cookie == 0) return;
+    }
+    request_.runs.clear();
+    request_.reports.clear();
+    const size_t most = std::min(kMaxReports, max_runs_ / kRunsOfReport / 2);
+    requester.collect_reports(now, most, &request_.reports);
+    requester.collect(now, true, max_runs_ - request_.reports.size() * kRunsOfReport,
+                      &request_.runs);
+    if (!request_.runs.empty() || !request_.reports.empty()) {
+      for (const Run& run : request_.runs) {
         if (run.retry || run.urgent) continue;  // in the table since it was wanted
         for (uint32_t i = 0; i < run.count; i++) interest_[run.first + i].push_back(client);
       }
-      send(client, runs_, now);
+      for (const BlockReport& report : request_.reports) {
+        for (unsigned i = 0; i < kBlockPages; i++) {
+          if (((report.wanted >> i) & 1) == 0) continue;
+          std::vector<uint32_t>& there = interest_[report.block * kBlockPages + i];
+          if (there.empty() || there.back() != client) there.push_back(client);
+        }
+      }
+      send(client, now);
     } else if (!requester.more()) {
-      return requester.idle() ? void() : arm(client, requester.due_at());
+      if (requester.keepalive(now)) send(client, now);
+      if (!requester.idle()) arm(client, std::max(now, requester.due_at()));
+      return;
     }
   }
 }
 
-void SimClients::send(uint32_t client, std::vector<Run> runs, TimeNs now) {
-  SimRequest request;
-  request.client = client;
-  request.body.cookie = clients_[client].cookie;
-  request.body.receive_kbps = static_cast<uint32_t>(network_->receive_rate(client) / 1000);
-  const size_t body = std::max(kMinRequestBody, kRequestFixed + runs.size() * kRunBytes);
-  request.bytes = kLongOverheadBytes + body + kUdpIpBytes;
+void SimClients::send(uint32_t client, TimeNs now) {
+  Client& state = clients_[client];
+  request_.cookie = state.cookie;
+  request_.receive_kbps = static_cast<uint32_t>(network_->receive_rate(client) / 1000);
+  request_.loss_permille = state.requester->loss_permille();
+  request_.unicast_only = state.unicast_only;
+  request_.subscribe = state.requester->subscribed() && !state.unicast_only;
+  request_.history = config_.history;
+  state.requester->sent(now);
+  const size_t body = std::max(kMinRequestBody, kRequestFixed + request_.runs.size() * kRunBytes +
+                                                    request_.reports.size() * kReportBytes);
+  SimRequest request{client, kLongOverheadBytes + body + kUdpIpBytes, request_};
   result_->requests++;
   result_->request_bytes += request.bytes;
-  for (const Run& run : runs) {
+  for (const Run& run : request_.runs) {
     result_->pages_requested += run.count;
     if (run.retry) result_->retries += run.count;
   }
-  request.body.runs = std::move(runs);
   network_->request(std::move(request));
 }
 
@@ -209,11 +265,56 @@ void SimClients::welcomed(uint32_t client, uint64_t cookie, TimeNs now) {
   Client& state = clients_[client];
   if (state.state == State::kOver || state.state == State::kAbsent) return;
   if (state.greetings > 0) state.requester->round_trip(now - state.greeted_at);
+  if (!config_.unicast && !group_heard(client) && cookie == state.cookie &&
+      ++state.probes >= kProbes) {
+    state.unicast_only = true;
+  }
   if (cookie == state.cookie) return;
+  const bool another = state.cookie != 0 && cookie >> 32 != state.cookie >> 32;
   state.cookie = cookie;
   state.greetings = 0;
-  state.requester->ask_again(now);
+  state.greet_due = now;
+  if (another) {
+    state.requester->new_server(now);
+  } else {
+    state.requester->ask_again(now);
+  }
   flush(client, now);
+}
+
+// A subscriber's thread wakes for each packet; it has something to do only now and then.
+void SimClients::step(uint32_t client, TimeNs now) {
+  const TimeNs due = clients_[client].requester->due_at();
+  if (due <= now) {
+    flush(client, now);
+  } else {
+    arm(client, due);
+  }
+}
+
+void SimClients::pushed(uint32_t segment, PageIndex page, uint8_t packets,
+                        const std::vector<SimLoss>& losses, TimeNs now) {
+  size_t next = 0;
+  for (uint32_t client : subscribers_[segment]) {
+    if (clients_[client].state == State::kOver || !network_->reached(client)) continue;
+    while (next < losses.size() && losses[next].first < client) next++;
+    const uint8_t lost =
+        next < losses.size() && losses[next].first == client ? losses[next].second : 0;
+    const int count = __builtin_popcount(packets & ~lost);
+    for (int i = 0; i < count; i++) clients_[client].requester->pushed(page, now);
+    if (count > 0 && page % kBlockPages == 0) step(client, now);
+  }
+}
+
+void SimClients::announced(uint32_t first, uint32_t end, bool pushing, PageIndex position,
+                           TimeNs now) {
+  if (!config_.prefetch_all) return;
+  for (uint32_t client = first; client < end; client++) {
+    Client& state = clients_[client];
+    if (state.cookie == 0 || state.state == State::kOver || !network_->reached(client)) continue;
+    state.requester->announced(pushing, position, now);
+    step(client, now);
+  }
 }
 
 void SimClients::delivered(PageIndex page, uint64_t sum, uint32_t first, uint32_t end, TimeNs now) {
@@ -244,8 +345,7 @@ void SimClients::delivered(PageIndex page, uint64_t sum, uint32_t first, uint32_
       go_on(client, now + config_.wake);
     }
     // More of a prefetch may be asked for: as the client's thread does after each batch.
-    if (config_.prefetch_all && state.state != State::kOver) flush(client, now);
-    if (state.state == State::kFilling) filled(client, now);
+    if (config_.prefetch_all && state.state != State::kOver) step(client, now);
   }
 }
 

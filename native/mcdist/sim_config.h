@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "mcdist/peers.h"
 #include "mcdist/policy.h"
 #include "mcdist/requester.h"
 
@@ -49,7 +50,7 @@ struct SimConfig {
   double zero_share = 0;  // of the pages
   PolicyConfig policy;
   RequesterConfig requester;
-  uint32_t max_peers = 1024;  // as PeerTable::kMaxPeers
+  uint32_t max_peers = PeerTable::kMaxPeers;
 
   double server_bytes_per_s = 125e6;  // its link, each way
   // The send buffer: when so much is unsent the server waits (its own link loses nothing).
@@ -68,7 +69,8 @@ struct SimConfig {
   double skip_share = 0;         // of the touches a client does not make
   TimeNs join_spread = 0;        // clients start within this time, evenly
   std::vector<std::pair<uint32_t, TimeNs>> joins;  // client, when: instead of the above
-  bool prefetch_all = false;                       // each client prefetches the whole generation
+  bool history = false;  // clients ask for what others faulted on
+  bool prefetch_all = false;                       // each client subscribes to the whole generation
   std::vector<SimChange> changes;
 
   TimeNs source_timeout = 30 * kSecond;
@@ -114,6 +116,14 @@ struct SimResult {
   uint64_t welcomes = 0;
   uint64_t evicted_peers = 0;
   uint64_t cuts = 0;
+  uint64_t cuts_undone = 0;
+  uint64_t pages_pushed = 0;
+  uint64_t unicast_answers = 0;
+  uint64_t reports = 0;         // of blocks
+  uint64_t repair_symbols = 0;  // plain ones sent for them
+  uint64_t parity_symbols = 0;
+  uint64_t pages_repaired = 0;  // by parity, of all clients
+  uint64_t announces = 0;
   uint64_t max_queued = 0;
   TimeNs max_wait = 0;
   // Of each client; kNever if it did not get so far.

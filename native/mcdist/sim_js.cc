@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "mcdist/js_common.h"
+#include "mcdist/policy_js.h"
 #include "mcdist/sim.h"
 
 namespace sf::mcdist {
@@ -103,6 +104,7 @@ SimConfig config_of(const Napi::Object& given) {
   }
   out.unicast = given.Get("unicast").ToBoolean();
   out.prefetch_all = given.Get("prefetchAll").ToBoolean();
+  out.history = given.Get("history").ToBoolean();
   out.zero_share = share_of(given, "zeroShare");
   out.max_peers = u32_of(given, "maxPeers", out.max_peers);
   out.server_bytes_per_s = number_of(given, "serverBytesPerS", out.server_bytes_per_s);
@@ -160,6 +162,14 @@ Napi::Object to_js(Napi::Env env, const SimResult& result) {
   SF_NUMBER(welcomes)
   SF_NUMBER(evicted_peers)
   SF_NUMBER(cuts)
+  SF_NUMBER(cuts_undone)
+  SF_NUMBER(pages_pushed)
+  SF_NUMBER(unicast_answers)
+  SF_NUMBER(reports)
+  SF_NUMBER(repair_symbols)
+  SF_NUMBER(parity_symbols)
+  SF_NUMBER(pages_repaired)
+  SF_NUMBER(announces)
   SF_NUMBER(max_queued)
 #undef SF_NUMBER
   out.Set("startMs", times(env, result.start));

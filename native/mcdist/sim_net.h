@@ -13,6 +13,7 @@
 
 #include "common/page.h"
 #include "mcdist/policy.h"
+#include "mcdist/wire.h"
 
 namespace sf::mcdist {
 
@@ -148,7 +149,9 @@ class SimSet {
 class SimImage {
  public:
   SimImage(uint64_t pages, uint32_t clients, unsigned fragments)
-      : clients_(clients), all_(static_cast<uint8_t>((1 << fragments) - 1)), rows_(pages) {}
+      : clients_(clients),
+        fragments_(fragments),
+        all_(static_cast<uint8_t>((1 << fragments) - 1)), rows_(pages) {}
 
   bool has(uint32_t client, PageIndex page) const {
     const Row& row = rows_[page];
@@ -197,7 +200,73 @@ class SimImage {
     }
   }
 
+  // What a client lacks of a block, as Client::look(): all absent pages are wanted.
+  void look(uint32_t client, BlockReport* report) const {
+    const PageIndex first = report->block * kBlockPages;
+    report->fragments = static_cast<uint8_t>(fragments_);
+    for (unsigned i = 0; i < kBlockPages && first + i < rows_.size(); i++) {
+      if (has(client, first + i)) continue;
+      report->wanted |= 1U << i;
+      const uint8_t some = missing(client, first + i);
+      for (unsigned f = 0; f < fragments_; f++) {
+        if (some == 0 || ((some >> f) & 1) != 0) report->missing.add(i * fragments_ + f);
+      }
+    }
+    const Held held = parities(client, report->block);
+    unsigned need = report->missing.size();
+    if (held.cover_id != 0) {
+      report->cover = held.cover_id;
+      const unsigned open = (report->missing & held.cover).size();
+      need = (need - open) + (open > held.count ? open - held.count : 0);
+    }
+    report->need = static_cast<uint8_t>(need);
+  }
+  // Adds those of first..end-1 within `up` that lack the page.
+  void lacking(PageIndex page, uint32_t first, uint32_t end, const SimSet& up, SimSet* out) const {
+    const Row& row = rows_[page];
+    if (row.everybody) return;
+    for (size_t w = first / 64; w * 64 < end; w++) {
+      out->word(w) |= up.word(w) & ~(row.bits == nullptr ? 0 : row.bits->word(w));
+    }
+  }
+  // Parity symbols of a block come to a client; any n of one cover repair n symbols. Returns how
+  // many pages that completed.
+  unsigned parity(uint32_t client, PageIndex first, const Parity& parity, unsigned count) {
+    Held& held = held_[key(client, first / kBlockPages)];
+    if (held.cover_id != parity.cover_id) held = Held{parity.cover_id, 0, parity.cover};
+    held.count += count;
+    BlockReport report;
+    report.block = first / kBlockPages;
+    look(client, &report);
+    if (report.missing.empty()) return 0;
+    const SymbolSet open = report.missing & parity.cover;
+    if (open.empty() || open.size() > held.count) return 0;
+    unsigned whole = 0;
+    for (unsigned i = 0; i < kBlockPages; i++) {
+      uint8_t mask = 0;
+      for (unsigned f = 0; f < fragments_; f++) {
+        if (open.has(i * fragments_ + f)) mask |= static_cast<uint8_t>(1 << f);
+      }
+      if (mask == 0) continue;
+      Row& row = rows_[first + i];
+      if (row.bits == nullptr) row.bits = std::make_unique<SimSet>(clients_);
+      gain(row, first + i, client, mask);
+      whole += row.bits->has(client) ? 1 : 0;
+    }
+    held_.erase(key(client, report.block));
+    return whole;
+  }
+
  private:
+  struct Held {
+    uint8_t cover_id = 0;
+    unsigned count = 0;
+    SymbolSet cover;
+  };
+  Held parities(uint32_t client, uint64_t block) const {
+    auto found = held_.find(key(client, block));
+    return found == held_.end() ? Held{} : found->second;
+  }
   struct Row {
     bool everybody = false;
     std::unique_ptr<SimSet> bits;
@@ -222,10 +291,12 @@ class SimImage {
   }
 
   const uint32_t clients_;
+  const unsigned fragments_;
   const uint8_t all_;
   std::vector<Row> rows_;
   // Fragments held; entries of pages that came whole later stay, and are not looked at.
   std::unordered_map<uint64_t, uint8_t> partial_;
+  std::unordered_map<uint64_t, Held> held_;  // parities, by client and block
 };
 
 }  // namespace sf::mcdist

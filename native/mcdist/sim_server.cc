@@ -6,7 +6,10 @@
 namespace sf::mcdist {
 namespace {
 
-constexpr size_t kTurnPages = 16;      // server.cc: pages sent before new requests are looked at
+// As in server.cc: what is sent before new requests are looked at.
+constexpr size_t kTurnPages = 15;
+constexpr size_t kTurnCheapPages = 512;
+constexpr size_t kTurnRuns = 128;
 constexpr size_t kTurnRequests = 64;   // ReceiveBatch
 constexpr size_t kPacketPages = 4096;  // server.cc
 // What the kernel charges a receive buffer for a small packet.
@@ -20,8 +23,9 @@ SimServer::SimServer(const SimConfig& config, SimNetwork* network, SimResult* re
     : config_(config),
       network_(network),
       result_(result),
-      policy_(std::make_unique<Policy>(config.policy)),
-      served_(config.pages) {}
+      policy_(std::make_unique<Policy>(config.policy, config.pages)),
+      served_(config.pages),
+      pushed_(config.pages) {}
 
 void SimServer::schedule(TimeNs at) {
   if (at == kNever || at >= armed_) return;
@@ -43,7 +47,11 @@ void SimServer::arrived(SimRequest request, TimeNs now) {
 
 void SimServer::restart(TimeNs now) {
   alive_ = true;
-  policy_ = std::make_unique<Policy>(config_.policy);
+  policy_ = std::make_unique<Policy>(config_.policy, config_.pages);
+  life_++;
+  pushed_.assign(config_.pages, false);
+  client_of_.clear();
+  runs_.clear();
   peers_.clear();
   order_.clear();
   received_.clear();
@@ -73,17 +81,20 @@ void SimServer::loop(TimeNs now) {
       const auto [client, item] = direct_.front();
       direct_.pop_front();
       direct_index_.erase(direct_key(client, item.page));
-      send(client, item, now);
+      send_page(client, item, now);
       spent += config_.page_cpu;
     }
     if (!direct_.empty()) ready = now;
   } else {
     Policy::Item item;
-    for (size_t i = 0; i < kTurnPages && room() && policy_->next(now, &item); i++) {
-      send(kEverybody, item, now);
-      spent += config_.page_cpu;
+    size_t pages = 0;
+    size_t cheap = 0;
+    while (pages < kTurnPages && cheap < kTurnCheapPages && runs_.size() < kTurnRuns && room() &&
+           policy_->next(now, &item)) {
+      (send(item, now) ? pages : cheap)++;
     }
-    send_runs(&zeros_, Type::kZero, kEverybody);
+    spent += static_cast<TimeNs>(pages) * config_.page_cpu;
+    send_runs();
     ready = policy_->ready_at(now);
   }
   result_->max_queued = std::max<uint64_t>(result_->max_queued, queued());
@@ -94,15 +105,16 @@ void SimServer::loop(TimeNs now) {
   schedule(std::max(ready, busy_until_));
 }
 
-void SimServer::welcome(uint32_t client, uint64_t cookie) {
+void SimServer::welcome(uint32_t client, const Known& peer, TimeNs now) {
   SimAnswer answer;
   answer.type = Type::kWelcome;
   answer.to = client;
   answer.fragments = 1;
-  answer.cookie = cookie;
+  answer.cookie = peer.cookie;
   answer.bytes = kLongOverheadBytes + kWelcomeBody + kUdpIpBytes;
   network_->answer(std::move(answer));
   result_->welcomes++;
+  if (!config_.unicast) policy_->introduce(peer.id, now);
 }
 
 // As PeerTable and Server::handle(): the peer heard longest ago makes room.
@@ -110,22 +122,46 @@ void SimServer::handle(const SimRequest& request, TimeNs now) {
   auto found = peers_.find(request.client);
   if (found == peers_.end()) {
     if (peers_.size() >= config_.max_peers) {
-      const uint32_t gone = order_.back();
+      auto gone = peers_.find(order_.back());
       order_.pop_back();
-      policy_->forget(peers_.find(gone)->second.id);
+      policy_->forget(gone->second.id);
+      client_of_.erase(gone->second.id);
       peers_.erase(gone);
       result_->evicted_peers++;
     }
     order_.push_front(request.client);
-    found = peers_.emplace(request.client, Known{++cookies_, ++ids_, order_.begin()}).first;
+    ids_++;
+    found = peers_.emplace(request.client, Known{life_ << 32 | ids_, ids_, order_.begin()}).first;
+    client_of_[ids_] = request.client;
   } else {
     order_.splice(order_.begin(), order_, found->second.at);
   }
-  Known& peer = found->second;
-  if (request.body.cookie != peer.cookie) return welcome(request.client, peer.cookie);
-  policy_->report(peer.id, request.body.receive_kbps * 1000.0, now);
-  if (request.body.runs.empty()) return welcome(request.client, peer.cookie);
+  const Known& peer = found->second;
+  const Request& body = request.body;
+  if (body.cookie != peer.cookie) return welcome(request.client, peer, now);
+  if (config_.unicast) {
+    return body.runs.empty() ? welcome(request.client, peer, now) : take_direct(request);
+  }
+  policy_->heard(peer.id,
+                 {body.receive_kbps * 1000.0, body.unicast_only, body.subscribe, body.history},
+                 now);
+  if (body.runs.empty() && body.reports.empty()) return welcome(request.client, peer, now);
   take(peer.id, request, now);
+}
+
+void SimServer::take_direct(const SimRequest& request) {
+  for (const Run& run : request.body.runs) {
+    for (PageIndex page = run.first; page < run.first + run.count; page++) {
+      if (!direct_index_.insert(direct_key(request.client, page)).second) {
+        result_->merged++;
+        continue;
+      }
+      Policy::Item item;
+      item.page = page;
+      item.fragments = run.fragments;
+      direct_.emplace_back(request.client, item);
+    }
+  }
 }
 
 void SimServer::take(uint32_t peer, const SimRequest& request, TimeNs now) {
@@ -134,15 +170,6 @@ void SimServer::take(uint32_t peer, const SimRequest& request, TimeNs now) {
   for (const Run& run : request.body.runs) {
     const Urgency urgency = run.urgent ? Urgency::kFault : Urgency::kPrefetch;
     for (uint32_t i = 0; i < run.count; i++) {
-      if (config_.unicast) {
-        const PageIndex page = run.first + i;
-        if (!direct_index_.insert(direct_key(request.client, page)).second) {
-          result_->merged++;
-          continue;
-        }
-        direct_.emplace_back(request.client, Policy::Item{page, run.fragments, peer, urgency});
-        continue;
-      }
       if (full[static_cast<size_t>(urgency)] || ++looked > kPacketPages) {
         result_->queue_dropped += run.count - i;
         break;
@@ -164,46 +191,151 @@ void SimServer::take(uint32_t peer, const SimRequest& request, TimeNs now) {
       }
     }
   }
+  for (const BlockReport& report : request.body.reports) {
+    result_->reports++;
+    policy_->report(peer, report, now);
+  }
 }
 
-void SimServer::send(uint32_t to, const Policy::Item& item, TimeNs now) {
-  if (item.page >= config_.pages) network_->violation("a page beyond the end was to be sent");
-  if (!served_[item.page]) {
-    served_[item.page] = true;
-    result_->distinct_pages++;
+void SimServer::served(PageIndex page) {
+  if (page >= config_.pages) network_->violation("a page beyond the end was to be sent");
+  if (served_[page]) return;
+  served_[page] = true;
+  result_->distinct_pages++;
+}
+
+bool SimServer::send(const Policy::Item& item, TimeNs now) {
+  uint32_t to = kEverybody;
+  if (item.peer != 0) {
+    auto found = client_of_.find(item.peer);
+    if (found == client_of_.end()) {  // evicted since it asked
+      policy_->sent(item, Policy::Outcome::kRefused, 0, now);
+      return false;
+    }
+    to = found->second;
   }
-  uint64_t wire_bytes = kRunBytes;
-  if (network_->zero(item.page)) {
-    Run run;
-    run.first = item.page;
+  if (item.kind == Policy::Item::Kind::kAnnounce) {
+    announce(to, item, now);
+    return false;
+  }
+  if (item.kind == Policy::Item::Kind::kParity) {
+    send_parity(item, now);
+    return true;
+  }
+  if (item.pushed && item.page < config_.pages) {
+    if (pushed_[item.page]) {
+      // A push that begins anew, for somebody who took part in none, may.
+      if (policy_->subscribers() > 1) {
+        network_->violation("page " + std::to_string(item.page) + " was pushed twice");
+      }
+    }
+    pushed_[item.page] = true;
+    result_->pages_pushed++;
+  }
+  if (!network_->zero(item.page)) {
+    send_page(to, item, now);
+    return true;
+  }
+  served(item.page);
+  result_->zero_pages_served++;
+  tell(to, item, Type::kZero);
+  policy_->sent(item, Policy::Outcome::kZero, kRunBytes, now);
+  return false;
+}
+
+void SimServer::send_page(uint32_t to, const Policy::Item& item, TimeNs now) {
+  served(item.page);
+  if (config_.unicast && network_->zero(item.page)) {
     result_->zero_pages_served++;
-    zeros_.push_back(run);
-    if (to != kEverybody) send_runs(&zeros_, Type::kZero, to);
-  } else {
-    const auto all = static_cast<uint8_t>((1 << config_.fragments) - 1);
-    SimAnswer answer;
-    answer.to = to;
-    answer.page = item.page;
-    answer.fragments = item.fragments == 0 ? all : item.fragments & all;
-    answer.sum = network_->sum_of(item.page);
-    answer.bytes = symbol_bytes(config_.fragments) + kOverheadBytes + kUdpIpBytes;
-    wire_bytes = answer.bytes * static_cast<unsigned>(__builtin_popcount(answer.fragments));
-    network_->answer(std::move(answer));
-    result_->pages_served++;
+    tell(to, item, Type::kZero);
+    return send_runs();
   }
-  if (!config_.unicast) policy_->sent(item, wire_bytes, now);
+  const auto all = static_cast<uint8_t>((1 << config_.fragments) - 1);
+  SimAnswer answer;
+  answer.to = to;
+  answer.page = item.page;
+  answer.fragments = item.fragments == 0 ? all : item.fragments & all;
+  answer.pushed = item.pushed;
+  answer.sum = network_->sum_of(item.page);
+  answer.bytes = symbol_bytes(config_.fragments) + kOverheadBytes + kUdpIpBytes;
+  const auto symbols = static_cast<unsigned>(__builtin_popcount(answer.fragments));
+  const uint64_t wire_bytes = answer.bytes * symbols;
+  network_->answer(std::move(answer));
+  result_->pages_served++;
+  if (item.repair) result_->repair_symbols += symbols;
+  if (to != kEverybody) result_->unicast_answers++;
+  if (!config_.unicast) policy_->sent(item, Policy::Outcome::kData, wire_bytes, now);
 }
 
-void SimServer::send_runs(std::vector<Run>* runs, Type type, uint32_t to) {
-  if (runs->empty()) return;
+void SimServer::send_parity(const Policy::Item& item, TimeNs now) {
+  // Eight at most to an answer: a bit each.
+  unsigned left = item.parities;
+  uint64_t bytes = 0;
+  while (left > 0) {
+    const unsigned some = std::min(left, 8U);
+    SimAnswer answer;
+    answer.type = Type::kParity;
+    answer.page = item.page;
+    answer.parity = item.parity;
+    answer.fragments = static_cast<uint8_t>((1U << some) - 1);
+    answer.bytes =
+        symbol_bytes(config_.fragments) + kParityFixed + kOverheadBytes + kUdpIpBytes;
+    bytes += answer.bytes * some;
+    network_->answer(std::move(answer));
+    left -= some;
+  }
+  result_->parity_symbols += item.parities;
+  policy_->sent(item, Policy::Outcome::kData, bytes, now);
+}
+
+void SimServer::announce(uint32_t to, const Policy::Item& item, TimeNs now) {
+  send_runs();  // as server.cc: zeros that were passed are told first
   SimAnswer answer;
-  answer.type = type;
+  answer.type = Type::kAnnounce;
   answer.to = to;
   answer.fragments = 1;
-  answer.bytes = kOverheadBytes + runs->size() * kRunBytes + kUdpIpBytes;
-  answer.runs = std::move(*runs);
-  runs->clear();
+  answer.pushing = item.pushed;
+  answer.position = item.position;
+  answer.bytes = kLongOverheadBytes + kAnnounceBody + kUdpIpBytes;
+  policy_->sent(item, Policy::Outcome::kData, answer.bytes, now);
   network_->answer(std::move(answer));
+  result_->announces++;
+}
+
+void SimServer::tell(uint32_t to, const Policy::Item& item, Type type) {
+  for (Runs& some : runs_) {
+    if (some.type != type || some.to != to || some.pushed != item.pushed) continue;
+    Run& last = some.runs.back();
+    if (last.first + last.count == item.page && last.count < kMaxRunPages) {
+      last.count++;
+      return;
+    }
+    if (some.runs.size() >= kTurnRuns) continue;
+    some.runs.emplace_back().first = item.page;
+    return;
+  }
+  runs_.push_back({type, to, item.pushed, {}});
+  runs_.back().runs.emplace_back().first = item.page;
+}
+
+void SimServer::send_runs() {
+  for (Runs& some : runs_) {
+    SimAnswer answer;
+    answer.type = some.type;
+    answer.to = some.to;
+    answer.page = some.runs.front().first;
+    answer.pushed = some.pushed;
+    answer.fragments = 1;
+    answer.bytes = kOverheadBytes + some.runs.size() * kRunBytes + kUdpIpBytes;
+    answer.runs = std::move(some.runs);
+    network_->answer(std::move(answer));
+  }
+  runs_.clear();
+}
+
+void SimServer::finish() const {
+  result_->cuts = policy_->cuts();
+  result_->cuts_undone = policy_->cuts_undone();
 }
 
 void SimServer::check() const {

@@ -1,16 +1,27 @@
 #include "mcdist/socket.h"
 
 #include <arpa/inet.h>
+#include <netinet/udp.h>
 #include <poll.h>
 #include <time.h>
+
+#include <algorithm>
 
 namespace sf::mcdist {
 namespace {
 
 // Asked for; the kernel doubles it for its own overhead. Holds more than a full prefetch window.
 constexpr int kBufferBytes = 16 << 20;
+// What may wait for the link, with the kernel's overhead counted (it doubles this): 2 ms of 1
+// Gbit/s. Less than a link's queue takes, so that a slow link makes us wait and drops nothing, and
+// little for a fault's answer to wait behind.
+constexpr int kSendBufferBytes = 128 << 10;
 constexpr int kSendWaitMs = 20;
 constexpr int kSendTries = 5;
+constexpr long kQueueWaitNs = 500'000;
+constexpr int kQueueTries = 40;
+constexpr size_t kErrorsAtOnce = 64;
+constexpr size_t kTrainBytes = 65507;  // of an IP packet, without headers
 
 template <typename T>
 Status option(const Fd& fd, int level, int name, const T& value, const char* what) {
@@ -18,18 +29,18 @@ Status option(const Fd& fd, int level, int name, const T& value, const char* wha
   return Status::Errno("E_NETWORK", std::string("setsockopt ") + what);
 }
 
-void size_buffer(const Fd& fd, int force, int plain) {
+void size_buffer(const Fd& fd, int force, int plain, int bytes) {
   // Without the privilege the system's limit applies: slower under load, never wrong.
-  if (::setsockopt(fd.get(), SOL_SOCKET, force, &kBufferBytes, sizeof kBufferBytes) != 0) {
-    ::setsockopt(fd.get(), SOL_SOCKET, plain, &kBufferBytes, sizeof kBufferBytes);
+  if (::setsockopt(fd.get(), SOL_SOCKET, force, &bytes, sizeof bytes) != 0) {
+    ::setsockopt(fd.get(), SOL_SOCKET, plain, &bytes, sizeof bytes);
   }
 }
 
 Status open_udp(Fd* out) {
   Fd fd(::socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
   if (!fd.valid()) return Status::Errno("E_NETWORK", "socket");
-  size_buffer(fd, SO_RCVBUFFORCE, SO_RCVBUF);
-  size_buffer(fd, SO_SNDBUFFORCE, SO_SNDBUF);
+  size_buffer(fd, SO_RCVBUFFORCE, SO_RCVBUF, kBufferBytes);
+  size_buffer(fd, SO_SNDBUFFORCE, SO_SNDBUF, kSendBufferBytes);
   // PROBE: "don't fragment", and forged ICMP messages about the path's MTU are not believed.
   Status status =
       option(fd, IPPROTO_IP, IP_MTU_DISCOVER, int{IP_PMTUDISC_PROBE}, "IP_MTU_DISCOVER");
@@ -145,46 +156,126 @@ size_t ReceiveBatch::size(size_t i) const {
 }
 
 SendBatch::SendBatch(size_t datagram_bytes)
-    : datagram_bytes_(datagram_bytes),
-      buffer_(kPackets * datagram_bytes),
-      to_(kPackets),
-      vectors_(kPackets),
-      messages_(kPackets) {}
-
-void SendBatch::commit(size_t size, const sockaddr_in& to) {
-  to_[count_] = to;
-  vectors_[count_] = {next(), size};
-  messages_[count_] = {};
-  messages_[count_].msg_hdr.msg_name = &to_[count_];
-  messages_[count_].msg_hdr.msg_namelen = sizeof(sockaddr_in);
-  messages_[count_].msg_hdr.msg_iov = &vectors_[count_];
-  messages_[count_].msg_hdr.msg_iovlen = 1;
-  count_++;
+    : datagram_bytes_(datagram_bytes), buffer_(kPackets * datagram_bytes) {
+  trains_.reserve(kPackets);
 }
 
-size_t SendBatch::flush(const Fd& fd) {
+void SendBatch::commit(size_t size, const sockaddr_in& to) {
+  const auto joins = [&](const Train& last) {
+    return segments_ && size <= last.size && last.bytes == last.count * last.size &&
+           last.bytes + size <= kTrainBytes && last.to.sin_addr.s_addr == to.sin_addr.s_addr &&
+           last.to.sin_port == to.sin_port;
+  };
+  if (!trains_.empty() && joins(trains_.back())) {
+    trains_.back().bytes += size;
+    trains_.back().count++;
+  } else {
+    trains_.push_back({to, used_, size, size, 1});
+  }
+  used_ += size;
+  packets_++;
+}
+
+void SendBatch::prepare(size_t first) {
+  const size_t n = trains_.size();
+  vectors_.resize(n);
+  messages_.resize(n);
+  controls_.resize(n);
+  for (size_t i = first; i < n; i++) {
+    Train& train = trains_[i];
+    vectors_[i] = {buffer_.data() + train.at, train.bytes};
+    msghdr& header = messages_[i].msg_hdr;
+    header = {};
+    header.msg_name = &train.to;
+    header.msg_namelen = sizeof train.to;
+    header.msg_iov = &vectors_[i];
+    header.msg_iovlen = 1;
+    if (train.count == 1) continue;
+    header.msg_control = controls_[i].bytes;
+    header.msg_controllen = sizeof controls_[i].bytes;
+    cmsghdr* control = CMSG_FIRSTHDR(&header);
+    control->cmsg_level = SOL_UDP;
+    control->cmsg_type = UDP_SEGMENT;
+    control->cmsg_len = CMSG_LEN(sizeof(uint16_t));
+    const uint16_t size = static_cast<uint16_t>(train.size);
+    std::memcpy(CMSG_DATA(control), &size, sizeof size);
+  }
+}
+
+// Each datagram on its own, from now on.
+void SendBatch::split() {
+  segments_ = false;
+  std::vector<Train> single;
+  for (const Train& train : trains_) {
+    for (size_t at = 0; at < train.bytes; at += train.size) {
+      const size_t size = std::min(train.size, train.bytes - at);
+      single.push_back({train.to, train.at + at, size, size, 1});
+    }
+  }
+  trains_ = std::move(single);
+}
+
+SendBatch::Result SendBatch::flush(const Fd& fd) {
+  Result result;
   size_t done = 0;
-  size_t failed = 0;
   int tries = 0;
-  while (done < count_) {
+  prepare(0);
+  while (done < trains_.size()) {
     const int n = ::sendmmsg(fd.get(), messages_.data() + done,
-                             static_cast<unsigned>(count_ - done), MSG_DONTWAIT);
+                             static_cast<unsigned>(trains_.size() - done), MSG_DONTWAIT);
     if (n > 0) {
       done += static_cast<size_t>(n);
+      tries = 0;
       continue;
     }
     if (errno == EINTR) continue;
-    if ((errno == EAGAIN || errno == ENOBUFS) && tries++ < kSendTries) {
+    if (errno == EAGAIN && tries++ < kSendTries) {
+      result.waits++;
       pollfd wait = {fd.get(), POLLOUT, 0};
       ::poll(&wait, 1, kSendWaitMs);
       continue;
     }
+    if (errno == ENOBUFS && tries++ < kQueueTries) {  // the link's queue: nothing tells of room
+      result.waits++;
+      const timespec wait = {0, kQueueWaitNs};
+      ::nanosleep(&wait, nullptr);
+      continue;
+    }
+    // Of an earlier packet, reported now: this one was not tried. Reading it clears it.
+    if (drain_errors(fd) > 0 && tries++ < kSendTries) continue;
+    if (trains_[done].count > 1 && (errno == EIO || errno == EINVAL || errno == EMSGSIZE)) {
+      trains_.erase(trains_.begin(), trains_.begin() + static_cast<std::ptrdiff_t>(done));
+      split();
+      prepare(0);
+      done = 0;
+      continue;
+    }
     // This one cannot be sent (too long for the path, unreachable); who needs it asks again.
+    result.failed += trains_[done].count;
     done++;
-    failed++;
+    tries = 0;
   }
-  count_ = 0;
-  return failed;
+  trains_.clear();
+  used_ = packets_ = 0;
+  return result;
+}
+
+Status report_errors(const Fd& fd) {
+  return option(fd, IPPROTO_IP, IP_RECVERR, int{1}, "IP_RECVERR");
+}
+
+size_t drain_errors(const Fd& fd) {
+  const int error = errno;
+  size_t n = 0;
+  for (; n < kErrorsAtOnce; n++) {
+    char control[256];
+    msghdr header = {};
+    header.msg_control = control;
+    header.msg_controllen = sizeof control;
+    if (::recvmsg(fd.get(), &header, MSG_ERRQUEUE | MSG_DONTWAIT) < 0) break;
+  }
+  errno = error;
+  return n;
 }
 
 }  // namespace sf::mcdist

@@ -47,26 +47,53 @@ class ReceiveBatch {
   std::vector<mmsghdr> messages_;
 };
 
+// Datagrams gathered and sent with as few system calls as possible. Those of one size to one
+// destination, one after the other, are one send that the kernel (or the card) cuts (UDP_SEGMENT);
+// if it refuses that, each goes alone.
 class SendBatch {
  public:
   static constexpr size_t kPackets = 64;
+  struct Result {
+    size_t failed = 0;  // datagrams not sent: too long for the path, unreachable, no room for long
+    size_t waits = 0;   // times the socket or the local link had no room
+  };
   // `datagram_bytes`: the longest datagram, at most kMaxMtuBytes.
   explicit SendBatch(size_t datagram_bytes);
-  bool full() const { return count_ == kPackets; }
-  bool empty() const { return count_ == 0; }
+  bool full() const { return packets_ == kPackets; }
+  bool empty() const { return packets_ == 0; }
   // Where to write the next datagram; then commit(). Not when full.
-  uint8_t* next() { return buffer_.data() + count_ * datagram_bytes_; }
+  uint8_t* next() { return buffer_.data() + used_; }
   void commit(size_t size, const sockaddr_in& to);
-  // Sends all, waiting a bounded time for room in the socket. Returns how many were not sent.
-  size_t flush(const Fd& fd);
+  // Sends all, waiting a bounded time for room.
+  Result flush(const Fd& fd);
+  bool segments() const { return segments_; }
 
  private:
+  struct Train {  // datagrams of `size` bytes each but the last, which may be shorter
+    sockaddr_in to;
+    size_t at, size, bytes, count;
+  };
+  struct alignas(cmsghdr) Control {
+    char bytes[CMSG_SPACE(sizeof(uint16_t))];
+  };
+  void prepare(size_t first);
+  void split();
   const size_t datagram_bytes_;
   std::vector<uint8_t> buffer_;
-  std::vector<sockaddr_in> to_;
+  std::vector<Train> trains_;
   std::vector<iovec> vectors_;
   std::vector<mmsghdr> messages_;
-  size_t count_ = 0;
+  std::vector<Control> controls_;
+  size_t used_ = 0;
+  size_t packets_ = 0;
+  bool segments_ = true;
 };
+
+// From now on sends fail if the local link's queue is full, rather than drop in silence; and what
+// the network says of packets sent has to be read away with drain_errors().
+Status report_errors(const Fd& fd);
+// Reads away what the network reported about packets sent (IP_RECVERR): nobody else does, and the
+// socket would be readable for ever. Bounded; returns how many there were.
+size_t drain_errors(const Fd& fd);
 
 }  // namespace sf::mcdist

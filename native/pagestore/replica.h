@@ -49,6 +49,7 @@ class Replica final : public PageProvider {
 
   const std::string& generation() const { return generation_; }
   uint64_t pages() const override { return pages_; }
+  uint64_t held() const override { return present_count() + zero_count(); }
   PageState state(PageIndex page) const;
   ReadResult read(PageIndex page, uint8_t* out) override;  // never waits for the fetcher
 

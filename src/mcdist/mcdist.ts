@@ -20,8 +20,9 @@ export interface McdistServerOptions {
   readonly ttl?: number;
 }
 
-/** What the server decides by; each default is in `native/mcdist/policy.h` with its reason. */
+/** What the server decides by; defaults and their reasons: `native/mcdist/policy_config.h`. */
 export interface McdistPolicyOptions {
+  /** Doubled each two windows until something is lost. Rates are of bytes on the wire. */
   readonly startRateBytesPerS?: number;
   readonly minRateBytesPerS?: number;
   readonly maxRateBytesPerS?: number;
@@ -29,10 +30,21 @@ export interface McdistPolicyOptions {
   readonly increaseBytesPerSPerS?: number;
   /** Share of the clients' mean receive rate that a loss cuts the rate to; default 0.75. */
   readonly cut?: number;
-  /** Share of pages lost, mean over clients, above which a cut is made; the paper's is 0. */
+  /** ... and at which it goes on once the queues are empty; the paper's is `cut`. Default 0.97. */
+  readonly recover?: number;
+  /** Share lost, above what is lost at any rate, that makes a cut; the paper's is 0. */
   readonly lossTolerance?: number;
-  readonly lossMinPages?: number;
-  readonly lossIntervalMs?: number;
+  /** A cut that changes nothing is undone and its loss no reason for another one. Default true. */
+  readonly learnNoise?: boolean;
+  /** How long a rate is watched before it is judged; default 40. */
+  readonly windowMs?: number;
+  /** Symbols (packets of pages) that a window must have for a verdict. */
+  readonly windowSymbols?: number;
+  /** Factor of a try to send faster; 1: none, as in the paper. Default 1.15. */
+  readonly probe?: number;
+  /** Windows between tries, at first and at most. */
+  readonly probeWindows?: number;
+  readonly probeWindowsMax?: number;
   /** A page asked again within this time, by whomever, is not sent again (unless a retry). */
   readonly lockstepWindowMs?: number;
   /** ... up to so many times. */
@@ -41,6 +53,29 @@ export interface McdistPolicyOptions {
   readonly queuePages?: number;
   /** Pages one client may have queued, urgent and prefetch each. */
   readonly peerPages?: number;
+  /**
+   * `subscribers`, the default: while clients want all of the generation, all of it in order.
+   * `behind`, the paper's: in idle time what follows each requested page.
+   */
+  readonly push?: 'off' | 'subscribers' | 'behind';
+  /** From the first subscription to the first page; default 20. */
+  readonly pushDelayMs?: number;
+  /** Subscribers not heard of for so long are not pushed to; default 2000. */
+  readonly subscriberSilenceMs?: number;
+  /** `behind`: how many counters at a time, up to 255. */
+  readonly pushCounters?: number;
+  /** Loss of pushed pages is repaired by parity where that takes fewer packets. Default true. */
+  readonly parity?: boolean;
+  /** How long reports of a block are gathered; default 3. */
+  readonly repairGatherMs?: number;
+  /** Once this share of the pages went to the group, answers go by unicast; above 1: never. */
+  readonly endgameShare?: number;
+  /** ... and so while nobody else was heard for so long; default 5000. */
+  readonly endgameSilenceMs?: number;
+  /** Regions whose pages each client needs for itself: not pushed, answered by unicast. */
+  readonly disjoint?: readonly { readonly first: number; readonly count: number }[];
+  /** First faults whose order is remembered for later clones; 0: none. */
+  readonly historyPages?: number;
 }
 
 export interface McdistServeOptions {
@@ -73,12 +108,34 @@ export interface McdistServerStats {
   readonly replays: number;
   readonly authFailures: number;
   readonly badPackets: number;
+  /** Of those served: asked for by nobody. */
+  readonly pagesPushed: number;
+  /** Pages answered to one client alone. */
+  readonly unicastAnswers: number;
+  /** Blocks that clients said to lack something of; ignored: what repairs them was on its way. */
+  readonly reports: number;
+  readonly reportsIgnored: number;
+  readonly reportsDropped: number;
+  /** Packets of pages sent again for reports, and parity packets sent instead. */
+  readonly repairSymbols: number;
+  readonly paritySymbols: number;
+  readonly announces: number;
+  /** Packets the system did not take, and times it had no room: the local link is the limit. */
   readonly sendErrors: number;
+  readonly sendWaits: number;
   readonly queuedPages: number;
   readonly peers: number;
+  readonly subscribers: number;
+  /** 1 while the push runs; its next page; pages whose first fault is remembered. */
+  readonly pushing: number;
+  readonly pushPosition: number;
+  readonly historyPages: number;
   readonly rateLimitBytesPerS: number;
   readonly meanReceiveRateBytesPerS: number;
   readonly rateCuts: number;
+  /** Cuts taken back, since as much was lost at the lower rate: that share, in a million. */
+  readonly rateCutsUndone: number;
+  readonly noisePpm: number;
   readonly generations: number;
   /** Of the whole server: packets of generations not served here, and noise. */
   readonly wrongGeneration: number;
@@ -99,6 +156,8 @@ export interface McdistClientOptions {
   readonly mtuBytes?: number;
   /** Shortest time-out before a page is asked for again; default 10. */
   readonly minRetryMs?: number;
+  /** Let the server send first what other hosts faulted on. */
+  readonly history?: boolean;
 }
 
 export interface McdistClientStats {
@@ -118,6 +177,16 @@ export interface McdistClientStats {
   readonly pagesFailed: number;
   readonly prefetchDropped: number;
   readonly welcomes: number;
+  readonly announces: number;
+  /** Packets that nobody asked for: sent by a push. */
+  readonly pushedPackets: number;
+  /** Blocks of 32 pages told to lack something after a push went by, each time they were told. */
+  readonly blocksReported: number;
+  readonly paritiesReceived: number;
+  /** Pages of which a part came out of parities. */
+  readonly pagesRepaired: number;
+  /** Times another server became the one that is asked. */
+  readonly failOvers: number;
   readonly authFailures: number;
   readonly wrongGeneration: number;
   /** Packets of a server that has not made itself known by a welcome or an announce. */
@@ -131,6 +200,19 @@ export interface McdistClientStats {
   readonly faultRttMs: number;
   readonly prefetchRttMs: number;
   readonly faultTimeoutMs: number;
+  /** Servers of this generation heard of, the one that is asked among them. */
+  readonly serversKnown: number;
+  /** Blocks reported that still lack something. */
+  readonly blocksLacking: number;
+  /** Of what was sent here lately, lost on the way, in 1/1000. */
+  readonly lossPermille: number;
+  /** The server that is asked now. */
+  readonly serverAddress: string;
+  readonly serverPort: number;
+  /** All of the generation is wanted, and not all is here. */
+  readonly subscribed: boolean;
+  /** Multicast does not reach this host: the server answers by unicast. */
+  readonly unicastOnly: boolean;
   /** The server answered and knows this client. */
   readonly welcomed: boolean;
   /** The source was given up; `setServer()` revives. */
@@ -148,6 +230,7 @@ interface NativeServer {
 interface NativeClient {
   fetch(page: number): Promise<void>;
   prefetch(first: number, count: number): void;
+  subscribe(on: boolean): void;
   setServer(server: { address: string; port: number }): void;
   stats(): McdistClientStats;
   close(): Promise<void>;
@@ -230,6 +313,14 @@ export class McdistClient {
   /** Asks for `count` pages nobody waits for yet, as fast as the network takes them. */
   prefetch(first: number, count = 1): void {
     typed(() => this.#native.prefetch(first, count));
+  }
+
+  /**
+   * All pages that the replica's users need, as fast as the server sends them to the group, until
+   * all are here. `prefetch()` of the whole generation does the same.
+   */
+  subscribe(on = true): void {
+    typed(() => this.#native.subscribe(on));
   }
 
   /** The source speaks from another address now (or again, after it was given up). */

@@ -62,7 +62,9 @@ export interface SimOptions {
   /** Clients start within this time. */
   readonly joinSpreadMs?: number;
   readonly joins?: readonly { readonly client: number; readonly atMs: number }[];
-  /** Each client wants the whole generation, without waiting for it. */
+  /** Clients want first what others faulted on. */
+  readonly history?: boolean;
+  /** Each client subscribes to the whole generation. */
   readonly prefetchAll?: boolean;
   readonly changes?: readonly SimChange[];
   /** What the server's processor spends on a request, on a page. */
@@ -114,6 +116,16 @@ export interface SimResult {
   readonly welcomes: number;
   readonly evictedPeers: number;
   readonly cuts: number;
+  readonly cutsUndone: number;
+  readonly pagesPushed: number;
+  readonly unicastAnswers: number;
+  /** Of blocks. */
+  readonly reports: number;
+  readonly repairSymbols: number;
+  readonly paritySymbols: number;
+  /** By parity, of all clients. */
+  readonly pagesRepaired: number;
+  readonly announces: number;
   readonly maxQueued: number;
   readonly startMs: Float64Array;
   /** Infinity if it did not get so far. */

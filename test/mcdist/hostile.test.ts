@@ -2,7 +2,7 @@ import { randomBytes } from 'node:crypto';
 import { afterEach, beforeEach, expect, test } from 'vitest';
 import type { McdistClientStats, McdistServerStats } from '../../src/mcdist/mcdist.js';
 import { type Host, Net, newGeneration, startReceiver, startSource } from './net.js';
-import { requestBody, seal, unseal } from './wire.js';
+import { announceBody, requestBody, seal, TYPE, unseal } from './wire.js';
 
 let net: Net;
 beforeEach(async () => {
@@ -32,6 +32,23 @@ async function toGroup(
   }
 }
 
+/** The boot id under which a server sends: its welcome tells it to any member. */
+async function bootOf(
+  host: Host,
+  generation: ReturnType<typeof newGeneration>,
+  server: { address: string; port: number },
+): Promise<Buffer> {
+  const greeting = seal(Buffer.from(generation.keyHex, 'hex'), {
+    type: TYPE.request,
+    generation: Buffer.from(generation.generation, 'hex'),
+    boot: randomBytes(16),
+    counter: 1n,
+    body: requestBody(0n, []),
+  });
+  const args = { ...server, hex: greeting.toString('hex'), ms: 5000 };
+  return Buffer.from(await host.call<string>('ask', args), 'hex').subarray(24, 40);
+}
+
 /** The packets of all pages of a small generation, as they went over the wire. */
 async function recordPages(
   net: Net,
@@ -51,7 +68,8 @@ async function recordPages(
   await startReceiver(net, asker, generation, server, { pages });
   await asker.call('fetchAll', { name: 'client', count: pages });
   for (;;) {
-    const packets = await sniffer.call<string[]>('packets', { name: 'sniffer' });
+    const heard = await sniffer.call<string[]>('packets', { name: 'sniffer' });
+    const packets = heard.filter((packet) => packet.startsWith('5f24'));
     if (packets.length >= 3 * pages) {
       await source.call('call', {
         name: 'server',
@@ -68,8 +86,11 @@ test('altered, cut, foreign and forged packets are counted and change nothing', 
   const pages = 16;
   const [source, attacker, victim] = [await net.host(), await net.host(), await net.host()];
   const server = await startSource(net, source, generation, { pages });
+  const boot = await bootOf(attacker, generation, server);
   const recorded = await recordPages(net, source, attacker, generation, server, pages);
   await startReceiver(net, victim, generation, server, { pages });
+  const reached = (counter: string, least: number) =>
+    victim.call('reached', { name: 'client', counter, least });
 
   const seed = randomBytes(4).readUInt32LE();
   console.log(`seed ${seed}`);
@@ -80,55 +101,77 @@ test('altered, cut, foreign and forged packets are counted and change nothing', 
   };
   const sample = recorded[seed % recorded.length];
   if (sample === undefined) throw new Error('nothing recorded');
-  // Bit flips in each part of a packet: boot id, counter, body, tag. And another page's number.
-  const altered = [20, 35, 36, 43, 52, 700, sample.length - 1].map((at) => flip(sample, at));
+  // Bit flips in each part of a packet: counter, body, tag. And another page's number.
+  const altered = [12, 17, 24, 700, sample.length - 1].map((at) => flip(sample, at));
   const otherPage = Buffer.from(sample);
-  otherPage.writeUInt8((otherPage[51] ?? 0) ^ 1, 51);
+  otherPage.writeUInt8((otherPage[22] ?? 0) ^ 1, 22);
   altered.push(otherPage);
-  const foreign = [flip(sample, 4), flip(sample, 19)];
-  const malformed = [
+  const foreign = [flip(sample, 4), flip(sample, 7)];
+  const strangers: Buffer[] = [flip(sample, 8), flip(sample, 11)];
+  const key = Buffer.from(generation.keyHex, 'hex');
+  const id = Buffer.from(generation.generation, 'hex');
+  const malformed: Buffer[] = [
     Buffer.alloc(0),
-    sample.subarray(0, 51),
+    sample.subarray(0, 39),
     sample.subarray(0, sample.length - 1),
     Buffer.concat([sample, Buffer.from([0])]),
     flip(sample, 0),
-    flip(sample, 1),
     randomBytes(1400),
-    // A page number beyond the end, 15 fragments, fragment 3 of 3, of no type.
+    // Of version 1, of no type, fragment 3 of 3, 15 fragments, an unknown flag, a cursor though not
+    // pushed.
     ...[
-      [44, 0xff],
-      [3, 0x0f],
-      [3, 0x33],
-      [2, 0x09],
+      [1, 0x14],
+      [1, 0x29],
+      [2, 0x33],
+      [2, 0x0f],
+      [3, 0x02],
+      [23, 0x01],
     ].map(([at = 0, value = 0]) => {
       const out = Buffer.from(sample);
       out[at] = value;
       return out;
     }),
     // A client's packet, for the server, sent to the group.
-    seal(Buffer.from(generation.keyHex, 'hex'), {
-      type: 1,
-      generation: Buffer.from(generation.generation, 'hex'),
+    seal(key, {
+      type: TYPE.request,
+      generation: id,
       boot: randomBytes(16),
       counter: 1n,
       body: requestBody(0n, []),
     }),
   ];
-  // Right in all but the key, and one sealed as if from a client.
-  const forged = seal(randomBytes(32), {
-    type: 3,
-    fragment: 0x03,
-    generation: Buffer.from(generation.generation, 'hex'),
-    boot: randomBytes(16),
-    counter: 1n,
-    page: 1n,
-    body: Buffer.alloc(1366),
+  // A page beyond the end is malformed as well, whoever sealed it.
+  const beyond = Buffer.from(sample);
+  beyond.writeUIntBE(0xffffff, 18, 5);
+  malformed.push(beyond);
+  // Right in all but the key: an announce of a server that is none, and its page.
+  const forger = { generation: id, boot: randomBytes(16), counter: 1n };
+  const forgedAnnounce = seal(randomBytes(32), {
+    ...forger,
+    type: TYPE.announce,
+    body: Buffer.alloc(32),
   });
-  await toGroup(attacker, generation, [...altered, forged, ...foreign, ...malformed]);
-  const reached = (counter: string, least: number) =>
-    victim.call('reached', { name: 'client', counter, least });
+  strangers.push(
+    seal(randomBytes(32), {
+      ...forger,
+      type: TYPE.page,
+      fragments: 3,
+      page: 1n,
+      body: Buffer.alloc(1366),
+    }),
+  );
+  // It makes the recorded packets' sender known to the victim, whose server is gone.
+  const announce = seal(key, {
+    ...{ type: TYPE.announce, generation: id, boot, counter: 1n << 40n },
+    body: announceBody({ ...server, complete: true, held: BigInt(pages), pages: BigInt(pages) }),
+  });
+  await toGroup(attacker, generation, [announce]);
+  await reached('announces', 1);
+  const packets = [...altered, forgedAnnounce, ...foreign, ...strangers, ...malformed];
+  await toGroup(attacker, generation, packets);
   await reached('badPackets', malformed.length);
   await reached('wrongGeneration', foreign.length);
+  await reached('unknownSender', strangers.length);
   await reached('authFailures', altered.length + 1);
   expect(await victim.call('replicaStats', { name: 'replica' })).toMatchObject({ present: 0 });
 
@@ -188,7 +231,7 @@ test('noise at the server is counted, never answered', async () => {
   const [source, attacker] = [await net.host(), await net.host()];
   const server = await startSource(net, source, generation, { pages: 16 });
   const request = seal(Buffer.from(generation.keyHex, 'hex'), {
-    type: 1,
+    type: TYPE.request,
     generation: Buffer.from(generation.generation, 'hex'),
     boot: randomBytes(16),
     counter: 1n,
@@ -220,14 +263,15 @@ test('a member that asks for a million pages has a bounded share, others are ser
   let counter = 0n;
   const packet = (cookie: bigint, runs: Parameters<typeof requestBody>[1]) =>
     seal(key, {
-      type: 1,
+      type: TYPE.request,
       generation: Buffer.from(generation.generation, 'hex'),
       boot,
       counter: ++counter,
       body: requestBody(cookie, runs),
     }).toString('hex');
   const welcome = await hog.call<string>('ask', { ...server, hex: packet(0n, []), ms: 5000 });
-  const cookie = unseal(key, Buffer.from(welcome, 'hex')).readBigUInt64BE(0);
+  const id = Buffer.from(generation.generation, 'hex');
+  const cookie = unseal(key, id, Buffer.from(welcome, 'hex')).readBigUInt64BE(0);
   const everything = Array.from({ length: 160 }, (_, i) => ({
     first: BigInt(i * 4096),
     count: 4096n,
@@ -244,9 +288,9 @@ test('a member that asks for a million pages has a bounded share, others are ser
   // Runs that end beyond the generation, and a count that does not fit the packet.
   await hog.call('send', { ...server, hex: packet(cookie, [{ first: BigInt(pages), count: 1n }]) });
   const lying = requestBody(cookie, [{ first: 0n, count: 1n }]);
-  lying.writeUInt16BE(60000, 12);
+  lying.writeUInt16BE(60000, 14);
   const body = seal(key, {
-    type: 1,
+    type: TYPE.request,
     generation: Buffer.from(generation.generation, 'hex'),
     boot,
     counter: ++counter,

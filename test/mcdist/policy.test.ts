@@ -10,26 +10,70 @@ interface Asked {
   fragments?: number;
   nowMs: number;
 }
+interface Sent {
+  kind: 'page' | 'parity' | 'announce';
+  page: number;
+  fragments: number;
+  peer: number;
+  urgent: boolean;
+  repair: boolean;
+  pushed: boolean;
+  cursor: number;
+  position: number;
+  coverId: number;
+  coverSymbols: number;
+  parityFirst: number;
+  parities: number;
+}
 interface Policy {
+  heard(said: {
+    peer?: number;
+    receiveRateBytesPerS?: number;
+    unicastOnly?: boolean;
+    subscribe?: boolean;
+    history?: boolean;
+    nowMs: number;
+  }): void;
   request(asked: Asked): string;
-  report(peer: number, bytesPerS: number, nowMs: number): void;
-  next(
-    nowMs: number,
-    wireBytes: number,
-  ): { page: number; fragments: number; urgent: boolean } | null;
+  report(said: {
+    peer?: number;
+    block?: number;
+    fragments?: number;
+    need?: number;
+    cover?: number;
+    wanted?: number;
+    missing: number[];
+    nowMs: number;
+  }): string;
+  next(nowMs: number, wireBytes: number, outcome?: 'zero' | 'refused'): Sent | null;
   state(nowMs: number): {
     queued: number;
+    subscribers: number;
     rateBytesPerS: number;
+    noise: number;
     meanReceiveRateBytesPerS: number;
     readyAtMs: number;
     cuts: number;
+    cutsUndone: number;
+    pushing: boolean;
+    historyPages: number;
   };
 }
 const { McdistPolicy } = loadAddon<{
-  McdistPolicy: new (options?: McdistPolicyOptions) => Policy;
+  McdistPolicy: new (options?: McdistPolicyOptions, pages?: number) => Policy;
 }>('dataplane');
 
-const wireBytes = 4384;
+const wireBytes = 4300;
+
+/** All that is sent at one time, without announces. */
+function drain(policy: Policy, nowMs: number, outcome?: 'zero' | 'refused'): Sent[] {
+  const out: Sent[] = [];
+  for (let item = policy.next(nowMs, wireBytes, outcome); item !== null; ) {
+    if (item.kind !== 'announce') out.push(item);
+    item = policy.next(nowMs, wireBytes, outcome);
+  }
+  return out;
+}
 
 test('first come first served, faults before prefetches', () => {
   const policy = new McdistPolicy();
@@ -118,37 +162,6 @@ test('sending keeps to the rate, which rises linearly', () => {
   expect(policy.next(readyAtMs + 0.001, wireBytes)).not.toBeNull();
 });
 
-test('heavy loss cuts the rate to 3/4 of what the clients receive; light loss does not', () => {
-  for (const [lostOf100, cuts] of [
-    [10, 0],
-    [60, 1],
-  ] as const) {
-    const policy = new McdistPolicy({
-      startRateBytesPerS: 1e9,
-      minRateBytesPerS: 1e6,
-      increaseBytesPerSPerS: 0,
-      lossTolerance: 0.25,
-      lossIntervalMs: 100,
-    });
-    policy.report(1, 30e6, 0);
-    policy.report(2, 50e6, 0);
-    for (let page = 0; page < 100; page++) {
-      policy.request({ page, nowMs: 0 });
-      policy.next(0, wireBytes);
-    }
-    for (const peer of [1, 2]) {
-      for (let page = 0; page < lostOf100; page++) {
-        policy.request({ peer, page, retry: true, nowMs: 50 });
-      }
-    }
-    const state = policy.state(50);
-    expect(policy.next(150, wireBytes)).not.toBeNull();
-    expect(policy.state(150).cuts).toBe(cuts);
-    expect(policy.state(150).rateBytesPerS).toBe(cuts === 0 ? 1e9 : 0.75 * 40e6);
-    expect(state.meanReceiveRateBytesPerS).toBe(40e6);
-  }
-});
-
 test('a long run keeps the memory of what was sent bounded and forgets in time', () => {
   const policy = new McdistPolicy({ lockstepWindowMs: 500, startRateBytesPerS: 1e10 });
   for (let page = 0; page < 200_000; page++) {
@@ -159,4 +172,187 @@ test('a long run keeps the memory of what was sent bounded and forgets in time',
   // Within the window, but long pushed out by newer ones.
   expect(policy.request({ page: 0, nowMs: 200 })).toBe('queued');
   expect(policy.request({ page: 199_999, nowMs: 200 })).toBe('lockstep');
+});
+
+test('a subscription is pushed all pages in order, none twice, and its end is announced', () => {
+  const policy = new McdistPolicy({ pushDelayMs: 20, startRateBytesPerS: 1e9 }, 100);
+  policy.heard({ peer: 1, subscribe: true, nowMs: 0 });
+  policy.request({ peer: 2, page: 5, nowMs: 0 });
+  expect(drain(policy, 1).map((item) => item.page)).toEqual([5]);
+  expect(drain(policy, 19)).toEqual([]);
+  const pushed = drain(policy, 21);
+  expect(pushed.map((item) => item.page)).toEqual(
+    Array.from({ length: 100 }, (_, page) => page).filter((page) => page !== 5),
+  );
+  expect(pushed.every((item) => item.pushed && item.cursor === 0 && item.peer === 0)).toBe(true);
+  expect(policy.state(22).pushing).toBe(false);
+  const after = policy.next(40, wireBytes);
+  expect(after).toMatchObject({ kind: 'announce', pushed: false, position: 100 });
+  // A late joiner asks for what it missed; nothing starts anew while the first one is there.
+  policy.heard({ peer: 3, subscribe: true, nowMs: 100 });
+  expect(drain(policy, 200)).toEqual([]);
+  // Long after, with nobody else: all of it again.
+  policy.heard({ peer: 4, subscribe: true, nowMs: 10_000 });
+  expect(drain(policy, 10_100)).toHaveLength(100);
+});
+
+test('a push pauses when its subscribers are silent, and goes on for one that comes back', () => {
+  const policy = new McdistPolicy({ subscriberSilenceMs: 500, startRateBytesPerS: 1e6 }, 10_000);
+  policy.heard({ peer: 1, subscribe: true, nowMs: 0 });
+  let sent = 0;
+  for (let nowMs = 0; nowMs < 1000; nowMs += 10) sent += drain(policy, nowMs).length;
+  expect(policy.state(1000)).toMatchObject({ pushing: false, subscribers: 0 });
+  expect(sent).toBeGreaterThan(100);
+  expect(sent).toBeLessThan(200);
+  policy.heard({ peer: 1, subscribe: true, nowMs: 1100 });
+  expect(drain(policy, 1110)[0]).toMatchObject({ pushed: true, page: sent });
+});
+
+test('faults go before a push, prefetches in turn with it', () => {
+  const policy = new McdistPolicy({ pushDelayMs: 0, startRateBytesPerS: 1e9 }, 100);
+  policy.heard({ peer: 1, subscribe: true, nowMs: 0 });
+  for (const page of [90, 91]) policy.request({ peer: 1, page, urgent: true, nowMs: 1 });
+  for (const page of [80, 81]) policy.request({ peer: 2, page, nowMs: 1 });
+  const order = drain(policy, 1).map((item) => item.page);
+  expect(order.slice(0, 2)).toEqual([90, 91]);
+  expect(order.slice(2, 6).filter((page) => page >= 80)).toEqual([80, 81]);
+  expect(order.slice(2, 6).filter((page) => page < 80)).toEqual([0, 1]);
+});
+
+test('one answer repairs different losses: as many parities as the worst reporter lacks', () => {
+  const policy = new McdistPolicy({ repairGatherMs: 3, push: 'off' }, 1000);
+  for (const peer of [1, 2, 3]) policy.heard({ peer, subscribe: true, nowMs: 0 });
+  const losses = [[1, 2], [40, 41, 95], [2]];
+  losses.forEach((missing, i) => {
+    expect(policy.report({ peer: i + 1, block: 2, missing, nowMs: 1 })).toBe('taken');
+  });
+  expect(drain(policy, 3)).toEqual([]);
+  const [parity, ...rest] = drain(policy, 4.1);
+  expect(rest).toEqual([]);
+  expect(parity).toMatchObject({ kind: 'parity', page: 64, fragments: 3, repair: true });
+  expect(parity).toMatchObject({ coverSymbols: 5, parityFirst: 0, parities: 3 });
+  // Reported before it can have come: on its way.
+  expect(policy.report({ peer: 2, block: 2, missing: [40, 41, 95], nowMs: 5 })).toBe('on-its-way');
+  // One parity was lost too: the next index of the same cover.
+  const cover = parity?.coverId ?? 0;
+  policy.report({ peer: 2, block: 2, missing: [40, 41, 95], need: 1, cover, nowMs: 40 });
+  expect(drain(policy, 44)).toMatchObject([{ coverId: cover, parityFirst: 3, parities: 1 }]);
+  // Something else is lacking: another cover.
+  policy.report({ peer: 1, block: 2, missing: [50], nowMs: 80 });
+  policy.report({ peer: 2, block: 2, missing: [51], nowMs: 80 });
+  const [other] = drain(policy, 84);
+  expect(other).toMatchObject({ coverSymbols: 2, parityFirst: 0, parities: 1 });
+  expect(other?.coverId).not.toBe(cover);
+});
+
+test('a loss of one receiver alone is repaired by the symbols themselves, at once', () => {
+  const policy = new McdistPolicy({ push: 'off' }, 1000);
+  policy.heard({ peer: 1, subscribe: true, nowMs: 0 });
+  policy.report({ peer: 1, block: 0, missing: [3, 4, 5, 10], nowMs: 1 });
+  expect(drain(policy, 1)).toMatchObject([
+    { kind: 'page', page: 1, fragments: 0, repair: true },
+    { kind: 'page', page: 3, fragments: 0b010, repair: true },
+  ]);
+  // Only what is wanted there is sent again.
+  policy.report({ peer: 1, block: 1, missing: [0, 95], wanted: 1, nowMs: 100 });
+  expect(drain(policy, 100)).toMatchObject([{ page: 32, fragments: 0b001 }]);
+});
+
+test('without parity the union is sent again; zero pages are told as such', () => {
+  const policy = new McdistPolicy({ parity: false, pushDelayMs: 0, startRateBytesPerS: 1e9 }, 64);
+  policy.heard({ peer: 1, subscribe: true, nowMs: 0 });
+  policy.heard({ peer: 2, subscribe: true, nowMs: 0 });
+  drain(policy, 1, 'zero');
+  policy.report({ peer: 1, block: 0, missing: [0, 1, 2], nowMs: 100 });
+  policy.report({ peer: 2, block: 1, missing: [9], nowMs: 100 });
+  expect(drain(policy, 110).map((item) => [item.kind, item.page, item.repair])).toEqual([
+    ['page', 0, false],
+    ['page', 35, false],
+  ]);
+});
+
+test('the memory of blocks to repair is bounded', () => {
+  const policy = new McdistPolicy({ push: 'off', repairGatherMs: 1000 }, 1 << 20);
+  for (const peer of [1, 2]) policy.heard({ peer, subscribe: true, nowMs: 0 });
+  const verdicts = new Map<string, number>();
+  for (let block = 0; block < 5000; block++) {
+    const verdict = policy.report({ block, missing: [block % 96], nowMs: 1 });
+    verdicts.set(verdict, (verdicts.get(verdict) ?? 0) + 1);
+  }
+  expect([...verdicts]).toEqual([
+    ['taken', 4096],
+    ['full', 904],
+  ]);
+});
+
+test('who multicast does not reach is answered alone, and is not pushed to', () => {
+  const policy = new McdistPolicy({ pushDelayMs: 0 }, 100);
+  policy.heard({ peer: 1, subscribe: true, unicastOnly: true, nowMs: 0 });
+  policy.heard({ peer: 2, nowMs: 0 });
+  policy.request({ peer: 1, page: 3, nowMs: 1 });
+  expect(policy.request({ peer: 2, page: 3, nowMs: 1 })).toBe('queued');
+  expect(drain(policy, 1).map((item) => item.peer)).toEqual([1, 0]);
+  expect(policy.request({ peer: 1, page: 3, nowMs: 2 })).toBe('lockstep');
+});
+
+test('end-game: by unicast when most was sent, or nobody else was heard for long', () => {
+  const most = new McdistPolicy({ endgameShare: 0.5 }, 10);
+  for (const peer of [1, 2]) most.heard({ peer, nowMs: 0 });
+  for (let page = 0; page < 6; page++) {
+    most.request({ peer: 1, page, nowMs: 1 });
+    expect(drain(most, 1)).toMatchObject([{ page, peer: 0 }]);
+  }
+  most.request({ peer: 2, page: 8, nowMs: 2 });
+  expect(drain(most, 2)).toMatchObject([{ page: 8, peer: 2 }]);
+
+  const silent = new McdistPolicy({ endgameSilenceMs: 100 }, 10);
+  silent.heard({ peer: 1, nowMs: 0 });
+  silent.heard({ peer: 2, nowMs: 90 });
+  silent.request({ peer: 2, page: 1, nowMs: 90 });
+  expect(drain(silent, 90)).toMatchObject([{ peer: 0 }]);
+  silent.heard({ peer: 2, nowMs: 150 });
+  silent.request({ peer: 2, page: 2, nowMs: 150 });
+  expect(drain(silent, 150)).toMatchObject([{ peer: 2 }]);
+});
+
+test('disjoint regions are not pushed and are answered by unicast', () => {
+  const policy = new McdistPolicy(
+    { pushDelayMs: 0, disjoint: [{ first: 10, count: 80 }] },
+    100,
+  );
+  for (const peer of [1, 2]) policy.heard({ peer, subscribe: true, nowMs: 0 });
+  expect(drain(policy, 1)).toHaveLength(20);
+  policy.request({ peer: 2, page: 50, nowMs: 2 });
+  expect(drain(policy, 2)).toMatchObject([{ page: 50, peer: 2 }]);
+});
+
+test("the paper's push starts behind each requested page, in idle time, nothing twice", () => {
+  const policy = new McdistPolicy({ push: 'behind', pushCounters: 2 }, 10);
+  policy.heard({ peer: 1, nowMs: 0 });
+  policy.heard({ peer: 2, nowMs: 0 });
+  for (const page of [2, 7]) policy.request({ peer: 1, page, urgent: true, nowMs: 1 });
+  const sent = drain(policy, 1);
+  expect(sent.slice(0, 2).map((item) => [item.page, item.pushed])).toEqual([
+    [2, false],
+    [7, false],
+  ]);
+  // In turn from behind 2 and behind 7; the former stops where the latter has been.
+  expect(sent.slice(2).map((item) => item.page)).toEqual([8, 3, 9, 4, 5, 6]);
+  expect(sent.slice(2).every((item) => item.pushed && item.cursor > 0)).toBe(true);
+});
+
+test('history: later clones get first what earlier ones faulted on, in that order', () => {
+  const policy = new McdistPolicy({ historyPages: 3, lockstepWindowMs: 0 }, 100);
+  policy.heard({ peer: 1, nowMs: 0 });
+  for (const page of [40, 7, 40, 90, 5]) {
+    policy.request({ peer: 1, page, urgent: true, nowMs: 1 });
+    drain(policy, 1);
+  }
+  expect(policy.state(1).historyPages).toBe(3);
+  for (const nowMs of [50, 60]) policy.heard({ peer: 2, history: true, nowMs });
+  expect(drain(policy, 60).map((item) => [item.page, item.peer])).toEqual([
+    [40, 0],
+    [7, 0],
+    [90, 0],
+  ]);
 });

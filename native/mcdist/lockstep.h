@@ -1,0 +1,70 @@
+// Which pages were sent a moment ago, and to whom: hosts that run the same clone ask for the same
+// pages at the same time, and one answer feeds them all (paper section 3.5, lockstep detection).
+// Bounded in time and number; what is forgotten costs a page sent twice.
+#pragma once
+
+#include <deque>
+#include <unordered_map>
+#include <utility>
+
+#include "mcdist/queue.h"
+
+namespace sf::mcdist {
+
+class SentMemory {
+ public:
+  static constexpr TimeNs kMemory = kSecond;
+  static constexpr size_t kPages = 65536;
+
+  explicit SentMemory(const PolicyConfig& config)
+      : window_(config.lockstep_window),
+        requests_(config.lockstep_requests),
+        retry_window_(config.retry_window) {}
+
+  enum class Verdict : uint8_t {
+    kUnknown,  // not sent lately
+    kIgnore,   // on its way
+    kLost,     // sent, and asked again: this packet was lost, or is late
+  };
+  Verdict ask(const Target& target, bool retry, uint8_t fragments, TimeNs now) {
+    auto found = sent_.find(target);
+    if (found == sent_.end()) return Verdict::kUnknown;
+    Sent& sent = found->second;
+    if (covers(sent.fragments, fragments) &&
+        now - sent.at < (retry ? retry_window_ : window_) && sent.ignored < requests_) {
+      sent.ignored++;
+      return Verdict::kIgnore;
+    }
+    return retry ? Verdict::kLost : Verdict::kUnknown;
+  }
+
+  void sent(const Target& target, uint8_t fragments, TimeNs now) {
+    sent_[target] = Sent{now, 0, fragments};
+    order_.emplace_back(now, target);
+    while (!order_.empty() && (order_.size() > kPages || now - order_.front().first > kMemory)) {
+      auto oldest = sent_.find(order_.front().second);
+      // A page sent again since has a later entry of its own.
+      if (oldest != sent_.end() && oldest->second.at == order_.front().first) sent_.erase(oldest);
+      order_.pop_front();
+    }
+  }
+
+ private:
+  struct Sent {
+    TimeNs at = 0;
+    uint32_t ignored = 0;
+    uint8_t fragments = 0;  // 0: all
+  };
+  // Does a send of `had` (0: all) include all that `wanted` (0: all) asks for?
+  static bool covers(uint8_t had, uint8_t wanted) {
+    return had == 0 || (wanted != 0 && (wanted & ~had) == 0);
+  }
+
+  const TimeNs window_;
+  const uint32_t requests_;
+  const TimeNs retry_window_;
+  std::unordered_map<Target, Sent, TargetHash> sent_;
+  std::deque<std::pair<TimeNs, Target>> order_;
+};
+
+}  // namespace sf::mcdist

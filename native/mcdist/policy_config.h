@@ -1,0 +1,94 @@
+// What the mcdist server decides by: all of it can be set in serve() (`policy`), each default with
+// its reason. Sizes in bytes on the wire, times in nanoseconds, rates in bytes a second.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/page.h"
+
+namespace sf::mcdist {
+
+using TimeNs = int64_t;
+constexpr TimeNs kMicrosecond = 1000;
+constexpr TimeNs kMillisecond = 1000 * kMicrosecond;
+constexpr TimeNs kSecond = 1000 * kMillisecond;
+constexpr TimeNs kNever = INT64_MAX;
+
+enum class PushMode : uint8_t {
+  kOff,
+  kSubscribers,  // while anybody wants all of the generation: all of it, in order
+  kBehind,       // the paper's: counters that start behind each requested page, idle time only
+};
+
+struct PageRange {
+  PageIndex first = 0;
+  uint64_t count = 0;
+};
+
+struct PolicyConfig {
+  // --- Flow control (flow.h) ---
+  // The increase and the cut are the paper's: 10 KB/s each 10 ms; 3/4 of the clients' mean receive
+  // rate. Below the 125 MB/s of the slowest link that is common; doubled each two windows at first.
+  double start_rate = 100e6;
+  // A liar, or a window of bad luck, gets no lower: a thousand pages a second.
+  double min_rate = 4e6;
+  double max_rate = 10e9;
+  double increase_per_s = 1e6;
+  double cut = 0.75;
+  // The cut lasts until the queues are empty; then the rate goes on at this share of what arrived.
+  // The paper stays at the cut (set it to `cut`): with its increase 1 Gbit/s would be found again
+  // after 30 s.
+  double recover = 0.97;
+  // Loss above the share that does not depend on the rate (noise) that makes a cut. The paper cuts
+  // at each loss (0), which ends at nothing on a link that loses at random.
+  double loss_tolerance = 0.025;
+  bool learn_noise = true;
+  // A window is long against a round trip and a report's way, short against what a rate too high
+  // may lose: two of them at twice 1 Gbit/s are 10 MB.
+  TimeNs window = 40 * kMillisecond;
+  uint32_t window_symbols = 64;  // fewer sent: no verdict
+  // Growth of a probe, and the windows between probes: from the first to the second number, doubled
+  // at each that failed. 1.15 over the limit for 80 ms each 2 s costs 0.5%.
+  double probe = 1.15;
+  uint32_t probe_windows = 4;
+  uint32_t probe_windows_max = 50;
+
+  // --- Lockstep (lockstep.h) ---
+  // A first request for a page sent less than this ago is ignored, up to so many times. One that
+  // lost the answer asks again after its time-out, so a window too long costs only that.
+  TimeNs lockstep_window = 50 * kMillisecond;
+  uint32_t lockstep_requests = 64;
+  // A retry that crosses with the answer is ignored too. Just below the clients' shortest time-out:
+  // a page sent later than that before its retry was sent late, and is most likely still on its
+  // way.
+  TimeNs retry_window = 9 * kMillisecond;
+
+  // --- Queues (queue.h) ---
+  uint32_t queue_pages = 65536;  // each of urgent and prefetch
+  uint32_t peer_pages = 2048;    // likewise, of one peer
+
+  // --- Push (push.h) ---
+  PushMode push = PushMode::kSubscribers;
+  // From the first subscription to the first page: who joins with the others misses nothing.
+  TimeNs push_delay = 20 * kMillisecond;
+  // A subscriber not heard of for so long is no reason to push. Clients speak each 100 ms.
+  TimeNs subscriber_silence = 2 * kSecond;
+  uint32_t push_counters = 16;  // kBehind: more than clients on a host changes little (paper)
+
+  // --- Repair (repair.h) ---
+  bool parity = true;
+  // Reports of a block are gathered for so long, unless there is one subscriber: about the time
+  // in which the other receivers of the same packets have found the same block to be lacking.
+  TimeNs repair_gather = 3 * kMillisecond;
+
+  // --- End-game: answers by unicast ---
+  double endgame_share = 0.9;              // of the pages sent to the group; above 1: never
+  TimeNs endgame_silence = 5 * kSecond;    // nobody else heard for so long; kNever: never
+  std::vector<PageRange> disjoint;         // not pushed, answered by unicast
+
+  // --- History ---
+  uint32_t history_pages = 65536;  // first faults remembered in their order; 0: none
+};
+
+}  // namespace sf::mcdist

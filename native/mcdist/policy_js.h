@@ -1,0 +1,12 @@
+// The options of `policy` in serve(), as JavaScript gives them.
+#pragma once
+
+#include "mcdist/js_common.h"
+#include "mcdist/policy_config.h"
+
+namespace sf::mcdist {
+
+// Undefined: the defaults. Throws E_ARGUMENT.
+PolicyConfig policy_of(const Napi::Value& value);
+
+}  // namespace sf::mcdist
