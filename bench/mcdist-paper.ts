@@ -21,7 +21,7 @@ interface Mode {
   readonly name: string;
   readonly options: Partial<SimOptions>;
 }
-/** Of the paper; end-game off, or disjoint parts of a task would be unicast at its end. */
+/** Of the paper. */
 const MODES: readonly Mode[] = [
   { name: 'unicast', options: { unicast: true } },
   { name: 'multicast', options: { policy: { push: 'off' } } },
@@ -46,7 +46,9 @@ const JITTER = { jitterPages: 16, speedSpread: 0.05, joinSpreadMs: 200 } as cons
 
 /** What the trace computes, in seconds. */
 const computeS = (options: Pick<SimOptions, 'traces'>): number =>
-  Math.max(...options.traces.map(({ computeNs }) => computeNs.reduce((sum, ns) => sum + ns, 0) / 1e9));
+  Math.max(
+    ...options.traces.map(({ computeNs }) => computeNs.reduce((sum, ns) => sum + ns, 0) / 1e9),
+  );
 
 const endS = (result: SimResult): number => Math.max(...result.finishedMs) / 1000;
 
@@ -86,7 +88,17 @@ const of = (figures: readonly Figure[], experiment: string, mode: string): Figur
 function table(title: string, figures: readonly Figure[]): Table {
   return {
     title,
-    columns: ['', 'networking', 'clones', 'pages asked for', 'pages served', 'sent MB', 'received MB', 'time s', 'speed-up'],
+    columns: [
+      '',
+      'networking',
+      'clones',
+      'pages asked for',
+      'pages served',
+      'sent MB',
+      'received MB',
+      'time s',
+      'speed-up',
+    ],
     rows: figures.map((figure) => [
       figure.experiment,
       figure.mode,
@@ -107,11 +119,19 @@ async function shrimp(context: BenchContext, clonesOf: readonly number[]): Promi
   const figures: Figure[] = [];
   for (const heuristics of [true, false]) {
     const experiment = `heuristics ${heuristics ? 'on' : 'off'}`;
-    const traces = [shrimpTrace({ footprintPages, heuristics, computeS: context.quick ? 8 : 100, seed: SEED })];
+    const traces = [
+      shrimpTrace({ footprintPages, heuristics, computeS: context.quick ? 8 : 100, seed: SEED }),
+    ];
     const work = computeS({ traces });
     for (const clones of clonesOf) {
       for (const mode of MODES) {
-        const options = { seed: SEED, pages: SHRIMP_PAGES, segments: [{ clients: clones }], traces, ...JITTER };
+        const options = {
+          seed: SEED,
+          pages: SHRIMP_PAGES,
+          segments: [{ clients: clones }],
+          traces,
+          ...JITTER,
+        };
         figures.push(await run(context, experiment, mode, clones, options, work * clones));
       }
     }
@@ -133,7 +153,9 @@ async function blast(
         ...MODES,
         {
           name: 'multicast, disjoint said',
-          options: { policy: { push: 'off', disjoint: [{ first: BLAST_DATABASE_AT, count: databasePages }] } },
+          options: {
+            policy: { push: 'off', disjoint: [{ first: BLAST_DATABASE_AT, count: databasePages }] },
+          },
         } as const,
       ]
     : MODES;
@@ -144,7 +166,13 @@ async function blast(
       blastTrace({ databasePages, clones, clone, disjoint, computeS: task }),
     );
     for (const mode of modes) {
-      const options = { seed: SEED, pages: GIB_PAGES, segments: [{ clients: clones }], traces, ...JITTER };
+      const options = {
+        seed: SEED,
+        pages: GIB_PAGES,
+        segments: [{ clients: clones }],
+        traces,
+        ...JITTER,
+      };
       figures.push(await run(context, experiment, mode, clones, options, task));
     }
   }
@@ -175,11 +203,17 @@ function plots(figures: readonly Figure[], clonesOf: readonly number[]): void {
       ],
     }),
   );
-  const lines = (experiments: readonly string[], modes: readonly string[], value: (of: Figure) => number) =>
+  const lines = (
+    experiments: readonly string[],
+    modes: readonly string[],
+    value: (of: Figure) => number,
+  ) =>
     experiments.flatMap((experiment) =>
       modes.map((mode) => ({
         name: experiments.length > 1 ? `${mode}, ${experiment}` : mode,
-        points: of(figures, experiment, mode).map((figure) => [figure.clones, value(figure)] as const),
+        points: of(figures, experiment, mode).map(
+          (figure) => [figure.clones, value(figure)] as const,
+        ),
       })),
     );
   const ideal = { name: 'ideal', points: clonesOf.map((clones) => [clones, clones] as const) };
@@ -197,7 +231,7 @@ function plots(figures: readonly Figure[], clonesOf: readonly number[]): void {
         x,
         y: 'times that of one clone that never waits',
         log2X: true,
-        series: [ideal, ...lines([experiment], names, speedup)],
+        series: [...lines([experiment], names, speedup), ideal],
       }),
     );
   }
@@ -209,7 +243,7 @@ function plots(figures: readonly Figure[], clonesOf: readonly number[]): void {
         x,
         y: 'speed-up',
         log2X: true,
-        series: [ideal, ...lines([`${size} MiB`], names, speedup)],
+        series: [...lines([`${size} MiB`], names, speedup), ideal],
       }),
     );
   }

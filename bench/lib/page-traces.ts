@@ -144,10 +144,15 @@ export function blastTrace(options: BlastOptions): SimTrace {
  * A clone that starts a service: `touched` pages of a generation, spread over it in runs of
  * neighbours, each computed on for `computeNs`.
  */
-export function startTrace(pages: number, touched: number, computeNs: number, seed: number): SimTrace {
+export function startTrace(
+  pages: number,
+  touched: number,
+  computeNs: number,
+  seed: number,
+): SimTrace {
   const next = random(seed);
   const chosen: number[] = [];
-  const runs = touched / 8;
+  const runs = Math.ceil(touched / 8);
   const stride = pages / runs;
   for (let i = 0; i < runs; i++) {
     const first = Math.floor(i * stride + next() * (stride - 8));
@@ -163,5 +168,8 @@ export function startTrace(pages: number, touched: number, computeNs: number, se
 /** Percentile (0 to 1) of the values, those that never came counted as infinite. */
 export function quantile(values: Float64Array, share: number): number {
   const sorted = Float64Array.from(values).sort();
-  return sorted[Math.min(sorted.length - 1, Math.max(0, Math.ceil(share * sorted.length) - 1))] ?? Number.NaN;
+  return (
+    sorted[Math.min(sorted.length - 1, Math.max(0, Math.ceil(share * sorted.length) - 1))] ??
+    Number.NaN
+  );
 }

@@ -149,8 +149,11 @@ export function lineSvg(plot: LinePlot): string {
   const body = [
     ...xMarks.map((mark) => text(x(mark), bottom + 18, shortNumber(mark), 'text-anchor="middle"')),
     ...plot.series.map(({ points }, index) => {
-      const path = points.map(([px, py], at) => `${at ? 'L' : 'M'}${x(px).toFixed(1)} ${y(py).toFixed(1)}`);
-      const dots = points.length > 40 ? '' : points.map(([px, py]) => marker(index, x(px), y(py))).join('');
+      const path = points.map(
+        ([px, py], at) => `${at ? 'L' : 'M'}${x(px).toFixed(1)} ${y(py).toFixed(1)}`,
+      );
+      const dots =
+        points.length > 40 ? '' : points.map(([px, py]) => marker(index, x(px), y(py))).join('');
       return `<path d="${path.join('')}" fill="none" ${stroke(index)}/>${dots}`;
     }),
   ];
@@ -186,7 +189,12 @@ export function barSvg(plot: BarPlot): string {
     return [
       ...bars,
       ...lines.map((line, row) =>
-        text(left + step * 0.4, bottom + 16 + row * 13, line, 'text-anchor="middle" font-size="11"'),
+        text(
+          left + step * 0.4,
+          bottom + 16 + row * 13,
+          line,
+          'text-anchor="middle" font-size="11"',
+        ),
       ),
     ];
   });

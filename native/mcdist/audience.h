@@ -29,13 +29,13 @@ class Audience {
     bool unicast_only = false;
     bool subscribed = false;
     bool history = false;
-    uint64_t round = 0;          // the push it took part in
-    uint64_t lost = 0;           // symbols, in window `window`
+    uint64_t round = 0;  // the push it took part in
+    uint64_t lost = 0;   // symbols, in window `window`
     uint64_t window = 0;
   };
-  // Means over the peers heard lately that multicast reaches. A quarter at each end (with three: one
-  // at each end) is left out, and nobody receives more than was sent: one liar, or one slow host,
-  // moves nothing.
+  // Means over the peers heard lately that multicast reaches. A quarter at each end (with three:
+  // one at each end) is left out, and nobody receives more than was sent: one liar, or one slow
+  // host, moves nothing.
   struct Summary {
     size_t peers = 0;
     double loss = 0;          // share of the symbols sent
@@ -140,7 +140,7 @@ class Audience {
   }
 
   const TimeNs silence_;
-  std::list<Peer> order_;  // heard last at the end
+  std::list<Peer> order_;                                 // heard last at the end
   std::list<Peer>::iterator oldest_live_ = order_.end();  // all before it are silent
   std::unordered_map<uint32_t, std::list<Peer>::iterator> index_;
   size_t subscribers_ = 0;

@@ -13,32 +13,32 @@ inline void count(Counter& counter, uint64_t by = 1) {
 }
 
 // name, for tables of counters and their JavaScript properties
-#define SF_MCDIST_SERVER_COUNTERS(X)                                                       \
-  X(requests)          /* request packets accepted */                                      \
-  X(pages_requested)   /* pages in them */                                                 \
-  X(pages_served)      /* pages sent as bytes, whole or in part */                         \
-  X(zero_pages_served) /* pages told to be zero */                                         \
-  X(negative_answers)  /* pages refused: not held, or unreadable */                        \
-  X(payload_bytes)     /* page bytes sent */                                               \
-  X(wire_bytes)        /* all bytes sent, with UDP and IP headers */                       \
-  X(packets_sent)                                                                          \
-  X(merged)           /* pages asked that were queued already */                           \
-  X(lockstep_ignored) /* pages asked that were sent a moment ago */                        \
-  X(pages_pushed)     /* of those served: asked for by nobody */                           \
-  X(unicast_answers)  /* pages answered to one peer alone */                               \
-  X(reports)          /* blocks reported to lack something */                              \
-  X(reports_ignored)  /* of those: what repairs them was on its way */                     \
-  X(reports_dropped)  /* of those: not taken, too many are gathered */                     \
-  X(repair_symbols)   /* symbols sent again for reports, as they are */                    \
-  X(parity_symbols)   /* parity symbols sent for reports */                                \
-  X(announces)                                                                             \
-  X(retries)          /* pages asked again after a client's time-out */                    \
-  X(queue_dropped)    /* pages not taken: the queue, or the peer's share of it, is full */ \
-  X(welcomes)                                                                              \
-  X(replays)       /* authentic packets seen before */                                     \
-  X(auth_failures) /* packets that did not open with the generation's key */               \
-  X(bad_packets)   /* packets malformed, or of a kind not sent to a server */              \
-  X(send_errors)   /* packets the system did not take */                                   \
+#define SF_MCDIST_SERVER_COUNTERS(X)                                                    \
+  X(requests)          /* request packets accepted */                                   \
+  X(pages_requested)   /* pages in them */                                              \
+  X(pages_served)      /* pages sent as bytes, whole or in part */                      \
+  X(zero_pages_served) /* pages told to be zero */                                      \
+  X(negative_answers)  /* pages refused: not held, or unreadable */                     \
+  X(payload_bytes)     /* page bytes sent */                                            \
+  X(wire_bytes)        /* all bytes sent, with UDP and IP headers */                    \
+  X(packets_sent)                                                                       \
+  X(merged)           /* pages asked that were queued already */                        \
+  X(lockstep_ignored) /* pages asked that were sent a moment ago */                     \
+  X(pages_pushed)     /* of those served: asked for by nobody */                        \
+  X(unicast_answers)  /* pages answered to one peer alone */                            \
+  X(reports)          /* blocks reported to lack something */                           \
+  X(reports_ignored)  /* of those: what repairs them was on its way */                  \
+  X(reports_dropped)  /* of those: not taken, too many are gathered */                  \
+  X(repair_symbols)   /* symbols sent again for reports, as they are */                 \
+  X(parity_symbols)   /* parity symbols sent for reports */                             \
+  X(announces)                                                                          \
+  X(retries)       /* pages asked again after a client's time-out */                    \
+  X(queue_dropped) /* pages not taken: the queue, or the peer's share of it, is full */ \
+  X(welcomes)                                                                           \
+  X(replays)       /* authentic packets seen before */                                  \
+  X(auth_failures) /* packets that did not open with the generation's key */            \
+  X(bad_packets)   /* packets malformed, or of a kind not sent to a server */           \
+  X(send_errors)   /* packets the system did not take */                                \
   X(send_waits)    /* times it had no room: the local link is the limit */
 
 #define SF_MCDIST_CLIENT_COUNTERS(X)                                                  \

@@ -13,7 +13,8 @@ namespace sf::mcdist {
 
 class History {
  public:
-  History(uint32_t bound, uint64_t pages) : bound_(bound), seen_(bound == 0 ? 0 : (pages + 63) / 64) {}
+  History(uint32_t bound, uint64_t pages)
+      : bound_(bound), seen_(bound == 0 ? 0 : (pages + 63) / 64) {}
 
   void faulted(PageIndex page) {
     if (order_.size() >= bound_) return;

@@ -30,8 +30,8 @@ class SentMemory {
     auto found = sent_.find(target);
     if (found == sent_.end()) return Verdict::kUnknown;
     Sent& sent = found->second;
-    if (covers(sent.fragments, fragments) &&
-        now - sent.at < (retry ? retry_window_ : window_) && sent.ignored < requests_) {
+    if (covers(sent.fragments, fragments) && now - sent.at < (retry ? retry_window_ : window_) &&
+        sent.ignored < requests_) {
       sent.ignored++;
       return Verdict::kIgnore;
     }

@@ -208,9 +208,7 @@ bool Policy::next_idle(TimeNs now, Item* out) {
   return true;
 }
 
-bool Policy::wants_announces(TimeNs now) const {
-  return audience_.anybody(kAnnounceMemory, now);
-}
+bool Policy::wants_announces(TimeNs now) const { return audience_.anybody(kAnnounceMemory, now); }
 
 bool Policy::next_announce(TimeNs now, Item* out) {
   if (!introductions_.empty()) {
@@ -219,10 +217,10 @@ bool Policy::next_announce(TimeNs now, Item* out) {
   } else if (announce_at_ <= now) {
     announced_ = now;
     if (farewells_ > 0) farewells_--;
-    announce_at_ = push_.running()          ? now + kAnnouncePush
-                   : farewells_ > 0         ? now + kAnnounceEnd
+    announce_at_ = push_.running()        ? now + kAnnouncePush
+                   : farewells_ > 0       ? now + kAnnounceEnd
                    : wants_announces(now) ? now + kAnnounceIdle
-                                            : kNever;
+                                          : kNever;
   } else {
     return false;
   }
@@ -238,9 +236,8 @@ void Policy::sent(const Item& item, Outcome outcome, uint64_t wire_bytes, TimeNs
   uint64_t symbols = item.parities;
   if (item.kind == Item::Kind::kPage) {
     symbols = outcome != Outcome::kData ? 0
-              : item.fragments == 0
-                  ? symbols_
-                  : static_cast<unsigned>(__builtin_popcount(item.fragments));
+              : item.fragments == 0     ? symbols_
+                                        : static_cast<unsigned>(__builtin_popcount(item.fragments));
     uint64_t& word = unusual_[item.page / 64];
     const uint64_t bit = uint64_t{1} << (item.page % 64);
     word = outcome == Outcome::kData ? word & ~bit : word | bit;

@@ -119,11 +119,11 @@ class Policy {
   std::vector<uint64_t> unusual_;  // a bit a page: sent as zero or refused; no parity over it
   Repair::Order order_;            // under way: its symbols are sent page by page
   uint32_t turn_ = 0;
-  unsigned symbols_ = 1;           // in a page, seen in reports
+  unsigned symbols_ = 1;  // in a page, seen in reports
 
-  TimeNs announce_at_ = kNever;    // to the group
+  TimeNs announce_at_ = kNever;  // to the group
   TimeNs announced_ = 0;
-  uint32_t farewells_ = 0;         // announces of a push's end still to be sent soon
+  uint32_t farewells_ = 0;              // announces of a push's end still to be sent soon
   std::deque<uint32_t> introductions_;  // to peers that multicast does not reach
 };
 

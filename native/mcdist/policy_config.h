@@ -83,9 +83,9 @@ struct PolicyConfig {
   TimeNs repair_gather = 3 * kMillisecond;
 
   // --- End-game: answers by unicast ---
-  double endgame_share = 0.9;              // of the pages sent to the group; above 1: never
-  TimeNs endgame_silence = 5 * kSecond;    // nobody else heard for so long; kNever: never
-  std::vector<PageRange> disjoint;         // not pushed, answered by unicast
+  double endgame_share = 0.9;            // of the pages sent to the group; above 1: never
+  TimeNs endgame_silence = 5 * kSecond;  // nobody else heard for so long; kNever: never
+  std::vector<PageRange> disjoint;       // not pushed, answered by unicast
 
   // --- History ---
   uint32_t history_pages = 65536;  // first faults remembered in their order; 0: none

@@ -28,7 +28,8 @@ uint32_t count_of(const Napi::Object& options, const char* name, uint32_t missin
 }
 
 bool flag(const Napi::Object& options, const char* name, bool missing) {
-  return has(options, name) ? options.Get(name).ToBoolean() : Napi::Boolean::New(options.Env(), missing);
+  return has(options, name) ? options.Get(name).ToBoolean()
+                            : Napi::Boolean::New(options.Env(), missing);
 }
 
 PushMode push_of(const Napi::Object& options, PushMode missing) {
@@ -73,8 +74,7 @@ PolicyConfig policy_of(const Napi::Value& value) {
   config.probe_windows = count_of(options, "probeWindows", config.probe_windows, 1);
   config.probe_windows_max = count_of(options, "probeWindowsMax", config.probe_windows_max, 1);
   config.lockstep_window = milliseconds(options, "lockstepWindowMs", config.lockstep_window);
-  config.lockstep_requests =
-      count_of(options, "lockstepRequests", config.lockstep_requests, 0);
+  config.lockstep_requests = count_of(options, "lockstepRequests", config.lockstep_requests, 0);
   config.retry_window = milliseconds(options, "retryWindowMs", config.retry_window);
   config.queue_pages = count_of(options, "queuePages", config.queue_pages, 1);
   config.peer_pages = count_of(options, "peerPages", config.peer_pages, 1);

@@ -22,9 +22,8 @@ class Push {
   Push(const PolicyConfig& config, uint64_t pages)
       : config_(config), pages_(pages), sent_((pages + 63) / 64) {
     for (const PageRange& range : config.disjoint) {
-      const PageIndex end = range.count > pages - std::min(range.first, pages)
-                                ? pages
-                                : range.first + range.count;
+      const PageIndex end =
+          range.count > pages - std::min(range.first, pages) ? pages : range.first + range.count;
       if (disjoint_.empty()) disjoint_.resize(sent_.size());
       for (PageIndex page = range.first; page < end; page++) set(&disjoint_, page);
     }

@@ -209,10 +209,10 @@ void Server::handle(const uint8_t* data, size_t size, const sockaddr_in& from, T
   if (!peer->window.accept(header.counter)) return count(counters.replays);
   count(counters.requests);
   peer->address = from;
-  served.policy.heard(peer->id,
-                      {request_.receive_kbps * 1000.0, request_.unicast_only, request_.subscribe,
-                       request_.history},
-                      now);
+  served.policy.heard(
+      peer->id,
+      {request_.receive_kbps * 1000.0, request_.unicast_only, request_.subscribe, request_.history},
+      now);
   if (request_.runs.empty() && request_.reports.empty()) {
     return welcome(served, *peer, header.counter, from);
   }
@@ -409,8 +409,8 @@ void Server::announce(Served& served, const Policy::Item& item, const sockaddr_i
   send_runs(served);
   emit(served, &header, body_.data(), body_.size(), to);
   count(served.stats->counters.announces);
-  served.policy.sent(item, Policy::Outcome::kData,
-                     body_.size() + kLongOverheadBytes + kUdpIpBytes, now_ns());
+  served.policy.sent(item, Policy::Outcome::kData, body_.size() + kLongOverheadBytes + kUdpIpBytes,
+                     now_ns());
 }
 
 void Server::tell(Served& served, const Policy::Item& item, Type type, bool error) {

@@ -40,8 +40,8 @@ struct SimAnswer {
   uint64_t sum = 0;       // of the page's bytes, in place of them
   uint64_t cookie = 0;    // kWelcome
   bool pushed = false;
-  Parity parity;          // kParity: of the block that begins at `page`; bit i of `fragments`: one
-  bool pushing = false;   // kAnnounce
+  Parity parity;         // kParity: of the block that begins at `page`; bit i of `fragments`: one
+  bool pushing = false;  // kAnnounce
   PageIndex position = 0;
   std::vector<Run> runs;  // kZero, kNegative
   uint64_t bytes = 0;     // of one packet, with UDP and IP headers
@@ -122,9 +122,9 @@ class SimServer {
   bool alive_ = true;
   uint64_t life_ = 1;  // restarts; a cookie tells it
   uint32_t ids_ = 0;
-  std::unordered_map<uint32_t, Known> peers_;  // by client
+  std::unordered_map<uint32_t, Known> peers_;         // by client
   std::unordered_map<uint32_t, uint32_t> client_of_;  // by id
-  std::list<uint32_t> order_;                  // heard last first
+  std::list<uint32_t> order_;                         // heard last first
   std::vector<Runs> runs_;
   std::vector<bool> served_, pushed_;
   // Unicast baseline: what is to be answered, to whom.

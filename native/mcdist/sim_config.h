@@ -53,8 +53,9 @@ struct SimConfig {
   uint32_t max_peers = PeerTable::kMaxPeers;
 
   double server_bytes_per_s = 125e6;  // its link, each way
-  // The send buffer: when so much is unsent the server waits (its own link loses nothing).
-  uint64_t server_send_bytes = 256 * 1024;
+  // The send buffer, as socket.cc sets it: when so much is unsent the server waits (its own link
+  // loses nothing).
+  uint64_t server_send_bytes = 128 * 1024;
   uint64_t server_receive_bytes = 32 << 20;  // socket.cc's; what comes beyond is dropped
   // What the host spends: a request of one run, a page sent, waking a thread that waits.
   TimeNs request_cpu = 2 * kMicrosecond;
@@ -69,7 +70,7 @@ struct SimConfig {
   double skip_share = 0;         // of the touches a client does not make
   TimeNs join_spread = 0;        // clients start within this time, evenly
   std::vector<std::pair<uint32_t, TimeNs>> joins;  // client, when: instead of the above
-  bool history = false;  // clients ask for what others faulted on
+  bool history = false;                            // clients ask for what others faulted on
   bool prefetch_all = false;                       // each client subscribes to the whole generation
   std::vector<SimChange> changes;
 

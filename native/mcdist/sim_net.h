@@ -151,7 +151,8 @@ class SimImage {
   SimImage(uint64_t pages, uint32_t clients, unsigned fragments)
       : clients_(clients),
         fragments_(fragments),
-        all_(static_cast<uint8_t>((1 << fragments) - 1)), rows_(pages) {}
+        all_(static_cast<uint8_t>((1 << fragments) - 1)),
+        rows_(pages) {}
 
   bool has(uint32_t client, PageIndex page) const {
     const Row& row = rows_[page];

@@ -142,9 +142,8 @@ void SimServer::handle(const SimRequest& request, TimeNs now) {
   if (config_.unicast) {
     return body.runs.empty() ? welcome(request.client, peer, now) : take_direct(request);
   }
-  policy_->heard(peer.id,
-                 {body.receive_kbps * 1000.0, body.unicast_only, body.subscribe, body.history},
-                 now);
+  policy_->heard(
+      peer.id, {body.receive_kbps * 1000.0, body.unicast_only, body.subscribe, body.history}, now);
   if (body.runs.empty() && body.reports.empty()) return welcome(request.client, peer, now);
   take(peer.id, request, now);
 }
@@ -278,8 +277,7 @@ void SimServer::send_parity(const Policy::Item& item, TimeNs now) {
     answer.page = item.page;
     answer.parity = item.parity;
     answer.fragments = static_cast<uint8_t>((1U << some) - 1);
-    answer.bytes =
-        symbol_bytes(config_.fragments) + kParityFixed + kOverheadBytes + kUdpIpBytes;
+    answer.bytes = symbol_bytes(config_.fragments) + kParityFixed + kOverheadBytes + kUdpIpBytes;
     bytes += answer.bytes * some;
     network_->answer(std::move(answer));
     left -= some;

@@ -316,10 +316,7 @@ test('end-game: by unicast when most was sent, or nobody else was heard for long
 });
 
 test('disjoint regions are not pushed and are answered by unicast', () => {
-  const policy = new McdistPolicy(
-    { pushDelayMs: 0, disjoint: [{ first: 10, count: 80 }] },
-    100,
-  );
+  const policy = new McdistPolicy({ pushDelayMs: 0, disjoint: [{ first: 10, count: 80 }] }, 100);
   for (const peer of [1, 2]) policy.heard({ peer, subscribe: true, nowMs: 0 });
   expect(drain(policy, 1)).toHaveLength(20);
   policy.request({ peer: 2, page: 50, nowMs: 2 });
