@@ -12,7 +12,7 @@
     {
       "target_name": "dataplane",
       "sources": ["<!@(node scripts/native-sources.mjs common pagestore memtap mcdist blktap dataplane)"],
-      "libraries": ["-lsodium", "-luring", "-lgnutls"],
+      "libraries": ["-lsodium", "-luring", "-lgnutls", "-llz4"],
     },
     {
       "target_name": "netback",

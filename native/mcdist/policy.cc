@@ -50,13 +50,14 @@ void Policy::heard(uint32_t id, const PeerReport& report, TimeNs now) {
   peer.round = push_.round();
 }
 
-bool Policy::endgame(uint32_t peer, TimeNs now) const {
+bool Policy::endgame(uint32_t peer, PageIndex page, bool lost, TimeNs now) const {
   // Whoever subscribed lacks something, so others want what one of them asks for.
   if (audience_.subscribers() > 1) return false;
-  if (static_cast<double>(push_.sent_count()) >
-      config_.endgame_share * static_cast<double>(pages_)) {
-    return true;
-  }
+  // Most was sent, and this page long ago: the others have it. What was lost a moment ago was lost
+  // on the way to others as well, perhaps; and a page that was never sent is news to all.
+  const bool most = static_cast<double>(push_.sent_count()) >
+                    config_.endgame_share * static_cast<double>(pages_);
+  if (most && !lost && push_.was_sent(page)) return true;
   return config_.endgame_silence != kNever && !audience_.others(peer, config_.endgame_silence, now);
 }
 
@@ -79,7 +80,7 @@ Policy::Verdict Policy::request(uint32_t id, PageIndex page, Urgency urgency, bo
         fragments == 0 ? symbols_ : static_cast<unsigned>(__builtin_popcount(fragments));
     audience_.lose(*peer, lost, flow_.window());
   }
-  const bool unicast = unreached || push_.disjoint(page) || endgame(id, now);
+  const bool unicast = unreached || push_.disjoint(page) || endgame(id, page, known == SentMemory::Verdict::kLost, now);
   if (!unicast) push_.requested(page);
   switch (queue_.add({{page, unicast ? id : 0}, fragments, id, urgency})) {
     case PageQueue::Verdict::kQueued:
@@ -117,7 +118,7 @@ Repair::Verdict Policy::report(uint32_t id, const BlockReport& report, TimeNs no
   }
   const auto verdict = repair_.report(rest, audience_.subscribers() <= 1, now);
   if (verdict == Repair::Verdict::kTaken && report.cover == 0 && peer != nullptr) {
-    audience_.lose(*peer, report.missing.size(), flow_.window());
+    audience_.lose(*peer, report.missing.count(), flow_.window());
   }
   return verdict;
 }
@@ -234,6 +235,14 @@ void Policy::sent(const Item& item, Outcome outcome, uint64_t wire_bytes, TimeNs
   if (item.kind == Item::Kind::kAnnounce) return flow_.sent(wire_bytes, 0, false);
   const bool group = item.peer == 0;
   uint64_t symbols = item.parities;
+  if (item.kind == Item::Kind::kParity && outcome == Outcome::kRefused) {
+    // One of these cannot be read: each on its own, so that the client hears which.
+    for (unsigned i = 0; i < kBlockPages; i++) {
+      if ((item.parity.cover & SymbolSet::Page(i, item.fragments)).empty()) continue;
+      queue_.add({{item.page + i, 0}, 0, 0, Urgency::kPrefetch});
+    }
+    return;
+  }
   if (item.kind == Item::Kind::kPage) {
     symbols = outcome != Outcome::kData ? 0
               : item.fragments == 0     ? symbols_

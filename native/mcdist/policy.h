@@ -100,7 +100,7 @@ class Policy {
   size_t history_pages() const { return history_.size(); }
 
  private:
-  bool endgame(uint32_t peer, TimeNs now) const;
+  bool endgame(uint32_t peer, PageIndex page, bool lost, TimeNs now) const;
   bool next_repair(TimeNs now, Item* out);
   bool next_idle(TimeNs now, Item* out);
   bool next_announce(TimeNs now, Item* out);

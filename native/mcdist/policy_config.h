@@ -82,7 +82,7 @@ struct PolicyConfig {
   // in which the other receivers of the same packets have found the same block to be lacking.
   TimeNs repair_gather = 3 * kMillisecond;
 
-  // --- End-game: answers by unicast ---
+  // --- End-game: answers by unicast. A page that the group was not sent yet is always news. ---
   double endgame_share = 0.9;            // of the pages sent to the group; above 1: never
   TimeNs endgame_silence = 5 * kSecond;  // nobody else heard for so long; kNever: never
   std::vector<PageRange> disjoint;       // not pushed, answered by unicast

@@ -154,7 +154,7 @@ class PolicyJs : public Napi::ObjectWrap<PolicyJs> {
     for (uint32_t i = 0; i < missing.Length(); i++) {
       report.missing.add(static_cast<unsigned>(whole_of(missing.Get(i), "missing") % 128));
     }
-    report.need = static_cast<uint8_t>(whole_of(given, "need", report.missing.size()));
+    report.need = static_cast<uint8_t>(whole_of(given, "need", report.missing.count()));
     const auto verdict = policy_.report(static_cast<uint32_t>(whole_of(given, "peer", 1)), report,
                                         time(given.Get("nowMs")));
     return Napi::String::New(info.Env(), kNames[static_cast<size_t>(verdict)]);
@@ -181,7 +181,7 @@ class PolicyJs : public Napi::ObjectWrap<PolicyJs> {
     out.Set("cursor", item.cursor);
     out.Set("position", static_cast<double>(item.position));
     out.Set("coverId", item.parity.cover_id);
-    out.Set("coverSymbols", item.parity.cover.size());
+    out.Set("coverSymbols", item.parity.cover.count());
     out.Set("parityFirst", item.parity.index);
     out.Set("parities", item.parities);
     return out;

@@ -4,15 +4,6 @@
 
 namespace sf::mcdist {
 
-SymbolSet symbols_of(uint32_t wanted, unsigned fragments) {
-  SymbolSet out;
-  for (; wanted != 0; wanted &= wanted - 1) {
-    const unsigned page = static_cast<unsigned>(__builtin_ctz(wanted));
-    for (unsigned i = 0; i < fragments; i++) out.add(page * fragments + i);
-  }
-  return out;
-}
-
 Repair::Block* Repair::admit(uint64_t number) {
   auto found = blocks_.find(number);
   if (found != blocks_.end()) {
@@ -38,14 +29,14 @@ bool Repair::on_its_way(const Block& block, const BlockReport& report, const Sym
   }
   if (asked.within(block.plain)) return true;
   if (block.cover_id == 0 || !asked.within(block.cover)) return false;
-  const unsigned lacks = (report.missing & block.cover).size();
+  const unsigned lacks = (report.missing & block.cover).count();
   if (report.cover != block.cover_id) return block.used >= lacks;
   const unsigned held = lacks > report.need ? lacks - report.need : 0;
   return block.used >= held + report.need;
 }
 
 Repair::Verdict Repair::report(const BlockReport& report, bool at_once, TimeNs now) {
-  const SymbolSet asked = report.missing & symbols_of(report.wanted, report.fragments);
+  const SymbolSet asked = report.missing & SymbolSet::Pages(report.wanted, report.fragments);
   if (asked.empty()) return Verdict::kNothing;
   Block* block = admit(report.block);
   if (block == nullptr) return Verdict::kFull;
@@ -65,14 +56,14 @@ Repair::Verdict Repair::report(const BlockReport& report, bool at_once, TimeNs n
     block->reporters.clear();
     gathering_.emplace_back(report.block, at_once ? now : now + config_.repair_gather);
   }
-  block->asked = block->asked | asked;
+  block->asked |= asked;
   const Reporter reporter{report.missing, report.need,
                           report.cover != 0 && report.cover == block->cover_id};
   if (block->reporters.size() < kReporters) {
     block->reporters.push_back(reporter);
   } else {
     Reporter& rest = block->reporters.back();
-    rest.missing = rest.missing | reporter.missing;
+    rest.missing |= reporter.missing;
     rest.matched = rest.matched && reporter.matched;
     rest.need = std::max(rest.need, reporter.need);
   }
@@ -90,9 +81,9 @@ bool Repair::next(TimeNs now, Order* out) {
   unsigned fresh = 0;
   unsigned more = 0;
   for (const Reporter& reporter : block.reporters) {
-    fresh = std::max(fresh, (reporter.missing & block.asked).size());
+    fresh = std::max(fresh, (reporter.missing & block.asked).count());
     more = std::max<unsigned>(
-        more, reporter.matched ? reporter.need : (reporter.missing & block.cover).size());
+        more, reporter.matched ? reporter.need : (reporter.missing & block.cover).count());
   }
   const bool goes_on = block.cover_id != 0 && block.asked.within(block.cover) && more > 0 &&
                        more <= fresh && block.used + more <= kIndices;
@@ -100,7 +91,7 @@ bool Repair::next(TimeNs now, Order* out) {
   out->block = number;
   out->fragments = block.fragments;
   const unsigned least = goes_on ? more : fresh;
-  if (!config_.parity || least >= block.asked.size() || fresh > kIndices) {
+  if (!config_.parity || least >= block.asked.count() || fresh > kIndices) {
     out->symbols = block.plain = block.asked;
     return true;
   }

@@ -82,7 +82,4 @@ class Repair {
   uint8_t last_cover_ = 0;
 };
 
-// Of `wanted` pages all symbols.
-SymbolSet symbols_of(uint32_t wanted, unsigned fragments);
-
 }  // namespace sf::mcdist

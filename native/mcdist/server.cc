@@ -343,7 +343,8 @@ bool Server::answer(Served& served, const Policy::Item& item) {
       announce(served, item, to);
       return false;
     case Policy::Item::Kind::kParity:
-      return false;
+      answer_parity(served, item, to);
+      return true;
     case Policy::Item::Kind::kPage:
       break;
   }
@@ -390,6 +391,37 @@ void Server::answer_page(Served& served, const Policy::Item& item, const sockadd
   if (item.peer != 0) count(counters.unicast_answers);
   served.policy.sent(item, Policy::Outcome::kData,
                      symbols * (length + kOverheadBytes + kUdpIpBytes), now_ns());
+}
+
+void Server::answer_parity(Served& served, const Policy::Item& item, const sockaddr_in& to) {
+  ServerCounters& counters = served.stats->counters;
+  const size_t length = symbol_bytes(fragments_);
+  const unsigned count_of = item.parities;
+  parity_.resize(count_of * length);
+  const BlockReader read = [&](unsigned page) -> const uint8_t* {
+    const ReadResult result = served.generation.provider->read(item.page + page, page_);
+    if (result == ReadResult::kZero) std::memset(page_, 0, kPageBytes);
+    return result == ReadResult::kData || result == ReadResult::kZero ? page_ : nullptr;
+  };
+  if (!encode_parity(fragments_, item.parity.cover, item.parity.index, count_of, read,
+                     parity_.data())) {
+    // A page of the cover cannot be read any more: each is asked for alone, and that one refused.
+    return served.policy.sent(item, Policy::Outcome::kRefused, 0, now_ns());
+  }
+  uint8_t prefix[kParityFixed];
+  for (unsigned i = 0; i < count_of; i++) {
+    Parity parity = item.parity;
+    parity.index = static_cast<uint8_t>(item.parity.index + i);
+    encode_parity(parity, prefix);
+    Header header;
+    header.type = Type::kParity;
+    header.page = item.page;
+    header.fragments = static_cast<uint8_t>(fragments_);
+    emit(served, &header, parity_.data() + i * length, length, to, prefix, sizeof prefix);
+  }
+  count(counters.parity_symbols, count_of);
+  served.policy.sent(item, Policy::Outcome::kData,
+                     count_of * (length + kParityFixed + kOverheadBytes + kUdpIpBytes), now_ns());
 }
 
 void Server::announce(Served& served, const Policy::Item& item, const sockaddr_in& to) {
@@ -447,10 +479,10 @@ void Server::send_runs(Served& served) {
 }
 
 void Server::emit(Served& served, Header* header, const uint8_t* body, size_t size,
-                  const sockaddr_in& to) {
+                  const sockaddr_in& to, const uint8_t* head, size_t head_bytes) {
   if (batch_.full() || (batch_of_ != &served && !batch_.empty())) flush();
   batch_of_ = &served;
-  const size_t bytes = served.sealer.seal(header, body, size, batch_.next());
+  const size_t bytes = served.sealer.seal(header, body, size, batch_.next(), head, head_bytes);
   batch_.commit(bytes, to);
   count(served.stats->counters.packets_sent);
   count(served.stats->counters.wire_bytes, bytes + kUdpIpBytes);

@@ -23,6 +23,7 @@
 #include "common/page.h"
 #include "common/status.h"
 #include "mcdist/counters.h"
+#include "mcdist/parity.h"
 #include "mcdist/peers.h"
 #include "mcdist/policy.h"
 #include "mcdist/socket.h"
@@ -112,13 +113,14 @@ class Server {
   TimeNs pump();  // sends a bounded number of pages; when to come again
   bool answer(Served& served, const Policy::Item& item);  // false: nothing but a few bytes
   void answer_page(Served& served, const Policy::Item& item, const sockaddr_in& to);
+  void answer_parity(Served& served, const Policy::Item& item, const sockaddr_in& to);
   void announce(Served& served, const Policy::Item& item, const sockaddr_in& to);
   void take(Served& served, uint32_t peer, TimeNs now);  // request_
   void tell(Served& served, const Policy::Item& item, Type type, bool error);
   void send_runs(Served& served);
   void publish(Served& served, TimeNs now);
-  void emit(Served& served, Header* header, const uint8_t* body, size_t size,
-            const sockaddr_in& to);
+  void emit(Served& served, Header* header, const uint8_t* body, size_t size, const sockaddr_in& to,
+            const uint8_t* head = nullptr, size_t head_bytes = 0);
   void flush();
 
   const Options options_;
@@ -144,6 +146,7 @@ class Server {
   TimeNs mean_at_ = 0;
   Request request_;
   std::vector<uint8_t> body_;
+  std::vector<uint8_t> parity_;
   alignas(64) uint8_t page_[kPageBytes + kMaxFragments] = {};  // zeros pad the last fragment
   uint8_t clear_[kMaxMtuBytes];
 };

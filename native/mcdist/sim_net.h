@@ -214,10 +214,10 @@ class SimImage {
       }
     }
     const Held held = parities(client, report->block);
-    unsigned need = report->missing.size();
+    unsigned need = report->missing.count();
     if (held.cover_id != 0) {
       report->cover = held.cover_id;
-      const unsigned open = (report->missing & held.cover).size();
+      const unsigned open = (report->missing & held.cover).count();
       need = (need - open) + (open > held.count ? open - held.count : 0);
     }
     report->need = static_cast<uint8_t>(need);
@@ -241,7 +241,7 @@ class SimImage {
     look(client, &report);
     if (report.missing.empty()) return 0;
     const SymbolSet open = report.missing & parity.cover;
-    if (open.empty() || open.size() > held.count) return 0;
+    if (open.empty() || open.count() > held.count) return 0;
     unsigned whole = 0;
     for (unsigned i = 0; i < kBlockPages; i++) {
       uint8_t mask = 0;

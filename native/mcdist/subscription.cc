@@ -119,7 +119,7 @@ void Subscription::examine() {
     report.block = examined_++;
     look_(&report);
     looked_ += kBlockPages * report.fragments;
-    lost_ += report.missing.size();
+    lost_ += report.missing.count();
     if (report.wanted == 0) continue;
     reported_[report.block] = Reported{};
     due_.insert({0, report.block});
@@ -143,7 +143,7 @@ void Subscription::collect(TimeNs now, TimeNs timeout, size_t max, std::vector<B
     report.block = due_.begin()->second;
     look_(&report);
     Reported& state = reported_.find(report.block)->second;
-    const unsigned left = report.missing.size() + report.need;
+    const unsigned left = report.missing.count() + report.need;
     if (state.tries == 0 || left < state.missing) state.tries = 0;
     if (report.wanted == 0 || state.tries >= config_.tries) {
       if (report.wanted != 0) given_up_.push_back(report.block);

@@ -40,24 +40,6 @@ constexpr size_t kNonceBytes = 12;
 constexpr size_t kCounterAt = 12;
 constexpr size_t kCounterBytes = 6;
 
-void put_set(uint8_t* out, const SymbolSet& set) {  // bit 0 is the last bit
-  put(out, set.words[1], 8);
-  put(out + 8, set.words[0], 8);
-}
-
-SymbolSet get_set(const uint8_t* data) { return {{get(data + 8, 8), get(data, 8)}}; }
-
-// Only bits of symbols that a block of so many fragments has.
-bool fits(const SymbolSet& set, unsigned fragments) {
-  SymbolSet all;
-  const unsigned symbols = fragments * kBlockPages;
-  all.words[0] = symbols >= 64 ? ~uint64_t{0} : (uint64_t{1} << symbols) - 1;
-  all.words[1] = symbols <= 64    ? 0
-                 : symbols >= 128 ? ~uint64_t{0}
-                                  : (uint64_t{1} << (symbols - 64)) - 1;
-  return set.within(all);
-}
-
 void nonce_of(const uint8_t* header, uint8_t* nonce) {
   std::memset(nonce, 0, kNonceBytes - kCounterBytes);
   std::memcpy(nonce + kNonceBytes - kCounterBytes, header + kCounterAt, kCounterBytes);
@@ -179,7 +161,7 @@ void encode_request(const Request& request, std::vector<uint8_t>* out) {
     append(out, 0, 1);
     append(out, report.wanted, 4);
     out->resize(out->size() + 16);
-    put_set(out->data() + out->size() - 16, report.missing);
+    report.missing.encode(out->data() + out->size() - 16);
   }
   if (out->size() < kMinRequestBody) out->resize(kMinRequestBody, 0);
 }
@@ -209,10 +191,11 @@ bool decode_request(const uint8_t* data, size_t size, uint64_t pages, Request* o
     report.need = at[9];
     report.cover = at[10];
     report.wanted = static_cast<uint32_t>(get(at + 12, 4));
-    report.missing = get_set(at + 16);
+    report.missing = SymbolSet::Decode(at + 16);
     if (at[11] != 0 || report.fragments < 1 || report.fragments > kMaxFragments) return false;
     if (report.block >= (pages + kBlockPages - 1) / kBlockPages) return false;
-    if (report.need > kBlockSymbols || !fits(report.missing, report.fragments)) return false;
+    if (report.need > kMaxSymbols || !report.missing.within(SymbolSet::Block(report.fragments)))
+      return false;
     const uint64_t left = pages - report.block * kBlockPages;
     if (left < kBlockPages && report.wanted >> left != 0) return false;
     out->reports.push_back(report);
@@ -264,16 +247,16 @@ bool decode_announce(const uint8_t* data, size_t size, uint64_t pages, Announce*
 void encode_parity(const Parity& parity, uint8_t* out) {
   out[0] = parity.index;
   out[1] = parity.cover_id;
-  put_set(out + 2, parity.cover);
+  parity.cover.encode(out + 2);
 }
 
 bool decode_parity(const Header& header, const uint8_t* data, size_t size, Parity* out) {
   if (size != kParityFixed + symbol_bytes(header.fragments)) return false;
   out->index = data[0];
   out->cover_id = data[1];
-  out->cover = get_set(data + 2);
+  out->cover = SymbolSet::Decode(data + 2);
   return out->index < 127 && out->cover_id != 0 && !out->cover.empty() &&
-         fits(out->cover, header.fragments);
+         out->cover.within(SymbolSet::Block(header.fragments));
 }
 
 size_t max_request_runs(size_t mtu_bytes) {

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "common/page.h"
+#include "mcdist/symbols.h"
 
 namespace sf::mcdist {
 
@@ -31,10 +32,7 @@ constexpr size_t kLongOverheadBytes = kLongHeaderBytes + kTagBytes;
 constexpr size_t kUdpIpBytes = 28;  // IPv4 without options + UDP
 constexpr size_t kMinMtuBytes = 1280;
 constexpr size_t kMaxMtuBytes = 9216;
-constexpr unsigned kMaxFragments = 4;  // a page at the smallest MTU
 constexpr uint64_t kMaxRunPages = 4096;
-constexpr PageIndex kBlockPages = 32;  // what parity packets span
-constexpr size_t kBlockSymbols = kBlockPages * kMaxFragments;
 // A request is never smaller than the welcome it may provoke: nobody is amplified.
 constexpr size_t kMinRequestBody = 40;
 constexpr size_t kWelcomeBody = 40;
@@ -101,28 +99,6 @@ struct Run {
   bool error = false;  // negative answers: held but unreadable (otherwise: not held)
 };
 constexpr size_t kRunBytes = 8;
-
-// 128 bits: symbol i = page in the block * fragments + fragment is bit i.
-struct SymbolSet {
-  uint64_t words[2] = {0, 0};
-  bool has(unsigned i) const { return (words[i / 64] >> (i % 64) & 1) != 0; }
-  void add(unsigned i) { words[i / 64] |= uint64_t{1} << (i % 64); }
-  void remove(unsigned i) { words[i / 64] &= ~(uint64_t{1} << (i % 64)); }
-  unsigned size() const {
-    return static_cast<unsigned>(__builtin_popcountll(words[0]) + __builtin_popcountll(words[1]));
-  }
-  bool empty() const { return (words[0] | words[1]) == 0; }
-  bool within(const SymbolSet& other) const {
-    return (words[0] & ~other.words[0]) == 0 && (words[1] & ~other.words[1]) == 0;
-  }
-  SymbolSet operator&(const SymbolSet& other) const {
-    return {{words[0] & other.words[0], words[1] & other.words[1]}};
-  }
-  SymbolSet operator|(const SymbolSet& other) const {
-    return {{words[0] | other.words[0], words[1] | other.words[1]}};
-  }
-  bool operator==(const SymbolSet& other) const = default;
-};
 
 // What a client lacks of a block that was sent to it.
 struct BlockReport {
@@ -192,18 +168,6 @@ size_t max_answer_runs(size_t mtu_bytes);
 
 // A page is cut into the fewest equal symbols that fit, also with a parity packet's prefix.
 unsigned fragments_for(size_t mtu_bytes);
-// Each packet of a page has so many bytes of it; the last one is padded with zeros to that.
-inline size_t symbol_bytes(unsigned fragments) { return (kPageBytes + fragments - 1) / fragments; }
-inline size_t fragment_offset(unsigned index, unsigned fragments) {
-  return index * symbol_bytes(fragments);
-}
-// Without the padding.
-inline size_t fragment_length(unsigned index, unsigned fragments) {
-  const size_t offset = fragment_offset(index, fragments);
-  const size_t size = symbol_bytes(fragments);
-  return offset + size <= kPageBytes ? size : kPageBytes - offset;
-}
-
 // Who sends: requests are keyed apart from all that servers send.
 enum class Side : char { kClient = 'C', kServer = 'S' };
 

@@ -68,7 +68,7 @@ export interface McdistPolicyOptions {
   readonly parity?: boolean;
   /** How long reports of a block are gathered; default 3. */
   readonly repairGatherMs?: number;
-  /** Once this share of the pages went to the group, answers go by unicast; above 1: never. */
+  /** Once this share of the pages went to the group, they are sent again by unicast; above 1: never. */
   readonly endgameShare?: number;
   /** ... and so while nobody else was heard for so long; default 5000. */
   readonly endgameSilenceMs?: number;

@@ -286,7 +286,7 @@ test('the memory of blocks to repair is bounded', () => {
 });
 
 test('who multicast does not reach is answered alone, and is not pushed to', () => {
-  const policy = new McdistPolicy({ pushDelayMs: 0 }, 100);
+  const policy = new McdistPolicy({ pushDelayMs: 0, startRateBytesPerS: 1e9 }, 100);
   policy.heard({ peer: 1, subscribe: true, unicastOnly: true, nowMs: 0 });
   policy.heard({ peer: 2, nowMs: 0 });
   policy.request({ peer: 1, page: 3, nowMs: 1 });
@@ -302,8 +302,12 @@ test('end-game: by unicast when most was sent, or nobody else was heard for long
     most.request({ peer: 1, page, nowMs: 1 });
     expect(drain(most, 1)).toMatchObject([{ page, peer: 0 }]);
   }
-  most.request({ peer: 2, page: 8, nowMs: 2 });
-  expect(drain(most, 2)).toMatchObject([{ page: 8, peer: 2 }]);
+  most.request({ peer: 2, page: 8, nowMs: 2000 });
+  most.request({ peer: 2, page: 1, nowMs: 2000 });
+  expect(drain(most, 2000)).toMatchObject([
+    { page: 8, peer: 0 },
+    { page: 1, peer: 2 },
+  ]);
 
   const silent = new McdistPolicy({ endgameSilenceMs: 100 }, 10);
   silent.heard({ peer: 1, nowMs: 0 });
