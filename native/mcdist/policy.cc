@@ -55,8 +55,8 @@ bool Policy::endgame(uint32_t peer, PageIndex page, bool lost, TimeNs now) const
   if (audience_.subscribers() > 1) return false;
   // Most was sent, and this page long ago: the others have it. What was lost a moment ago was lost
   // on the way to others as well, perhaps; and a page that was never sent is news to all.
-  const bool most = static_cast<double>(push_.sent_count()) >
-                    config_.endgame_share * static_cast<double>(pages_);
+  const bool most =
+      static_cast<double>(push_.sent_count()) > config_.endgame_share * static_cast<double>(pages_);
   if (most && !lost && push_.was_sent(page)) return true;
   return config_.endgame_silence != kNever && !audience_.others(peer, config_.endgame_silence, now);
 }
@@ -80,7 +80,8 @@ Policy::Verdict Policy::request(uint32_t id, PageIndex page, Urgency urgency, bo
         fragments == 0 ? symbols_ : static_cast<unsigned>(__builtin_popcount(fragments));
     audience_.lose(*peer, lost, flow_.window());
   }
-  const bool unicast = unreached || push_.disjoint(page) || endgame(id, page, known == SentMemory::Verdict::kLost, now);
+  const bool unicast = unreached || push_.disjoint(page) ||
+                       endgame(id, page, known == SentMemory::Verdict::kLost, now);
   if (!unicast) push_.requested(page);
   switch (queue_.add({{page, unicast ? id : 0}, fragments, id, urgency})) {
     case PageQueue::Verdict::kQueued:

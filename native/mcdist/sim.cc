@@ -278,6 +278,15 @@ void Simulation::deliver_parity(const SimAnswer& answer, uint32_t first, uint32_
 void Simulation::deliver_page(const SimAnswer& answer, uint32_t first, uint32_t end) {
   image_.deliver(answer.page, answer.fragments & ~answer.dropped, first, end, up_, losses_);
   clients_->delivered(answer.page, answer.sum, first, end, now_);
+  const PageIndex block = answer.page / kBlockPages * kBlockPages;
+  for (const uint32_t client : image_.holders(answer.page)) {
+    if (client < first || client >= end) continue;
+    const unsigned whole = image_.settle(client, block);
+    result_->pages_repaired += whole;
+    for (PageIndex page = block; whole > 0 && page < block + kBlockPages; page++) {
+      clients_->delivered(page, sum_of(page), client, client + 1, now_);
+    }
+  }
 }
 
 void Simulation::change(const SimChange& change) {
@@ -367,7 +376,7 @@ void Simulation::run(const std::atomic<bool>& stop) {
     if (events_.empty()) violation("nothing is under way and some have not ended");
     const SimEvent event = events_.pop();
     now_ = event.at;
-    if (now_ > config_.max_time) violation("some have not ended");
+    if (now_ > config_.max_time) violation(clients_->describe_first() + " has not ended");
     if (++result_->events % kStopEvery == 0 && stop.load(std::memory_order_relaxed)) return;
     handle(event);
   }

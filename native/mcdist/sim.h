@@ -155,6 +155,7 @@ class SimClients {
   uint8_t segment_of(uint32_t client) const { return segment_[client]; }
   // Left to run, in a word: for messages.
   std::string describe(uint32_t client) const;
+  std::string describe_first() const;  // of those not over
 
  private:
   enum class State : uint8_t { kAbsent, kComputing, kWaiting, kFilling, kOver };

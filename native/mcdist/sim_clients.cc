@@ -399,6 +399,19 @@ std::string SimClients::describe(uint32_t client) const {
          ", page " + std::to_string(state.page);
 }
 
+std::string SimClients::describe_first() const {
+  for (uint32_t i = 0; i < clients_.size(); i++) {
+    const Client& state = clients_[i];
+    if (state.state == State::kOver) continue;
+    static const char* const kStates[] = {"not started", "computing", "waiting", "filling"};
+    return describe(i) + ", " + kStates[static_cast<size_t>(state.state)] + ", " +
+           std::to_string(state.requester->under_way()) + " pages and " +
+           std::to_string(state.requester->subscription().reported_blocks()) +
+           " blocks under way, all pages here before " + std::to_string(state.filled) + ",";
+  }
+  return "nobody";
+}
+
 void SimClients::check(TimeNs now) const {
   const size_t most =
       size_t{config_.requester.prefetch_window_max} + config_.requester.fault_window;

@@ -233,14 +233,27 @@ class SimImage {
   // Parity symbols of a block come to a client; any n of one cover repair n symbols. Returns how
   // many pages that completed.
   unsigned parity(uint32_t client, PageIndex first, const Parity& parity, unsigned count) {
-    Held& held = held_[key(client, first / kBlockPages)];
+    Held& held = held_[first / kBlockPages][client];
     if (held.cover_id != parity.cover_id) held = Held{parity.cover_id, 0, parity.cover};
     held.count += count;
+    return settle(client, first);
+  }
+  // Those that hold parities of the page's block: what else came of it may do for them now.
+  std::vector<uint32_t> holders(PageIndex page) const {
+    std::vector<uint32_t> out;
+    auto found = held_.find(page / kBlockPages);
+    if (found == held_.end()) return out;
+    for (const auto& [client, held] : found->second) out.push_back(client);
+    std::sort(out.begin(), out.end());
+    return out;
+  }
+  unsigned settle(uint32_t client, PageIndex first) {
+    const Held held = parities(client, first / kBlockPages);
     BlockReport report;
     report.block = first / kBlockPages;
     look(client, &report);
     if (report.missing.empty()) return 0;
-    const SymbolSet open = report.missing & parity.cover;
+    const SymbolSet open = report.missing & held.cover;
     if (open.empty() || open.count() > held.count) return 0;
     unsigned whole = 0;
     for (unsigned i = 0; i < kBlockPages; i++) {
@@ -254,7 +267,7 @@ class SimImage {
       gain(row, first + i, client, mask);
       whole += row.bits->has(client) ? 1 : 0;
     }
-    held_.erase(key(client, report.block));
+    held_[report.block].erase(client);
     return whole;
   }
 
@@ -265,8 +278,10 @@ class SimImage {
     SymbolSet cover;
   };
   Held parities(uint32_t client, uint64_t block) const {
-    auto found = held_.find(key(client, block));
-    return found == held_.end() ? Held{} : found->second;
+    auto found = held_.find(block);
+    if (found == held_.end()) return {};
+    auto mine = found->second.find(client);
+    return mine == found->second.end() ? Held{} : mine->second;
   }
   struct Row {
     bool everybody = false;
@@ -297,7 +312,7 @@ class SimImage {
   std::vector<Row> rows_;
   // Fragments held; entries of pages that came whole later stay, and are not looked at.
   std::unordered_map<uint64_t, uint8_t> partial_;
-  std::unordered_map<uint64_t, Held> held_;  // parities, by client and block
+  std::unordered_map<uint64_t, std::unordered_map<uint32_t, Held>> held_;  // by block, client
 };
 
 }  // namespace sf::mcdist
