@@ -1,0 +1,149 @@
+/**
+ * Policy and Requester in virtual time, with hundreds of clients. The simulator itself ends a run
+ * with E_INTERNAL when a page is lost or wrong, a client starves or a queue grows out of its bound.
+ */
+import { expect, test } from 'vitest';
+import { SIM_OUTCOMES, type SimOptions, simulate } from '../../src/mcdist/simulator.js';
+
+const seeds = [1, 2, Date.now() % 1_000_000];
+const PAGES = 4096;
+
+/** 1024 pages touched in order, 0.1 ms of computing before each. */
+function options(seed: number, more: Partial<SimOptions>): SimOptions {
+  return {
+    seed,
+    pages: PAGES,
+    segments: [{ clients: 100 }],
+    traces: [
+      {
+        pages: Uint32Array.from({ length: 1024 }, (_, i) => i * 4),
+        computeNs: new Uint32Array(1024).fill(100_000),
+      },
+    ],
+    jitterPages: 16,
+    speedSpread: 0.05,
+    joinSpreadMs: 20,
+    ...more,
+  };
+}
+
+const outcomes = (result: { outcome: Uint8Array }) =>
+  Array.from(result.outcome, (index) => SIM_OUTCOMES[index]);
+
+test.each(seeds)(
+  'every page reaches every client, with and without loss (seed %i)',
+  async (seed) => {
+    for (const loss of [0, 0.01, 0.05]) {
+      const result = await simulate(
+        options(seed, { segments: [{ clients: 100, loss }], zeroShare: 0.2, privateShare: 0.02 }),
+      );
+      expect(new Set(outcomes(result))).toEqual(new Set(['finished']));
+      expect(result.zeroPagesServed).toBeGreaterThan(0);
+      if (loss > 0) expect(result.retries).toBeGreaterThan(100);
+    }
+  },
+);
+
+test('the same seed gives the same run, another one another', async () => {
+  const run = async (seed: number) => {
+    const result = await simulate(options(seed, { segments: [{ clients: 64, loss: 0.02 }] }));
+    return [result.events, result.sentBytes, result.finishedMs.join()];
+  };
+  expect(await run(7)).toEqual(await run(7));
+  expect(await run(7)).not.toEqual(await run(8));
+});
+
+test.each(seeds)('clones in lockstep are answered once (seed %i)', async (seed) => {
+  const lockstep = { jitterPages: 1, speedSpread: 0, joinSpreadMs: 0 };
+  const result = await simulate(
+    options(seed, { ...lockstep, segments: [{ clients: 60 }], maxBytesRatio: 1.05 }),
+  );
+  expect(result.pagesServed).toBe(1024);
+  expect(result.pagesRequested).toBeGreaterThan(10_000);
+});
+
+test.each(seeds)('prefetch of a whole generation by many, with loss (seed %i)', async (seed) => {
+  const result = await simulate(
+    options(seed, { segments: [{ clients: 40, loss: 0.01 }], prefetchAll: true }),
+  );
+  expect(new Set(outcomes(result))).toEqual(new Set(['finished']));
+  expect(result.distinctPages).toBe(PAGES);
+});
+
+test.each(seeds)('slow receivers get all, behind a small queue (seed %i)', async (seed) => {
+  const result = await simulate(
+    options(seed, {
+      segments: [{ clients: 60 }, { clients: 4, bytesPerS: 12.5e6, queueBytes: 65536 }],
+      prefetchAll: true,
+    }),
+  );
+  expect(new Set(outcomes(result))).toEqual(new Set(['finished']));
+});
+
+test.each(seeds)(
+  'joins, deaths and a partition do not hold up the others (seed %i)',
+  async (seed) => {
+    const result = await simulate(
+      options(seed, {
+        segments: [{ clients: 64, loss: 0.01 }, { clients: 36 }],
+        joins: [
+          { client: 0, atMs: 2000 },
+          { client: 99, atMs: 3000 },
+        ],
+        changes: [
+          { atMs: 60, kind: 'die', first: 10, count: 5 },
+          { atMs: 50, kind: 'part', first: 20, count: 10 },
+          { atMs: 900, kind: 'heal', first: 20, count: 10 },
+        ],
+      }),
+    );
+    expect(outcomes(result).filter((outcome) => outcome === 'died')).toHaveLength(5);
+    expect(outcomes(result).filter((outcome) => outcome === 'finished')).toHaveLength(95);
+    expect(result.finishedMs[20]).toBeGreaterThan(900);
+    expect(result.startMs[99]).toBe(3000);
+  },
+);
+
+test('a server that restarts is used again; one that stays away is an error within its time-out', async () => {
+  const restarted = await simulate(
+    options(1, {
+      changes: [
+        { atMs: 50, kind: 'server-die' },
+        { atMs: 600, kind: 'server-restart' },
+      ],
+    }),
+  );
+  expect(new Set(outcomes(restarted))).toEqual(new Set(['finished']));
+  const lost = await simulate(
+    options(1, { changes: [{ atMs: 50, kind: 'server-die' }], sourceTimeoutMs: 2000 }),
+  );
+  expect(new Set(outcomes(lost))).toEqual(new Set(['source-lost']));
+  expect(lost.endMs).toBeLessThan(2000 + 1000);
+});
+
+test('a starved client ends the run with seed, time and client', async () => {
+  // The server forgets each client before it asks again.
+  await expect(simulate(options(5, { maxPeers: 8, maxWaitMs: 2000 }))).rejects.toMatchObject({
+    code: 'E_INTERNAL',
+    message: expect.stringMatching(/seed 5, at [\d.]+ ms: client \d+.* waited for \d+ ms/),
+  });
+});
+
+test('more bytes than the bound end the run', async () => {
+  await expect(simulate(options(6, { unicast: true, maxBytesRatio: 3 }))).rejects.toMatchObject({
+    message: expect.stringMatching(/seed 6.* bytes were sent for/),
+  });
+});
+
+test('options that make no sense are refused', async () => {
+  for (const wrong of [
+    { pages: 0 },
+    { segments: [] },
+    { traces: [{ pages: Uint32Array.of(PAGES), computeNs: Uint32Array.of(1) }] },
+    { joins: [{ client: 100, atMs: 0 }] },
+    { fragments: 5 },
+    { privateShare: 1.5 },
+  ]) {
+    await expect(simulate(options(1, wrong))).rejects.toMatchObject({ code: 'E_ARGUMENT' });
+  }
+});
