@@ -433,4 +433,32 @@ Status NetbackFilter::Run(const std::string& program, const std::vector<uint8_t>
   return Status::Ok();
 }
 
+Status NetbackFilter::RunMany(const std::string& program, const std::vector<uint32_t>& ifindexes,
+                              uint32_t mark, uint8_t* frames, uint32_t* lengths,
+                              uint32_t* verdicts) const {
+  const bpf_program* found = bpf_object__find_program_by_name(object_, program.c_str());
+  if (found == nullptr) return Status::Error("E_ARGUMENT", "no program " + program);
+  const int fd = bpf_program__fd(found);
+  for (size_t i = 0; i < ifindexes.size(); i++) {
+    __sk_buff context = {};
+    context.ifindex = ifindexes[i];
+    context.mark = mark;
+    bpf_test_run_opts opts = {};
+    opts.sz = sizeof opts;
+    opts.data_in = frames;
+    opts.data_size_in = lengths[i];
+    opts.data_out = frames;
+    opts.data_size_out = lengths[i];
+    opts.ctx_in = &context;
+    opts.ctx_size_in = sizeof context;
+    opts.repeat = 1;
+    const int error = bpf_prog_test_run_opts(fd, &opts);
+    if (error != 0) return BpfError("run " + program + " on frame " + std::to_string(i), error);
+    frames += lengths[i];
+    lengths[i] = opts.data_size_out;
+    verdicts[i] = opts.retval;
+  }
+  return Status::Ok();
+}
+
 }  // namespace sf

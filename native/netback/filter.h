@@ -66,6 +66,11 @@ class NetbackFilter {
   // BPF_PROG_TEST_RUN of from_guest, from_wire or to_guest.
   Status Run(const std::string& program, const std::vector<uint8_t>& frame, uint32_t ifindex,
              uint32_t mark, uint32_t repeat, TestRun* out) const;
+  // The same once for each of many frames, which lie one behind the other in `frames`; `lengths`
+  // and `ifindexes` have one number a frame. A frame's result takes the place of the frame, and its
+  // length too; the filter makes no frame longer. Stops at the first that the kernel refuses.
+  Status RunMany(const std::string& program, const std::vector<uint32_t>& ifindexes, uint32_t mark,
+                 uint8_t* frames, uint32_t* lengths, uint32_t* verdicts) const;
 
  private:
   NetbackFilter() = default;

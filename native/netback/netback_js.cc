@@ -40,6 +40,7 @@ class Netback : public Napi::ObjectWrap<Netback> {
                         InstanceMethod("close", &Netback::Close),
                         InstanceMethod("putIdentity", &Netback::PutIdentity),
                         InstanceMethod("run", &Netback::Run),
+                        InstanceMethod("runMany", &Netback::RunMany),
                     });
     env.SetInstanceData(new Napi::FunctionReference(Napi::Persistent(constructor)));
     exports.Set("attach", Napi::Function::New(env, &Netback::Attach));
@@ -151,6 +152,26 @@ class Netback : public Napi::ObjectWrap<Netback> {
     out.Set("meanNs", run.mean_ns);
     out.Set("frame", Napi::Buffer<uint8_t>::Copy(info.Env(), run.frame.data(), run.frame.size()));
     return out;
+  }
+
+  // runMany(program, frames, lengths, ifindexes, mark): verdicts; frames and lengths are changed
+  Napi::Value RunMany(const Napi::CallbackInfo& info) {
+    auto frames = info[1].As<Napi::Uint8Array>();
+    auto lengths = info[2].As<Napi::Uint32Array>();
+    auto ifindexes = info[3].As<Napi::Uint32Array>();
+    uint64_t bytes = 0;
+    for (size_t i = 0; i < lengths.ElementLength(); i++) bytes += lengths[i];
+    if (lengths.ElementLength() != ifindexes.ElementLength() || bytes > frames.ByteLength()) {
+      throw_if(info.Env(), Status::Error("E_ARGUMENT", "lengths do not fit the frames"));
+    }
+    auto verdicts = Napi::Uint32Array::New(info.Env(), lengths.ElementLength());
+    throw_if(info.Env(),
+             filter(info.Env())
+                 .RunMany(info[0].ToString(),
+                          {ifindexes.Data(), ifindexes.Data() + ifindexes.ElementLength()},
+                          info[4].ToNumber().Uint32Value(), frames.Data(), lengths.Data(),
+                          verdicts.Data()));
+    return verdicts;
   }
 
   FilterHolder filter_;

@@ -34,6 +34,17 @@ export interface NativeFilter {
     mark: number,
     repeat: number,
   ): NativeRun;
+  /**
+   * Each of many frames once. They lie one behind the other, `lengths` and `ifindexes` have a number
+   * a frame; the results take their places. The verdicts.
+   */
+  runMany(
+    program: 'from_guest' | 'from_wire' | 'to_guest',
+    frames: Uint8Array,
+    lengths: Uint32Array,
+    ifindexes: Uint32Array,
+    mark: number,
+  ): Uint32Array;
 }
 
 export interface NativeFramePort {
