@@ -136,7 +136,20 @@ Status NetbackFilter::Attach(const std::string& object, const std::string& uplin
   return status;
 }
 
-Status NetbackFilter::AttachUplink(const std::string& object, const std::string& uplink) {
+Status NetbackFilter::Open(const std::string& object, const std::string& uplink,
+                           std::unique_ptr<NetbackFilter>* out) {
+  libbpf_set_print(Remember);
+  std::unique_ptr<NetbackFilter> filter(new NetbackFilter());
+  uint32_t before = 0;
+  Status status = filter->Load(object, uplink, &before);
+  if (!status.ok()) return status;
+  if (before == 0) return Status::Error("E_NOT_FOUND", "no netback filter on " + uplink);
+  *out = std::move(filter);
+  return status;
+}
+
+// Loads the programs, on the maps of those that are attached if there are any: `before`, or 0.
+Status NetbackFilter::Load(const std::string& object, const std::string& uplink, uint32_t* before) {
   uint64_t mac = 0;
   Status status = LinkAddress(uplink, &uplink_, &mac);
   if (!status.ok()) return status;
@@ -149,8 +162,8 @@ Status NetbackFilter::AttachUplink(const std::string& object, const std::string&
   object_ = bpf_object__open_file(object.c_str(), nullptr);
   if (object_ == nullptr) return BpfError("open " + object, errno);
 
-  const uint32_t before = AttachedProgram(uplink_, BPF_TC_INGRESS);
-  if (before != 0) status = TakeOver(before);
+  *before = AttachedProgram(uplink_, BPF_TC_INGRESS);
+  if (*before != 0) status = TakeOver(*before);
   if (!status.ok()) return status;
   libbpf_said.clear();
   const int error = bpf_object__load(object_);
@@ -160,10 +173,17 @@ Status NetbackFilter::AttachUplink(const std::string& object, const std::string&
     *descriptors[i] = bpf_object__find_map_fd_by_name(object_, kMaps[i]);
     if (*descriptors[i] < 0) return BpfError(std::string("find map ") + kMaps[i], *descriptors[i]);
   }
+  return Status::Ok();
+}
+
+Status NetbackFilter::AttachUplink(const std::string& object, const std::string& uplink) {
+  uint32_t before = 0;
+  Status status = Load(object, uplink, &before);
+  if (!status.ok()) return status;
   // The uplink's program keeps all maps alive and leads to them, those it does not use itself too.
   const bpf_program* from_wire = bpf_object__find_program_by_name(object_, "from_wire");
-  for (const int* map : descriptors) {
-    const int bound = bpf_prog_bind_map(bpf_program__fd(from_wire), *map, nullptr);
+  for (const int map : {ports_, by_wire_, config_, stats_}) {
+    const int bound = bpf_prog_bind_map(bpf_program__fd(from_wire), map, nullptr);
     if (bound != 0) return BpfError("bind the maps to from_wire", bound);
   }
 

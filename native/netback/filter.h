@@ -45,6 +45,10 @@ class NetbackFilter {
   // E_IN_USE (somebody else's filter in our place).
   static Status Attach(const std::string& object, const std::string& uplink,
                        std::unique_ptr<NetbackFilter>* out);
+  // Opens what is attached, for AddVm, RemoveVm, Vms, Stats and Detach, and changes nothing yet.
+  // E_NOT_FOUND: no such interface, or no filter on it.
+  static Status Open(const std::string& object, const std::string& uplink,
+                     std::unique_ptr<NetbackFilter>* out);
   ~NetbackFilter();
   NetbackFilter(const NetbackFilter&) = delete;
   NetbackFilter& operator=(const NetbackFilter&) = delete;
@@ -74,6 +78,7 @@ class NetbackFilter {
 
  private:
   NetbackFilter() = default;
+  Status Load(const std::string& object, const std::string& uplink, uint32_t* before);
   Status AttachUplink(const std::string& object, const std::string& uplink);
   Status TakeOver(uint32_t program_id);
   Status Repair();

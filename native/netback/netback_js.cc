@@ -56,17 +56,20 @@ class Netback : public Napi::ObjectWrap<Netback> {
  private:
   class Attacher : public Napi::AsyncWorker {
    public:
-    Attacher(Napi::Env env, std::string object, std::string uplink, Fd netns)
+    Attacher(Napi::Env env, std::string object, std::string uplink, bool existing, Fd netns)
         : AsyncWorker(env),
           deferred(Napi::Promise::Deferred::New(env)),
           object_(std::move(object)),
           uplink_(std::move(uplink)),
+          existing_(existing),
           netns_(std::move(netns)) {}
 
     void Execute() override {
       NetnsScope scope;
       status_ = scope.Enter(netns_.get());
-      if (status_.ok()) status_ = NetbackFilter::Attach(object_, uplink_, &filter_);
+      if (!status_.ok()) return;
+      status_ = existing_ ? NetbackFilter::Open(object_, uplink_, &filter_)
+                          : NetbackFilter::Attach(object_, uplink_, &filter_);
     }
     void OnOK() override {
       if (!status_.ok()) return deferred.Reject(js_error(Env(), status_).Value());
@@ -79,6 +82,7 @@ class Netback : public Napi::ObjectWrap<Netback> {
    private:
     std::string object_;
     std::string uplink_;
+    bool existing_;
     Fd netns_;
     FilterHolder filter_;
     Status status_;
@@ -89,8 +93,8 @@ class Netback : public Napi::ObjectWrap<Netback> {
   static Napi::Value Attach(const Napi::CallbackInfo& info) {
     Fd netns;
     throw_if(info.Env(), OpenNetns(kThreadNetns, &netns));
-    auto* attacher =
-        new Attacher(info.Env(), info[0].ToString(), info[1].ToString(), std::move(netns));
+    auto* attacher = new Attacher(info.Env(), info[0].ToString(), info[1].ToString(),
+                                  info[2].ToBoolean(), std::move(netns));
     Napi::Promise promise = attacher->deferred.Promise();
     attacher->Queue();
     return promise;

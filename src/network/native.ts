@@ -59,7 +59,8 @@ interface FramePortOptions {
 }
 
 interface NetbackAddon {
-  attach(objectPath: string, uplink: string): Promise<NativeFilter>;
+  /** `existing`: the filter that is there, or E_NOT_FOUND; nothing is attached. */
+  attach(objectPath: string, uplink: string, existing?: boolean): Promise<NativeFilter>;
   openTap(name: string, vnetHdr: boolean, mtu: number): number;
   openDhcpSocket(name: string): number;
   inNetns<T>(path: string, work: () => T): T;
