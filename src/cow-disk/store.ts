@@ -512,15 +512,15 @@ export class Store implements StoreApi {
     return { release: () => this.#reserved.delete(generation) };
   }
 
-  /** Forks of a former owner that the journal does not tell of. */
+  /**
+   * Forks of a former owner that the journal does not tell of. One that cannot be taken up now (its
+   * replica is not at hand, a file is damaged) is when its disk is opened, or that says why not.
+   * Until then nothing else touches the disk's top.
+   */
   async #recover(): Promise<void> {
     for (const name of await unrecovered(this.directory, this.#parts.ledger.tree)) {
       this.#unrecovered.add(name);
-      const { top } = diskOf(this.#parts.ledger.tree, name);
-      const base = this.#parts.ledger.tree.base(top);
-      // Without its replica: when it is opened. Until then nothing else touches its top.
-      if (base.kind === 'replica' && this.#replicaBelow(top) === undefined) continue;
-      await this.#with(name, async () => undefined);
+      await this.#with(name, async () => undefined).catch(() => undefined);
     }
   }
 }
