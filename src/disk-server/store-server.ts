@@ -24,6 +24,7 @@ import { Store, type StoreOptions } from '../cow-disk/store.js';
 import type {
   CreateDisk,
   DiskEntry,
+  DiskErrors,
   GenerationEntry,
   StoreListing,
   StoreTask,
@@ -131,6 +132,11 @@ export class StoreServer implements StoreService {
       name,
       socket: this.#exports?.place.socketPath ?? '',
     }));
+  }
+
+  /** What clients met of the disks that are open. */
+  errors(): { disk: string; errors: DiskErrors }[] {
+    return this.#store.errors();
   }
 
   /** Once it serves. */
@@ -306,16 +312,9 @@ export class StoreServer implements StoreService {
         const made = await this.#inTurn(async () => {
           if (!open) throw new SnowflockError('E_STATE', `the import of ${p.name} has ended`);
           await exports.remove(temporary); // closing a disk makes it durable
-          // In one transaction the disk gets its name: as a clone of what was imported.
-          const whole = await this.#store.snapshot({ disk: temporary });
-          const disk = await this.#store.clone({
-            disk: temporary,
-            generation: whole.id,
-            name: p.name,
-          });
+          const disk = await this.#store.renameDisk({ disk: temporary, name: p.name });
           open = false;
           this.#imports.delete(temporary);
-          await this.#store.removeDisk({ disk: temporary });
           return disk;
         });
         return this.#shown(made);
