@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "blktap/files.h"
+
 namespace sf {
 
 bool is_zero_page(const uint8_t* page) {
@@ -34,15 +36,17 @@ class ZeroBase final : public Base {
   bool all_zero() const override { return true; }
 };
 
-class ImageBase final : public Base {
+class ImageBase final : public Base, public ReadOwner {
  public:
-  ImageBase(Fd fd, uint64_t bytes) : file_(std::move(fd)), bytes_(bytes) {}
+  ImageBase(Fd fd, std::string path, uint64_t bytes, std::shared_ptr<FileErrors> errors)
+      : file_(std::move(fd)), path_(std::move(path)), bytes_(bytes), errors_(std::move(errors)) {}
 
   int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode, bool* zero) const override {
     const size_t in_file = off >= bytes_ ? 0 : std::min<uint64_t>(len, bytes_ - off);
     if (in_file > 0) {
       *zero = false;
       const int error = file_.read(off, in_file, out, mode);
+      if (error != 0 && error != EAGAIN) read_failed(error);
       if (error != 0) return error;
     }
     std::memset(out + in_file, 0, len - in_file);
@@ -51,7 +55,7 @@ class ImageBase final : public Base {
 
   int plan_read(uint64_t off, size_t len, uint8_t* out, ReadPlan* plan) const override {
     const size_t in_file = off >= bytes_ ? 0 : std::min<uint64_t>(len, bytes_ - off);
-    if (in_file > 0) plan->segments.push_back({file_.ref(), off, in_file, out});
+    if (in_file > 0) plan->segments.push_back({file_.ref(), off, in_file, out, this});
     std::memset(out + in_file, 0, len - in_file);
     return 0;
   }
@@ -88,9 +92,15 @@ class ImageBase final : public Base {
 
   void cache(uint64_t off, uint64_t len) const override { file_.read_ahead(off, len); }
 
+  void read_failed(int error) const override {
+    if (errors_ != nullptr) errors_->report(file_error("read base image " + path_, error));
+  }
+
  private:
   DataFile file_;
-  uint64_t bytes_;
+  const std::string path_;
+  const uint64_t bytes_;
+  const std::shared_ptr<FileErrors> errors_;
 };
 
 class ReplicaBase final : public Base {
@@ -169,7 +179,8 @@ class ReplicaBase final : public Base {
 
 std::shared_ptr<Base> make_zero_base() { return std::make_shared<ZeroBase>(); }
 
-Status open_image_base(const std::string& path, uint64_t image_bytes, std::shared_ptr<Base>* out) {
+Status open_image_base(const std::string& path, uint64_t image_bytes,
+                       std::shared_ptr<FileErrors> errors, std::shared_ptr<Base>* out) {
   Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (!fd.valid()) return Status::Errno("E_IO", "open base image " + path);
   struct stat st = {};
@@ -180,7 +191,7 @@ Status open_image_base(const std::string& path, uint64_t image_bytes, std::share
   if (static_cast<uint64_t>(st.st_size) < image_bytes) {
     return Status::Error("E_CORRUPT", "base image " + path + " is shorter than when it was taken");
   }
-  *out = std::make_shared<ImageBase>(std::move(fd), image_bytes);
+  *out = std::make_shared<ImageBase>(std::move(fd), path, image_bytes, std::move(errors));
   return Status::Ok();
 }
 

@@ -41,7 +41,9 @@ class Base {
 std::shared_ptr<Base> make_zero_base();
 // `image_bytes` is the image's size when the disk was created; a file shorter than that is
 // E_CORRUPT. Beyond it the disk is zeros. Of a disk smaller than the image give the disk's size.
-Status open_image_base(const std::string& path, uint64_t image_bytes, std::shared_ptr<Base>* out);
+// What goes wrong with it later is told to `errors`, which may be null.
+Status open_image_base(const std::string& path, uint64_t image_bytes,
+                       std::shared_ptr<FileErrors> errors, std::shared_ptr<Base>* out);
 Status open_replica_base(std::shared_ptr<Replica> replica, std::shared_ptr<Base>* out);
 
 // True if all 4096 bytes are zero.

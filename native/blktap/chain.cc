@@ -85,7 +85,7 @@ int plan_stretch(const Chain& chain, const Stretch& stretch, uint64_t off, size_
       const CachedFile::Pin* pin = nullptr;
       const int error = pin_for(chain, entry, plan, &pin);
       if (error != 0) return error;
-      plan->segments.push_back({pin->ref(), off, n, out});
+      plan->segments.push_back({pin->ref(), off, n, out, pin->file()});
     }
     off += n;
     out += n;

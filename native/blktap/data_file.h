@@ -5,10 +5,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <string>
 #include <utility>
 
 #include "common/fd.h"
+#include "common/status.h"
 
 namespace sf {
 
@@ -19,6 +21,32 @@ enum class ReadMode : uint8_t {
 
 // What a file can do for a read that must not sleep.
 enum class Nowait : uint8_t { kRefused, kFlag, kMemory };
+
+// The last thing that went wrong with the files of one store, for people.
+class FileErrors {
+ public:
+  void report(Status status) {
+    std::lock_guard lock(mutex_);
+    last_ = std::move(status);
+  }
+  Status last() {
+    std::lock_guard lock(mutex_);
+    return last_;
+  }
+
+ private:
+  std::mutex mutex_;
+  Status last_;
+};
+
+// Whose file is read by somebody else (a ring, by a plan), who tells it what went wrong.
+class ReadOwner {
+ public:
+  virtual void read_failed(int error) const = 0;
+
+ protected:
+  ~ReadOwner() = default;
+};
 
 // A file that somebody else keeps open, for reading.
 struct FileRef {

@@ -233,8 +233,9 @@ Status Disk::close() {
 Status Disk::last_error() {
   std::lock_guard lock(error_mutex_);
   // Slices are read by many disks: what is wrong with one is told by those that met an error.
-  if (!last_error_.ok() || stats_.io_errors.load(std::memory_order_relaxed) == 0)
-    return last_error_;
+  const bool met = stats_.io_errors.load(std::memory_order_relaxed) > 0 ||
+                   stats_.no_space_errors.load(std::memory_order_relaxed) > 0;
+  if (!last_error_.ok() || !met) return last_error_;
   return store_->file_errors()->last();
 }
 

@@ -79,7 +79,7 @@ class Disk final : public Device {
   };
   Info info();
   DiskStats& stats() { return stats_; }
-  Status last_error();  // of its last failed flush, else of a file of the store
+  Status last_error();  // of its last failed flush, else of a file
 
   uint64_t size() const override { return chain_.size; }
   bool writable() const override { return true; }
@@ -138,6 +138,7 @@ class Disk final : public Device {
   bool known_zero(PageIndex page, SliceIndex::Entry entry) const;
   bool zero_is_fast(uint64_t off, uint64_t len, Zero mode) const;
   int mark(PageIndex first, uint64_t count, PageState state);
+  void write_failed(int error);
   std::mutex& page_lock(PageIndex first) {
     return page_locks_[first / SliceIndex::kLeafPages % page_locks_.size()];
   }

@@ -6,6 +6,7 @@
 #include <shared_mutex>
 
 #include "blktap/disk.h"
+#include "blktap/files.h"
 
 namespace sf {
 
@@ -79,6 +80,7 @@ int Disk::write_stretch(const Stretch& stretch, uint64_t off, size_t len, const 
   if (error != 0) return error;
   iovec parts[3] = {{head, head_bytes}, {const_cast<uint8_t*>(data), len}, {tail, tail_bytes}};
   error = top_->data().writev(off - head_bytes, parts, 3);
+  if (error != 0) write_failed(error);
   bool fresh = false;
   for (PageIndex page = stretch.first; page <= last; page++) {
     fresh = fresh || stretch.entry(page) != top_number_;
@@ -86,6 +88,11 @@ int Disk::write_stretch(const Stretch& stretch, uint64_t off, size_t len, const 
   if (error == 0 && fresh) error = mark(stretch.first, stretch.count, PageState::kPresent);
   if (error != 0) give_back(stretch);
   return error;
+}
+
+// A flush tells what it met, and a file that is read too; a write has nobody else to do so.
+void Disk::write_failed(int error) {
+  store_->file_errors()->report(file_error("write " + top_->pages().path(), error));
 }
 
 // The rest of a page: what is below, and zeros beyond the disk's end.
@@ -108,6 +115,7 @@ void Disk::give_back(const Stretch& stretch) {
 
 int Disk::mark(PageIndex first, uint64_t count, PageState state) {
   const int error = top_->mark(first, count, state);
+  if (error != 0) write_failed(error);
   if (error != 0) return error;
   std::unique_lock lock(index_lock_);
   index_.set(first, count, state == PageState::kZero ? SliceIndex::kZero : top_number_);

@@ -133,6 +133,7 @@ int Disk::zero_pages(const Stretch& stretch, PageIndex first, PageIndex end) {
 // Like a write of zeros: the bytes, then the states.
 int Disk::allocate_pages(const Stretch& stretch, PageIndex first, PageIndex end) {
   int error = top_->allocate_zeroes(first, end - first);
+  if (error != 0) write_failed(error);
   if (error == 0) error = mark(first, end - first, PageState::kPresent);
   if (error != 0) {
     Stretch given;

@@ -44,11 +44,11 @@ int open_path(const std::string& path, ReadMode mode) {
 
 int CachedFile::Pin::read(uint64_t off, size_t len, uint8_t* out, ReadMode mode) const {
   const int error = ref().read(off, len, out, mode);
-  if (error != 0 && error != EAGAIN) {
-    file_->complain(file_error("read " + file_->path_, error));
-  }
+  if (error != 0 && error != EAGAIN) file_->read_failed(error);
   return error;
 }
+
+void CachedFile::read_failed(int error) const { complain(file_error("read " + path_, error)); }
 
 CachedFile::~CachedFile() {
   if (cache_ != nullptr) cache_->forget(*this, true);

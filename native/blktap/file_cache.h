@@ -45,24 +45,7 @@ namespace sf {
 
 class FileCache;
 
-// The last thing that went wrong with the files of one disk, for people.
-class FileErrors {
- public:
-  void report(Status status) {
-    std::lock_guard lock(mutex_);
-    last_ = std::move(status);
-  }
-  Status last() {
-    std::lock_guard lock(mutex_);
-    return last_;
-  }
-
- private:
-  std::mutex mutex_;
-  Status last_;
-};
-
-class CachedFile {
+class CachedFile final : public ReadOwner {
  public:
   // A pinned descriptor: stays open and the same file until this goes. The CachedFile outlives it.
   class Pin {
@@ -109,6 +92,7 @@ class CachedFile {
   int pin(ReadMode mode, Pin* out) const;
   // pin(), FileRef::read, unpin.
   int read(uint64_t off, size_t len, uint8_t* out, ReadMode mode) const;
+  void read_failed(int error) const override;
 
  private:
   friend class FileCache;

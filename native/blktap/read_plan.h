@@ -16,6 +16,7 @@ struct ReadSegment {
   uint64_t offset = 0;
   size_t bytes = 0;
   uint8_t* into = nullptr;
+  const ReadOwner* owner = nullptr;  // kept by the plan as well; may be null
 };
 
 // Bytes known to be zeros are in the buffer already and in no segment.

@@ -75,6 +75,7 @@ void Ring::fill_slots() {
       if (segment.file.in_memory()) {
         read->error =
             segment.file.read(segment.offset, segment.bytes, segment.into, ReadMode::kBlock);
+        if (read->error != 0 && segment.owner != nullptr) segment.owner->read_failed(read->error);
         continue;
       }
       const unsigned slot = free_.back();
@@ -109,7 +110,11 @@ void Ring::slot_done(unsigned slot, int result) {
   }
   const std::shared_ptr<Read> read = std::move(slots_[slot].read);
   free_.push_back(slot);
-  if (result <= 0 && read->error == 0) read->error = result == 0 ? EIO : -result;
+  if (result <= 0) {
+    const int error = result == 0 ? EIO : -result;
+    if (segment.owner != nullptr) segment.owner->read_failed(error);
+    if (read->error == 0) read->error = error;
+  }
   read->pending--;
   const bool submitted = read->next == read->plan.segments.size() || read->error != 0;
   // A failed one that still has its place in the queue is finished there.

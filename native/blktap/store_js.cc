@@ -19,7 +19,8 @@ struct ChainArgument {
   Store::OpenBase open_base;
 };
 
-ChainArgument chain_argument(Napi::Env env, const Napi::Value& value, const Napi::Value& handle) {
+ChainArgument chain_argument(Napi::Env env, const Napi::Value& value, const Napi::Value& handle,
+                             const std::shared_ptr<FileErrors>& errors) {
   if (!value.IsObject() || !value.As<Napi::Object>().Get("base").IsObject()) {
     throw js_error(env, Status::Error("E_ARGUMENT", "a chain of slices and a base expected"));
   }
@@ -31,8 +32,8 @@ ChainArgument chain_argument(Napi::Env env, const Napi::Value& value, const Napi
   const std::string kind = text(base, "kind");
   if (kind == "image") {
     const uint64_t bytes = std::min(number(base, "imageBytes"), chain.size_bytes);
-    chain.open_base = [path = text(base, "path"), bytes](std::shared_ptr<Base>* out) {
-      return open_image_base(path, bytes, out);
+    chain.open_base = [path = text(base, "path"), bytes, errors](std::shared_ptr<Base>* out) {
+      return open_image_base(path, bytes, errors, out);
     };
   } else if (kind == "replica") {
     auto replica = unwrap_replica(handle);
@@ -135,7 +136,7 @@ class StoreJs : public Napi::ObjectWrap<StoreJs> {
 
   Napi::Value OpenDisk(const Napi::CallbackInfo& info) {
     Napi::Env env = info.Env();
-    const ChainArgument chain = chain_argument(env, info[0], info[1]);
+    const ChainArgument chain = chain_argument(env, info[0], info[1], open(env)->file_errors());
     const std::string spare = text(info[0].As<Napi::Object>(), "spare");
     auto node = std::make_shared<NodePtr>();
     throw_if(env, open(info.Env())->resolve(chain.slices, chain.size_bytes, true, node.get()));
@@ -150,7 +151,7 @@ class StoreJs : public Napi::ObjectWrap<StoreJs> {
 
   Napi::Value OpenView(const Napi::CallbackInfo& info) {
     Napi::Env env = info.Env();
-    const ChainArgument chain = chain_argument(env, info[0], info[1]);
+    const ChainArgument chain = chain_argument(env, info[0], info[1], open(env)->file_errors());
     auto node = std::make_shared<NodePtr>();
     throw_if(env, open(info.Env())->resolve(chain.slices, chain.size_bytes, false, node.get()));
     if (auto alive = open(info.Env())->view_if_alive(*node)) {

@@ -20,7 +20,7 @@ std::string store_folder() { return folder() + "/store"; }
 std::string socket_path() { return folder() + "/nbd"; }
 
 Status open_base(std::shared_ptr<Base>* out) {
-  return open_image_base(folder() + "/image", kImageBytes, out);
+  return open_image_base(folder() + "/image", kImageBytes, nullptr, out);
 }
 
 void make_slice(unsigned n, SliceState state) {

@@ -136,7 +136,20 @@ Status NetbackFilter::Attach(const std::string& object, const std::string& uplin
   return status;
 }
 
-Status NetbackFilter::AttachUplink(const std::string& object, const std::string& uplink) {
+Status NetbackFilter::Open(const std::string& object, const std::string& uplink,
+                           std::unique_ptr<NetbackFilter>* out) {
+  libbpf_set_print(Remember);
+  std::unique_ptr<NetbackFilter> filter(new NetbackFilter());
+  uint32_t before = 0;
+  Status status = filter->Load(object, uplink, &before);
+  if (!status.ok()) return status;
+  if (before == 0) return Status::Error("E_NOT_FOUND", "no netback filter on " + uplink);
+  *out = std::move(filter);
+  return status;
+}
+
+// Loads the programs, on the maps of those that are attached if there are any: `before`, or 0.
+Status NetbackFilter::Load(const std::string& object, const std::string& uplink, uint32_t* before) {
   uint64_t mac = 0;
   Status status = LinkAddress(uplink, &uplink_, &mac);
   if (!status.ok()) return status;
@@ -149,8 +162,8 @@ Status NetbackFilter::AttachUplink(const std::string& object, const std::string&
   object_ = bpf_object__open_file(object.c_str(), nullptr);
   if (object_ == nullptr) return BpfError("open " + object, errno);
 
-  const uint32_t before = AttachedProgram(uplink_, BPF_TC_INGRESS);
-  if (before != 0) status = TakeOver(before);
+  *before = AttachedProgram(uplink_, BPF_TC_INGRESS);
+  if (*before != 0) status = TakeOver(*before);
   if (!status.ok()) return status;
   libbpf_said.clear();
   const int error = bpf_object__load(object_);
@@ -160,10 +173,17 @@ Status NetbackFilter::AttachUplink(const std::string& object, const std::string&
     *descriptors[i] = bpf_object__find_map_fd_by_name(object_, kMaps[i]);
     if (*descriptors[i] < 0) return BpfError(std::string("find map ") + kMaps[i], *descriptors[i]);
   }
+  return Status::Ok();
+}
+
+Status NetbackFilter::AttachUplink(const std::string& object, const std::string& uplink) {
+  uint32_t before = 0;
+  Status status = Load(object, uplink, &before);
+  if (!status.ok()) return status;
   // The uplink's program keeps all maps alive and leads to them, those it does not use itself too.
   const bpf_program* from_wire = bpf_object__find_program_by_name(object_, "from_wire");
-  for (const int* map : descriptors) {
-    const int bound = bpf_prog_bind_map(bpf_program__fd(from_wire), *map, nullptr);
+  for (const int map : {ports_, by_wire_, config_, stats_}) {
+    const int bound = bpf_prog_bind_map(bpf_program__fd(from_wire), map, nullptr);
     if (bound != 0) return BpfError("bind the maps to from_wire", bound);
   }
 
@@ -430,6 +450,34 @@ Status NetbackFilter::Run(const std::string& program, const std::vector<uint8_t>
   out->verdict = opts.retval;
   out->mean_ns = opts.duration;
   out->frame.resize(opts.data_size_out);
+  return Status::Ok();
+}
+
+Status NetbackFilter::RunMany(const std::string& program, const std::vector<uint32_t>& ifindexes,
+                              uint32_t mark, uint8_t* frames, uint32_t* lengths,
+                              uint32_t* verdicts) const {
+  const bpf_program* found = bpf_object__find_program_by_name(object_, program.c_str());
+  if (found == nullptr) return Status::Error("E_ARGUMENT", "no program " + program);
+  const int fd = bpf_program__fd(found);
+  for (size_t i = 0; i < ifindexes.size(); i++) {
+    __sk_buff context = {};
+    context.ifindex = ifindexes[i];
+    context.mark = mark;
+    bpf_test_run_opts opts = {};
+    opts.sz = sizeof opts;
+    opts.data_in = frames;
+    opts.data_size_in = lengths[i];
+    opts.data_out = frames;
+    opts.data_size_out = lengths[i];
+    opts.ctx_in = &context;
+    opts.ctx_size_in = sizeof context;
+    opts.repeat = 1;
+    const int error = bpf_prog_test_run_opts(fd, &opts);
+    if (error != 0) return BpfError("run " + program + " on frame " + std::to_string(i), error);
+    frames += lengths[i];
+    lengths[i] = opts.data_size_out;
+    verdicts[i] = opts.retval;
+  }
   return Status::Ok();
 }
 

@@ -45,6 +45,10 @@ class NetbackFilter {
   // E_IN_USE (somebody else's filter in our place).
   static Status Attach(const std::string& object, const std::string& uplink,
                        std::unique_ptr<NetbackFilter>* out);
+  // Opens what is attached, for AddVm, RemoveVm, Vms, Stats and Detach, and changes nothing yet.
+  // E_NOT_FOUND: no such interface, or no filter on it.
+  static Status Open(const std::string& object, const std::string& uplink,
+                     std::unique_ptr<NetbackFilter>* out);
   ~NetbackFilter();
   NetbackFilter(const NetbackFilter&) = delete;
   NetbackFilter& operator=(const NetbackFilter&) = delete;
@@ -66,9 +70,15 @@ class NetbackFilter {
   // BPF_PROG_TEST_RUN of from_guest, from_wire or to_guest.
   Status Run(const std::string& program, const std::vector<uint8_t>& frame, uint32_t ifindex,
              uint32_t mark, uint32_t repeat, TestRun* out) const;
+  // The same once for each of many frames, which lie one behind the other in `frames`; `lengths`
+  // and `ifindexes` have one number a frame. A frame's result takes the place of the frame, and its
+  // length too; the filter makes no frame longer. Stops at the first that the kernel refuses.
+  Status RunMany(const std::string& program, const std::vector<uint32_t>& ifindexes, uint32_t mark,
+                 uint8_t* frames, uint32_t* lengths, uint32_t* verdicts) const;
 
  private:
   NetbackFilter() = default;
+  Status Load(const std::string& object, const std::string& uplink, uint32_t* before);
   Status AttachUplink(const std::string& object, const std::string& uplink);
   Status TakeOver(uint32_t program_id);
   Status Repair();

@@ -40,6 +40,7 @@ class Netback : public Napi::ObjectWrap<Netback> {
                         InstanceMethod("close", &Netback::Close),
                         InstanceMethod("putIdentity", &Netback::PutIdentity),
                         InstanceMethod("run", &Netback::Run),
+                        InstanceMethod("runMany", &Netback::RunMany),
                     });
     env.SetInstanceData(new Napi::FunctionReference(Napi::Persistent(constructor)));
     exports.Set("attach", Napi::Function::New(env, &Netback::Attach));
@@ -55,17 +56,20 @@ class Netback : public Napi::ObjectWrap<Netback> {
  private:
   class Attacher : public Napi::AsyncWorker {
    public:
-    Attacher(Napi::Env env, std::string object, std::string uplink, Fd netns)
+    Attacher(Napi::Env env, std::string object, std::string uplink, bool existing, Fd netns)
         : AsyncWorker(env),
           deferred(Napi::Promise::Deferred::New(env)),
           object_(std::move(object)),
           uplink_(std::move(uplink)),
+          existing_(existing),
           netns_(std::move(netns)) {}
 
     void Execute() override {
       NetnsScope scope;
       status_ = scope.Enter(netns_.get());
-      if (status_.ok()) status_ = NetbackFilter::Attach(object_, uplink_, &filter_);
+      if (!status_.ok()) return;
+      status_ = existing_ ? NetbackFilter::Open(object_, uplink_, &filter_)
+                          : NetbackFilter::Attach(object_, uplink_, &filter_);
     }
     void OnOK() override {
       if (!status_.ok()) return deferred.Reject(js_error(Env(), status_).Value());
@@ -78,6 +82,7 @@ class Netback : public Napi::ObjectWrap<Netback> {
    private:
     std::string object_;
     std::string uplink_;
+    bool existing_;
     Fd netns_;
     FilterHolder filter_;
     Status status_;
@@ -88,8 +93,8 @@ class Netback : public Napi::ObjectWrap<Netback> {
   static Napi::Value Attach(const Napi::CallbackInfo& info) {
     Fd netns;
     throw_if(info.Env(), OpenNetns(kThreadNetns, &netns));
-    auto* attacher =
-        new Attacher(info.Env(), info[0].ToString(), info[1].ToString(), std::move(netns));
+    auto* attacher = new Attacher(info.Env(), info[0].ToString(), info[1].ToString(),
+                                  info[2].ToBoolean(), std::move(netns));
     Napi::Promise promise = attacher->deferred.Promise();
     attacher->Queue();
     return promise;
@@ -151,6 +156,26 @@ class Netback : public Napi::ObjectWrap<Netback> {
     out.Set("meanNs", run.mean_ns);
     out.Set("frame", Napi::Buffer<uint8_t>::Copy(info.Env(), run.frame.data(), run.frame.size()));
     return out;
+  }
+
+  // runMany(program, frames, lengths, ifindexes, mark): verdicts; frames and lengths are changed
+  Napi::Value RunMany(const Napi::CallbackInfo& info) {
+    auto frames = info[1].As<Napi::Uint8Array>();
+    auto lengths = info[2].As<Napi::Uint32Array>();
+    auto ifindexes = info[3].As<Napi::Uint32Array>();
+    uint64_t bytes = 0;
+    for (size_t i = 0; i < lengths.ElementLength(); i++) bytes += lengths[i];
+    if (lengths.ElementLength() != ifindexes.ElementLength() || bytes > frames.ByteLength()) {
+      throw_if(info.Env(), Status::Error("E_ARGUMENT", "lengths do not fit the frames"));
+    }
+    auto verdicts = Napi::Uint32Array::New(info.Env(), lengths.ElementLength());
+    throw_if(info.Env(),
+             filter(info.Env())
+                 .RunMany(info[0].ToString(),
+                          {ifindexes.Data(), ifindexes.Data() + ifindexes.ElementLength()},
+                          info[4].ToNumber().Uint32Value(), frames.Data(), lengths.Data(),
+                          verdicts.Data()));
+    return verdicts;
   }
 
   FilterHolder filter_;

@@ -1,4 +1,4 @@
-import { existsSync } from 'node:fs';
+import { accessSync } from 'node:fs';
 import { basename, dirname, join, resolve } from 'node:path';
 import { InvalidArgumentError } from 'commander';
 import { SnowflockError } from '../common/errors.js';
@@ -56,8 +56,16 @@ export function parseStoreOrDisk(text: string | undefined): {
   return parseDiskName(text);
 }
 
+/** E_IO if that cannot be found out, as by a user who may not look. */
 export function isStore(path: string): boolean {
-  return existsSync(join(path, 'store.journal'));
+  try {
+    accessSync(join(path, 'store.journal'));
+    return true;
+  } catch (cause) {
+    const { code } = cause as NodeJS.ErrnoException;
+    if (code === 'ENOENT' || code === 'ENOTDIR') return false;
+    throw new SnowflockError('E_IO', `cannot look into ${path}: ${code}`, { cause });
+  }
 }
 
 const UNITS: Record<string, number> = { b: 1, k: 2 ** 10, m: 2 ** 20, g: 2 ** 30, t: 2 ** 40 };

@@ -1,5 +1,5 @@
-import { mkdir, readdir } from 'node:fs/promises';
-import { dirname } from 'node:path';
+import { mkdir, readdir, rm, rmdir } from 'node:fs/promises';
+import { dirname, join } from 'node:path';
 import { setTimeout as pause } from 'node:timers/promises';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
 import { RemoteStore } from '../cow-disk/control.js';
@@ -22,13 +22,16 @@ export async function withStore<T>(
   work: (store: StoreService) => Promise<T>,
   options: { create?: boolean } = {},
 ): Promise<T> {
-  if (options.create === true) await makeStore(directory);
+  const made = options.create === true && (await makeStore(directory));
   const store = await openStore(directory);
   let result: T;
   try {
     result = await work(store);
   } catch (error) {
-    await store.close().catch(() => undefined); // the first error tells
+    // The first error tells.
+    if (made) await unmakeStore(store).catch(() => undefined);
+    await store.close().catch(() => undefined);
+    if (made) await rmdir(directory).catch(() => undefined); // unless there is something in it
     throw error;
   }
   await store.close();
@@ -64,8 +67,17 @@ export function noStore(directory: string): SnowflockError {
   );
 }
 
-async function makeStore(directory: string): Promise<void> {
-  if (isStore(directory)) return;
+/** A store that was made for a disk that there is not. While it is open nobody else has it. */
+async function unmakeStore(store: StoreService): Promise<void> {
+  if (!(store instanceof StoreServer) || (await store.list()).disks.length > 0) return;
+  for (const name of ['store.journal', 'store.lock']) {
+    await rm(join(store.directory, name), { force: true });
+  }
+}
+
+/** True if it was this call that made it. */
+async function makeStore(directory: string): Promise<boolean> {
+  if (isStore(directory)) return false;
   try {
     // The default store's own folders need not exist; a typing error must not make a tree.
     if (directory === defaultStore()) await mkdir(dirname(directory), { recursive: true });
@@ -82,7 +94,9 @@ async function makeStore(directory: string): Promise<void> {
   }
   try {
     await Store.create(directory);
+    return true;
   } catch (error) {
     if (asSnowflockError(error).code !== 'E_EXISTS') throw error; // made meanwhile
+    return false;
   }
 }

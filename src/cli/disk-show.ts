@@ -106,6 +106,13 @@ function title(one: GenerationEntry): string {
   return `${one.disk}@${one.name ?? one.id}`;
 }
 
+function aboutErrors({ errors }: DiskEntry): [string, string][] {
+  if (errors === undefined) return [];
+  const { io, no_space, last } = errors;
+  const counts = `${io} requests failed, ${no_space} more for want of space`;
+  return [['errors', last === null ? counts : `${counts}; ${last}`]];
+}
+
 function aboutDisk(listing: StoreListing, disk: DiskEntry): [string, string][] {
   const origin = originOf(listing, disk);
   const { base } = disk;
@@ -127,6 +134,7 @@ function aboutDisk(listing: StoreListing, disk: DiskEntry): [string, string][] {
     ],
     ...aboutReplica(disk),
     ['open', disk.open ? 'yes' : 'no'],
+    ...aboutErrors(disk),
     ...disk.exports.map((one): [string, string] => [
       'export',
       nbdUri({ socket: one.socket, export_name: one.name }),

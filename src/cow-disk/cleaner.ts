@@ -219,8 +219,9 @@ export class Cleaner {
       if (committed) for (const id of remove) ledger.gone(id);
       return committed;
     } finally {
-      // Of a broken journal nobody knows whether it names the merged map: the next owner sees.
-      if (!committed && ledger.journal.broken) merge.leave();
+      // What the journal names is never undone, should apply() have failed; and of a broken journal
+      // nobody knows whether it names the merged map: the next owner of the store sees.
+      if (committed || ledger.journal.broken) merge.leave();
       await native(() => merge.abort()); // after apply() it only lets go
     }
   }

@@ -22,9 +22,13 @@ export async function describeDisk(
     throw new SnowflockError('E_ARGUMENT', `base image ${base.path} is not an absolute path`);
   }
   const found = await stat(base.path).catch((error: unknown) => {
-    throw new SnowflockError('E_IMAGE_UNKNOWN', `base image ${base.path} cannot be read`, {
-      cause: error,
-    });
+    throw new SnowflockError(
+      'E_IMAGE_UNKNOWN',
+      `base image ${base.path} cannot be read: ${(error as NodeJS.ErrnoException).code}`,
+      {
+        cause: error,
+      },
+    );
   });
   if (!found.isFile()) {
     throw new SnowflockError('E_ARGUMENT', `base image ${base.path} is not a regular file`);

@@ -136,6 +136,10 @@ export class Disk {
     return openSingle(directory, options);
   }
 
+  get closing(): boolean {
+    return this.#closing !== undefined;
+  }
+
   /** The native disk, for an NBD server with several exports. */
   get device(): NativeDisk {
     this.#check();

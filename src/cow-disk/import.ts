@@ -74,9 +74,12 @@ async function look(request: ImportRequest, scratch: () => Promise<string>): Pro
     path = await realpath(request.source);
     found = await stat(path);
   } catch (cause) {
-    throw new SnowflockError('E_NOT_FOUND', `${request.source} cannot be read: ${String(cause)}`, {
-      cause,
-    });
+    const { code } = cause as NodeJS.ErrnoException;
+    throw new SnowflockError(
+      code === 'ENOENT' || code === 'ENOTDIR' ? 'E_NOT_FOUND' : 'E_IO',
+      `${request.source} cannot be read: ${code}`,
+      { cause },
+    );
   }
   if (found.isDirectory()) return rootFs(request, path, await scratch());
   const archive = /\.(tar|tgz|tzst|tar\.(gz|zst|xz|bz2))$/i.test(request.source);

@@ -33,7 +33,16 @@ export async function diskEntry(
     depth,
     open: disk !== undefined,
     exports: disk === undefined ? [] : disk.exports.map((each) => ({ ...each })),
+    ...errorsOf(disk),
   };
+}
+
+/** What an open disk's clients met. Nothing of one that is being closed. */
+export function errorsOf(disk: Disk | undefined): Pick<DiskEntry, 'errors'> {
+  if (disk === undefined || disk.closing) return {};
+  const { ioErrors, noSpaceErrors, lastError } = disk.stats();
+  if (ioErrors + noSpaceErrors === 0 && lastError === null) return {};
+  return { errors: { io: ioErrors, no_space: noSpaceErrors, last: lastError } };
 }
 
 /** E_NOT_FOUND. */

@@ -130,7 +130,7 @@ export interface NativeStats {
   fetched: number;
   ioErrors: number;
   noSpaceErrors: number;
-  /** What the last failed flush said; else, if there were errors, the last about a slice's file. */
+  /** What the last failed flush said; else, if there were errors, the last about a file of the store. */
   lastError: string | null;
 }
 

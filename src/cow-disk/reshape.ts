@@ -18,6 +18,19 @@ export function removedDisk(tree: Tree, name: string): Transaction {
   };
 }
 
+/** Gives a disk another name, and with it its generations. */
+export function renamedDisk(tree: Tree, from: string, to: string): Transaction {
+  const disk = diskOf(tree, from);
+  const generations = [...tree.generationsOf(from)].map((id) => {
+    const entry = tree.generations.get(id);
+    return [id, entry === undefined ? null : { ...entry, disk: to }] as const;
+  });
+  return {
+    generations: Object.fromEntries(generations),
+    disks: { [from]: null, [to]: disk },
+  };
+}
+
 /** Puts a disk on a generation's slice, with the new empty slice `top`. */
 export function rolledBack(tree: Tree, name: string, onto: string, top: string): Transaction {
   const disk = diskOf(tree, name);

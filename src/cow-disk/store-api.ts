@@ -62,6 +62,15 @@ export interface DiskEntry {
   exports: { socket: string; name: string }[];
   /** Of a base of kind `replica`, while it is open. */
   replica?: ReplicaStatus;
+  /** While it is open, if its clients met any since. */
+  errors?: DiskErrors;
+}
+
+/** Requests that failed. `last`: the last failure of a flush, or of one of the store's files. */
+export interface DiskErrors {
+  io: number;
+  no_space: number;
+  last: string | null;
 }
 
 /** How much of a generation of another host is here. */

@@ -9,15 +9,16 @@ import { flatten } from './flatten.js';
 import { Gate } from './gate.js';
 import { Journal, makeFolder } from './journal.js';
 import { Ledger } from './ledger.js';
-import { diskEntry, generationEntry } from './listing.js';
+import { diskEntry, errorsOf, generationEntry } from './listing.js';
 import { addon, native } from './native.js';
 import { diskOf, type ReplicaHandle, type StoreParts, sliceOf } from './parts.js';
 import { checkNamedFiles, removeStrays, unrecovered } from './recover.js';
-import { commitClone, removedDisk, rolledBack } from './reshape.js';
+import { commitClone, removedDisk, renamedDisk, rolledBack } from './reshape.js';
 import { newSliceId, removeFiles } from './slice-files.js';
 import type {
   CreateDisk,
   DiskEntry,
+  DiskErrors,
   GenerationEntry,
   StoreApi,
   StoreListing,
@@ -48,7 +49,8 @@ interface OpenEntry {
   /** A caller of openDisk() has it; else it is closed when nobody uses it any more. */
   owned: boolean;
   users: number;
-  ready: boolean;
+  /** Once it is. */
+  opened: Disk | undefined;
 }
 
 /** What disks and generations of a store read of a replica. */
@@ -173,6 +175,19 @@ export class Store implements StoreApi {
     });
     this.#unrecovered.delete(p.disk);
     this.#parts.changed();
+  }
+
+  /** A disk that is not open gets another name, at once. E_EXISTS, E_NOT_FOUND, E_IN_USE. */
+  async renameDisk(p: { disk: string; name: string }): Promise<DiskEntry> {
+    this.#check();
+    checkDiskName(p.name);
+    await this.#journalled(p.disk);
+    await this.#parts.ledger.commit((tree) => {
+      this.#checkUnused(p.disk);
+      this.#checkFree(tree, p.name);
+      return renamedDisk(tree, p.disk, p.name);
+    });
+    return this.#entry(p.name);
   }
 
   async rollback(p: { disk: string; generation: string }): Promise<void> {
@@ -311,12 +326,20 @@ export class Store implements StoreApi {
     );
   }
 
+  /** Of the disks that are open, what their clients met. */
+  errors(): { disk: string; errors: DiskErrors }[] {
+    return [...this.#open].flatMap(([disk, { opened }]) => {
+      const { errors } = errorsOf(opened);
+      return errors === undefined ? [] : [{ disk, errors }];
+    });
+  }
+
   /** The replicas that slices lie on, by generation. */
   replicas(): Map<string, ReplicaUse> {
     const { tree } = this.#parts.ledger;
     const told = new Set<string>();
-    for (const [name, { ready }] of this.#open) {
-      const top = ready ? tree.disks.get(name)?.top : undefined;
+    for (const [name, { opened }] of this.#open) {
+      const top = opened !== undefined ? tree.disks.get(name)?.top : undefined;
       let root: string | undefined;
       if (top !== undefined) for (const [id] of tree.down(top)) root = id;
       if (root !== undefined) told.add(root);
@@ -366,6 +389,11 @@ export class Store implements StoreApi {
     throw new SnowflockError('E_IN_USE', `disk ${name} of ${this.directory} is open or served`);
   }
 
+  #checkFree(tree: Tree, name: string): void {
+    if (!tree.disks.has(name)) return;
+    throw new SnowflockError('E_EXISTS', `${this.directory} has a disk ${name} already`);
+  }
+
   #entry(name: string): Promise<DiskEntry> {
     return diskEntry(this.#parts.ledger.tree, name, this.#open.get(name)?.disk);
   }
@@ -409,14 +437,10 @@ export class Store implements StoreApi {
     size_bytes: number,
     slices: (top: string, tree: Tree) => NonNullable<Parameters<Tree['apply']>[0]['slices']>,
   ): Promise<DiskEntry> {
-    const free = (tree: Tree) => {
-      if (!tree.disks.has(name)) return;
-      throw new SnowflockError('E_EXISTS', `${this.directory} has a disk ${name} already`);
-    };
-    free(this.#parts.ledger.tree);
+    this.#checkFree(this.#parts.ledger.tree, name);
     await this.#withNewSlice(size_bytes, (top) =>
       this.#parts.ledger.commit((tree) => {
-        free(tree);
+        this.#checkFree(tree, name);
         const disk = { top, spare: null, created_ms: Date.now() };
         return { slices: slices(top, tree), disks: { [name]: disk } };
       }),
@@ -450,11 +474,11 @@ export class Store implements StoreApi {
 
   #start(name: string, replica: ReplicaHandle | undefined): OpenEntry {
     const disk = this.#openDisk(name, replica);
-    const entry: OpenEntry = { disk, owned: false, users: 0, ready: false };
+    const entry: OpenEntry = { disk, owned: false, users: 0, opened: undefined };
     this.#open.set(name, entry);
     disk.then(
-      () => {
-        entry.ready = true;
+      (opened) => {
+        entry.opened = opened;
       },
       () => this.#open.delete(name),
     );
@@ -512,15 +536,15 @@ export class Store implements StoreApi {
     return { release: () => this.#reserved.delete(generation) };
   }
 
-  /** Forks of a former owner that the journal does not tell of. */
+  /**
+   * Forks of a former owner that the journal does not tell of. One that cannot be taken up now (its
+   * replica is not at hand, a file is damaged) is when its disk is opened, or that says why not.
+   * Until then nothing else touches the disk's top.
+   */
   async #recover(): Promise<void> {
     for (const name of await unrecovered(this.directory, this.#parts.ledger.tree)) {
       this.#unrecovered.add(name);
-      const { top } = diskOf(this.#parts.ledger.tree, name);
-      const base = this.#parts.ledger.tree.base(top);
-      // Without its replica: when it is opened. Until then nothing else touches its top.
-      if (base.kind === 'replica' && this.#replicaBelow(top) === undefined) continue;
-      await this.#with(name, async () => undefined);
+      await this.#with(name, async () => undefined).catch(() => undefined);
     }
   }
 }

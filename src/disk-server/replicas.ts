@@ -46,6 +46,8 @@ interface Opened {
   lost: { until_ms: number; wait_ms: number } | null;
   /** Pages that were here when the source was tried again. */
   present: number;
+  /** What its prefetch was last told; 0: no limit. */
+  rate: number | null;
 }
 
 const TICK_MS = 500;
@@ -221,7 +223,7 @@ export class Replicas {
       this.#warn(`generation ${known.generation} is here as a whole; its source is not needed`),
     );
     remote.needAll(true); // until something else is known
-    return { generation: known, remote, lost: null, present: 0 };
+    return { generation: known, remote, lost: null, present: 0, rate: null };
   }
 
   async #attend(opened: Opened): Promise<void> {
@@ -247,9 +249,26 @@ export class Replicas {
       opened.lost = null;
       this.#warn(`the source of generation ${generation.generation} answers again`);
     }
-    const { prefetch: rate } = this.#options;
+    if (this.#options.prefetch === undefined) return;
     const { prefetch } = remote.stats();
-    if (rate !== undefined && prefetch === null) remote.prefetch(rate);
+    const changed = prefetch?.state === 'running' && opened.rate !== this.#share();
+    if (prefetch === null || changed) this.#prefetch(opened);
+  }
+
+  #prefetch(opened: Opened): void {
+    if (this.#options.prefetch === undefined) return;
+    opened.rate = this.#share();
+    opened.remote.prefetch(opened.rate);
+  }
+
+  /** The rate is of all prefetches together: those under way have equal shares. 0: no limit. */
+  #share(): number {
+    const rate = this.#options.prefetch ?? 0;
+    const busy = [...this.#opened.values()].filter(({ remote }) => {
+      const { complete, prefetch } = remote.stats();
+      return !complete && (prefetch === null || prefetch.state === 'running');
+    });
+    return rate === 0 ? 0 : Math.max(1, Math.floor(rate / Math.max(1, busy.length)));
   }
 
   async #tryAgain(opened: Opened): Promise<void> {
@@ -262,14 +281,12 @@ export class Replicas {
     } else if (prefetch?.state !== 'failed') {
       remote.reconnect();
     }
-    const { prefetch: rate } = this.#options;
-    if (rate !== undefined && prefetch?.state === 'failed') remote.prefetch(rate);
+    if (prefetch?.state === 'failed') this.#prefetch(opened);
   }
 
   async #useSource(opened: Opened, source: Source): Promise<void> {
     await opened.remote.setSource(source);
-    const { prefetch: rate } = this.#options;
-    if (rate !== undefined) opened.remote.prefetch(rate);
+    this.#prefetch(opened);
   }
 
   async #writeSource(source: Source): Promise<void> {

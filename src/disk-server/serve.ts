@@ -21,6 +21,7 @@ export type ServeStoreOptions = Omit<ServePlan, 'socketPath'> & {
 };
 
 const REFUSALS_MS = 5000;
+const ERRORS_MS = 1000;
 
 /** sun_path of unix(7), with its final NUL. */
 const SOCKET_PATH_BYTES = 107;
@@ -56,7 +57,7 @@ export async function serveStore(
     warn: (message) => log.warn(message),
   });
   let control: { close(): Promise<void> } | undefined;
-  let watch: NodeJS.Timeout | undefined;
+  const watches: NodeJS.Timeout[] = [];
   try {
     await store.serve({ ...plan, socketPath });
     const published: Publication[] = [];
@@ -67,13 +68,14 @@ export async function serveStore(
       const tcp = server?.tcp === undefined ? [] : [nbdUri({ ...server.tcp, export_name })];
       onExport({ name: export_name, uris: [nbdUri({ socket, export_name }), ...tcp] });
     }
-    if (server !== undefined) watch = reportRefusals(server, log);
+    if (server !== undefined) watches.push(reportRefusals(server, log));
+    watches.push(reportErrors(store, log));
     for (const one of published) onPublished(one);
     notifyServiceManager('READY=1');
     await ended;
     notifyServiceManager('STOPPING=1');
   } finally {
-    clearInterval(watch);
+    for (const watch of watches) clearInterval(watch);
     await control?.close();
     await store.close();
   }
@@ -88,6 +90,24 @@ function reportRefusals(server: NbdServer, log: Logger): NodeJS.Timeout {
     log.warn({ clients: failed - known, last: lastError }, 'TLS clients were not let in');
     known = failed;
   }, REFUSALS_MS).unref();
+}
+
+/** Logs what the clients of each disk met, once for each time its counts have risen. */
+function reportErrors(store: StoreServer, log: Logger): NodeJS.Timeout {
+  const known = new Map<string, number>();
+  return setInterval(() => {
+    const now = store.errors();
+    for (const disk of known.keys()) {
+      if (!now.some((one) => one.disk === disk)) known.delete(disk); // opened again, it counts anew
+    }
+    for (const { disk, errors } of now) {
+      const { io, no_space, last } = errors;
+      const before = known.get(disk);
+      known.set(disk, io + no_space);
+      if (before === io + no_space) continue;
+      log.error({ disk, io_errors: io, no_space_errors: no_space, last }, 'requests failed');
+    }
+  }, ERRORS_MS).unref();
 }
 
 function endSignal(): Promise<void> {

@@ -24,6 +24,7 @@ import { Store, type StoreOptions } from '../cow-disk/store.js';
 import type {
   CreateDisk,
   DiskEntry,
+  DiskErrors,
   GenerationEntry,
   StoreListing,
   StoreTask,
@@ -96,7 +97,10 @@ export class StoreServer implements StoreService {
     return new StoreServer(store, directory, replicas, options.warn ?? (() => undefined));
   }
 
-  /** Exports what the plan says. On an error nothing is exported. E_CAPACITY, E_NOT_FOUND. */
+  /**
+   * Exports what the plan says. On an error nothing is exported; but of a whole store, what cannot be
+   * opened is left out, and warned of, if anything else can. E_CAPACITY, E_NOT_FOUND.
+   */
   serve(plan: ServePlan): Promise<void> {
     return this.#inTurn(async () => {
       await this.#sweep();
@@ -110,9 +114,11 @@ export class StoreServer implements StoreService {
             `${wanted.length} exports are wanted, and a server has at most ${MAX_EXPORTS}: name the disks and generations to serve, or leave generations out`,
           );
         }
-        for (const one of wanted) await this.#add(one);
+        await this.#exports.listen();
+        await this.#addWanted(wanted, plan.also ?? []);
       } catch (error) {
         this.#plan = undefined;
+        this.#served.clear();
         await this.#exports.close().catch(() => undefined);
         throw error;
       }
@@ -126,6 +132,11 @@ export class StoreServer implements StoreService {
       name,
       socket: this.#exports?.place.socketPath ?? '',
     }));
+  }
+
+  /** What clients met of the disks that are open. */
+  errors(): { disk: string; errors: DiskErrors }[] {
+    return this.#store.errors();
   }
 
   /** Once it serves. */
@@ -301,16 +312,9 @@ export class StoreServer implements StoreService {
         const made = await this.#inTurn(async () => {
           if (!open) throw new SnowflockError('E_STATE', `the import of ${p.name} has ended`);
           await exports.remove(temporary); // closing a disk makes it durable
-          // In one transaction the disk gets its name: as a clone of what was imported.
-          const whole = await this.#store.snapshot({ disk: temporary });
-          const disk = await this.#store.clone({
-            disk: temporary,
-            generation: whole.id,
-            name: p.name,
-          });
+          const disk = await this.#store.renameDisk({ disk: temporary, name: p.name });
           open = false;
           this.#imports.delete(temporary);
-          await this.#store.removeDisk({ disk: temporary });
           return disk;
         });
         return this.#shown(made);
@@ -393,6 +397,23 @@ export class StoreServer implements StoreService {
       ...(plan.also ?? []),
     ];
     return [...new Map(all.map((one) => [exportName(one), one])).values()];
+  }
+
+  /** Those in `named` must be exported; one of the others that is damaged keeps no disk from users. */
+  async #addWanted(wanted: Exported[], named: Exported[]): Promise<void> {
+    const must = new Set(named.map(exportName));
+    let first: unknown;
+    for (const one of wanted) {
+      try {
+        await this.#add(one);
+      } catch (error) {
+        if (must.has(exportName(one))) throw error;
+        first ??= error;
+        const { code, message } = asSnowflockError(error);
+        this.#warn(`${exportName(one)} is not exported: ${code}: ${message}`);
+      }
+    }
+    if (first !== undefined && this.#served.size === 0) throw first;
   }
 
   /** What was made is there whether it can be exported or not. */

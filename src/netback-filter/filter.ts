@@ -73,6 +73,19 @@ export class NetbackFilter {
   }
 
   /**
+   * The filter that is on the uplink, as it is: nothing is loaded anew or repaired.
+   * E_NOT_FOUND (no such interface, or no filter there), E_BPF.
+   */
+  static async open(options: { uplink: string }): Promise<NetbackFilter> {
+    try {
+      const object = nativePath('netback.bpf.o');
+      return new NetbackFilter(await netback().attach(object, options.uplink, true));
+    } catch (error) {
+      throw nativeError(error);
+    }
+  }
+
+  /**
    * From here on the interface, which is set up, can send and receive as this VM and nothing else.
    * For an interface that has an identity: replaces it.
    * E_NOT_FOUND (interface), E_EXISTS (another interface has this identity), E_ARGUMENT, E_BPF.

@@ -34,6 +34,17 @@ export interface NativeFilter {
     mark: number,
     repeat: number,
   ): NativeRun;
+  /**
+   * Each of many frames once. They lie one behind the other, `lengths` and `ifindexes` have a number
+   * a frame; the results take their places. The verdicts.
+   */
+  runMany(
+    program: 'from_guest' | 'from_wire' | 'to_guest',
+    frames: Uint8Array,
+    lengths: Uint32Array,
+    ifindexes: Uint32Array,
+    mark: number,
+  ): Uint32Array;
 }
 
 export interface NativeFramePort {
@@ -48,7 +59,8 @@ interface FramePortOptions {
 }
 
 interface NetbackAddon {
-  attach(objectPath: string, uplink: string): Promise<NativeFilter>;
+  /** `existing`: the filter that is there, or E_NOT_FOUND; nothing is attached. */
+  attach(objectPath: string, uplink: string, existing?: boolean): Promise<NativeFilter>;
   openTap(name: string, vnetHdr: boolean, mtu: number): number;
   openDhcpSocket(name: string): number;
   inNetns<T>(path: string, work: () => T): T;

@@ -1,5 +1,5 @@
 import { once } from 'node:events';
-import { readdirSync, readlinkSync, truncateSync } from 'node:fs';
+import { readdirSync, readlinkSync, truncateSync, writeFileSync } from 'node:fs';
 import { readdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { afterEach, describe, expect, test } from 'vitest';
@@ -133,6 +133,22 @@ describe.each([
     await expect(client.read(0, MIB)).rejects.toMatchObject({ errno: 5 });
     expect(await client.read(0, MIB / 2)).toEqual(Buffer.alloc(MIB / 2, 1));
     expect(disk.stats().ioErrors).toBe(4);
+    expect(disk.stats().lastError).toContain(`read ${join(disk.directory, `${top}.data`)}`);
+  });
+
+  test('a base image cut short is EIO, never zeros, and its name is told', async () => {
+    process.env.SNOWFLOCK_IO_URING = engine;
+    const path = join(await temporary(), 'image');
+    writeFileSync(path, Buffer.alloc(MIB, 7));
+    const { disk, socketPath } = await newDisk(MIB, { base: { kind: 'image', path } });
+    const client = await connectTo(socketPath);
+    expect(disk.stats().lastError).toBeNull();
+    truncateSync(path, MIB / 2);
+    for (const bytes of [PAGE, MIB / 4]) {
+      await expect(client.read(MIB / 2, bytes)).rejects.toMatchObject({ errno: 5 });
+    }
+    expect(disk.stats().lastError).toContain(`read base image ${path}`);
+    expect(await client.read(0, MIB / 2)).toEqual(Buffer.alloc(MIB / 2, 7));
   });
 
   test('a client that leaves amid reads from the device takes nothing with it', async () => {

@@ -153,6 +153,31 @@ test('a clone of a published generation reads on demand, is filled, and outlives
   expect((await snowflock(['disk', 'check', store])).stdout).toBe('');
 });
 
+test('prefetches of several generations stay within the one rate together', async () => {
+  const { a, b, origin, store, image } = await lab(4 * MIB);
+  await run('snapshot', `${origin}/web`, '--name', 'silver');
+  const names = ['gold', 'silver'];
+  const places = names.map((name) => `${origin}/web@${name}`);
+  await served(a, [...places, '--publish', '--address', a.address], 2);
+  for (const name of names) {
+    await run('clone', '--from-source', join(origin, `web@${name}.source`), `${store}/${name}`);
+  }
+  const rate = MIB / 2;
+  const began = performance.now();
+  await served(b, [store, '--prefetch', `${rate}B`], 2);
+  for (const name of names) await untilComplete(store, name);
+  const elapsed_s = (performance.now() - began) / 1000;
+  // Half of each image is data. A tick of half a second may pass before the first learns that there is
+  // a second, and a hundredth of a second's worth each may come at once.
+  const data_bytes = names.length * (image.length / 2);
+  expect(data_bytes).toBeLessThanOrEqual(rate * (elapsed_s + 0.5 + 0.02));
+  for (const name of names) {
+    const client = await connectTo(socketOf(store), name);
+    expect((await client.read(0, image.length)).equals(image)).toBe(true);
+    client.close();
+  }
+});
+
 test('a publisher that is gone costs absent pages alone, and is used again when it is back', async () => {
   const { b, store, image, publish, clone } = await lab();
   let publisher = await publish();

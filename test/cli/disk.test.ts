@@ -2,8 +2,8 @@ import { spawn } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
 import { existsSync, readdirSync, watch } from 'node:fs';
-import { mkdir, readFile, stat, writeFile } from 'node:fs/promises';
-import { join } from 'node:path';
+import { chmod, mkdir, readFile, stat, truncate, writeFile } from 'node:fs/promises';
+import { dirname, join } from 'node:path';
 import { setTimeout as pause } from 'node:timers/promises';
 import { expect, test } from 'vitest';
 import { RemoteStore } from '../../src/cow-disk/control.js';
@@ -13,7 +13,7 @@ import type {
   StoreListing,
   StoreUsage,
 } from '../../src/cow-disk/store-api.js';
-import { cleanup, execute, temporary } from '../blktap/support.js';
+import { cleanup, execute, temporary, until } from '../blktap/support.js';
 import { outcome, serve, snowflock, snowflockJson, start } from './snowflock.js';
 
 const MIB = 2 ** 20;
@@ -60,6 +60,9 @@ test('wrong use ends with the status of its error and makes nothing', async () =
   expect(await status('create', `${store}/web@x`, '--size', '1M')).toBe(2);
   expect(await status('create', `${store}/web`, '--size', '0')).toBe(2);
   expect(await status('create', `${store}/none/web`, '--size', '1M')).toBe(2);
+  const over = ['create', `${store}/web`, '--size', '1M', '--base'];
+  expect(await status(...over, join(store, 'none'))).toBe(4);
+  expect(await status('import', join(store, 'none'), `${store}/web`)).toBe(4);
   expect(await status('ls', store)).toBe(4);
   expect(existsSync(store)).toBe(false);
   // A folder of other files is never made a store.
@@ -67,6 +70,42 @@ test('wrong use ends with the status of its error and makes nothing', async () =
   await writeFile(join(store, 'letter'), 'dear');
   expect(await status('create', `${store}/web`, '--size', '1M')).toBe(2);
   expect(readdirSync(store)).toEqual(['letter']);
+});
+
+test('a store that may not be looked into is not taken for one that is missing', async () => {
+  const store = await newStore();
+  await snowflock(['disk', 'create', `${store}/web`, '--size', '1M']);
+  const nobody = { uid: 65534, gid: 65534 };
+  await chmod(dirname(store), 0o755);
+  for (const args of [
+    ['ls', store],
+    ['check', store],
+    ['create', `${store}/web`, '--size', '1M'],
+  ]) {
+    const { status, stderr } = await snowflock(['disk', ...args], nobody);
+    expect(status).toBe(18);
+    expect(stderr).toContain(`cannot look into ${store}: EACCES`);
+  }
+});
+
+test("what a disk's clients met is in the log and in its info", async () => {
+  const store = await newStore();
+  const image = join(dirname(store), 'image');
+  await writeFile(image, Buffer.alloc(MIB, 1));
+  await snowflock(['disk', 'create', `${store}/web`, '--base', image]);
+  const serving = await serve([store], 1);
+  expect(await snowflockJson<DiskEntry>(['disk', 'info', `${store}/web`])).not.toHaveProperty(
+    'errors',
+  );
+  await truncate(image, MIB / 2);
+  const read = ['-f', 'raw', '-c', 'read 768k 4k', serving.uris.get('web') ?? ''];
+  await execute('qemu-io', read).catch(() => undefined); // its status is 1
+  const last = expect.stringContaining(`read base image ${image}`);
+  const { errors } = await snowflockJson<DiskEntry>(['disk', 'info', `${store}/web`]);
+  expect(errors).toMatchObject({ no_space: 0, last });
+  expect((await snowflock(['disk', 'info', `${store}/web`])).stdout).toContain(image);
+  await until(() => serving.said().includes('requests failed'));
+  expect(serving.said()).toMatch(/"disk":"web","io_errors":\d+,.*read base image/);
 });
 
 test('a disk exists once, and what does not exist is not found', async () => {

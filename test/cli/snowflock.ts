@@ -20,6 +20,7 @@ export function start(
   args: string[],
   env: Record<string, string> = {},
   namespace?: string,
+  user: { uid?: number; gid?: number } = {},
 ): ChildProcess {
   // `ip netns exec` becomes node itself, so the pid is node's.
   const [program = '', ...words] = [
@@ -29,6 +30,7 @@ export function start(
     ...args,
   ];
   return spawn(program, words, {
+    ...user,
     env: { ...process.env, ...env },
     stdio: ['pipe', 'pipe', 'pipe'],
   });
@@ -50,9 +52,19 @@ export async function outcome(child: ChildProcess): Promise<Outcome> {
 /** Runs the tool to its end. */
 export async function snowflock(
   args: string[],
-  options: { input?: Buffer; env?: Record<string, string>; namespace?: string } = {},
+  options: {
+    input?: Buffer;
+    env?: Record<string, string>;
+    namespace?: string;
+    uid?: number;
+    gid?: number;
+  } = {},
 ): Promise<Outcome> {
-  const child = start(args, options.env, options.namespace);
+  const { uid, gid } = options;
+  const child = start(args, options.env, options.namespace, {
+    ...(uid === undefined ? {} : { uid }),
+    ...(gid === undefined ? {} : { gid }),
+  });
   child.stdin?.on('error', () => undefined); // it ended without reading
   child.stdin?.end(options.input);
   return outcome(child);

@@ -91,7 +91,9 @@ test('a page that cannot be written is EIO to its writer; the disk goes on', asy
   faults.fail('write', `${await topOf(directory, 'web')}.data`, 1, EIO);
   await expect(client.write(PAGE, filled(2))).rejects.toMatchObject({ errno: EIO });
   expect(await second.read(0, 2 * PAGE)).toEqual(Buffer.concat([filled(1), filled(0)]));
-  expect((await done(server, 'stats', { disk: 'web' })).stats?.errors).toBeGreaterThan(0);
+  const { stats } = await done(server, 'stats', { disk: 'web' });
+  expect(stats?.errors).toBeGreaterThan(0);
+  expect(stats?.lastError).toMatch(/write .*\.data: Input\/output error/);
   expect((await done(server, 'stats', { disk: 'other' })).stats?.errors).toBe(0);
   await works(other);
   faults.stop();

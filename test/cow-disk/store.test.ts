@@ -130,6 +130,33 @@ test('rollback: the disk holds again what the generation holds, newer ones stay'
   expect(await checkStore(directory)).toEqual([]);
 });
 
+test('rename: the disk, its pages and its generations have the other name', async () => {
+  const { folder, directory, store } = await newStore();
+  await fill(store, 'web', folder, 1, [0]);
+  const { id } = await store.snapshot({ disk: 'web', name: 'one' });
+  await store.createDisk({ name: 'taken', size_bytes: BYTES });
+  const rename = (disk: string, name: string) => codeOf(store.renameDisk({ disk, name }));
+  expect(await rename('web', 'taken')).toBe('E_EXISTS');
+  expect(await rename('none', 'free')).toBe('E_NOT_FOUND');
+  expect(await rename('web', '.free')).toBe('E_ARGUMENT');
+  const disk = await store.openDisk('web');
+  expect(await rename('web', 'free')).toBe('E_IN_USE');
+  await disk.close();
+  expect(await store.renameDisk({ disk: 'web', name: 'free' })).toMatchObject({ name: 'free' });
+  await store.close();
+  const again = await openStore(directory);
+  const { disks, generations } = await again.list();
+  expect(disks.map(({ name }) => name).sort()).toEqual(['free', 'taken']);
+  expect(generations).toMatchObject([{ id, disk: 'free', name: 'one' }]);
+  expect(await pagesOf(again, 'free', 'one')).toEqual(image(1));
+  expect(await pagesOfDisk(again, 'free', folder)).toEqual(image(1));
+  await again.createDisk({ name: 'web', size_bytes: BYTES });
+  await again.removeDisk({ disk: 'free' });
+  await again.settled();
+  await again.close();
+  expect(await checkStore(directory)).toEqual([]);
+});
+
 test('commit: the origin holds what the clone holds, and the clone is gone', async () => {
   const { folder, directory, store } = await newStore();
   await fill(store, 'web', folder, 1, [0]);
