@@ -224,7 +224,7 @@ bool SimServer::send(const Policy::Item& item, TimeNs now) {
   if (item.pushed && item.page < config_.pages) {
     if (pushed_[item.page]) {
       // A push that begins anew, for somebody who took part in none, may.
-      if (policy_->subscribers() > 1) {
+      if (config_.policy.push == PushMode::kBehind || policy_->subscribers() > 1) {
         network_->violation("page " + std::to_string(item.page) + " was pushed twice");
       }
     }

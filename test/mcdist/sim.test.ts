@@ -104,6 +104,31 @@ test.each(seeds)(
   },
 );
 
+test.each(seeds)('the rate finds a limit that all receivers share (seed %i)', async (seed) => {
+  const result = await simulate(
+    options(seed, {
+      pages: 32_768,
+      segments: [{ clients: 16, bytesPerS: 62.5e6 }],
+      prefetchAll: true,
+      maxBytesRatio: 1.25,
+    }),
+  );
+  expect(new Set(outcomes(result))).toEqual(new Set(['finished']));
+  const rates = result.samples
+    .filter(({ atMs }) => atMs >= 500 && atMs <= 1500)
+    .map(({ rateBytesPerS }) => rateBytesPerS);
+  const mean = rates.reduce((sum, rate) => sum + rate, 0) / rates.length;
+  expect(mean).toBeGreaterThan(0.75 * 62.5e6);
+  expect(mean).toBeLessThan(1.2 * 62.5e6);
+});
+
+test.each(seeds)('pushing behind faults, no page is pushed twice (seed %i)', async (seed) => {
+  const result = await simulate(options(seed, { policy: { push: 'behind' } }));
+  expect(new Set(outcomes(result))).toEqual(new Set(['finished']));
+  expect(result.pagesPushed).toBeGreaterThan(100);
+  expect(result.pagesPushed).toBeLessThanOrEqual(PAGES);
+});
+
 test('a server that restarts is used again; one that stays away is an error within its time-out', async () => {
   const restarted = await simulate(
     options(1, {
