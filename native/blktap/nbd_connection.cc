@@ -55,10 +55,10 @@ void Connection::run() {
   const bool entered = event_.valid() && handshake.run(&negotiated_);
   export_ = handshake.exported();
   auto tls = handshake.take_tls();
-  const bool plain = tls == nullptr;
-  if (!plain) stream_ = std::move(tls);
+  plain_ = tls == nullptr;
+  if (!plain_) stream_ = std::move(tls);
   if (entered) {
-    if (plain) ring_ = Ring::Make();
+    if (plain_) ring_ = Ring::Make();
     transmit();
     end_ring();
   }
@@ -74,7 +74,9 @@ void Connection::transmit() {
     const bool sent = send_out();
     if (dead_ || (closing_ && jobs_.empty() && out_.empty())) return;
     if (stalled_ && sent) continue;  // there may be room now
-    if (ring_ != nullptr) {
+    if (quiet()) {
+      wait_quiet();
+    } else if (ring_ != nullptr) {
       wait_ring();
     } else if (!receive()) {
       wait();
@@ -423,6 +425,45 @@ bool Connection::send_out() {
     }
   }
   return sent;
+}
+
+// Nothing is under way, here or with workers, and all answers have gone: only the client can give
+// this thread something to do.
+bool Connection::quiet() const {
+  return plain_ && may_receive() && jobs_.empty() && out_.empty() &&
+         (ring_ == nullptr || !ring_->receiving());
+}
+
+// A plain receive: it sleeps until the client sends, and its sender wakes it with less ado than
+// through the ring. stop() ends it, as it shuts the socket down.
+void Connection::wait_quiet() {
+  const auto [into, bytes] = receive_space();
+  const uint64_t answered = requests() - looked_at_;
+  looked_at_ = requests();
+  ssize_t n = answered == 1 && spin_.wanted() ? look(into, bytes) : -EAGAIN;
+  if (n == -EAGAIN) {
+    n = ::recv(socket_.get(), into, bytes, 0);
+    if (n < 0) n = -errno;
+  }
+  if (n >= 0) {
+    received(n);
+  } else if (n != -EINTR && n != -EAGAIN) {
+    dead_ = true;
+  }
+}
+
+// Bytes, 0 at the end of the stream, or a negative errno: -EAGAIN if nothing came.
+ssize_t Connection::look(uint8_t* into, size_t bytes) {
+  const uint64_t start = now_ns();
+  uint64_t took = 0;
+  ssize_t n = 0;
+  do {
+    n = ::recv(socket_.get(), into, bytes, MSG_DONTWAIT);
+    if (n < 0) n = -errno;
+    took = now_ns() - start;
+  } while (n == -EAGAIN && took < Spin::kLimit_ns);
+  spin_.looked(n != -EAGAIN, took);
+  return n;
 }
 
 void Connection::wait() {

@@ -9,7 +9,8 @@
 // Two engines, one behaviour. With a ring one system call receives and waits for everything; with
 // TLS, or where the kernel refuses a ring (ring.h), the socket is polled and workers wait for the
 // device. A ring receives only while parse() can do nothing more with what is there, so that the
-// buffer never moves under it.
+// buffer never moves under it. While nothing is under way neither is used: the thread receives from
+// the plain socket and sleeps in that, after a look for the next request (nbd_spin.h).
 //
 // Memory of a connection is bounded: input buffer (256 KiB), small replies (1 MiB), and jobs of at
 // most 64 MiB or 128 in number. When a bound is reached no more is read from the socket.
@@ -23,6 +24,7 @@
 #include <vector>
 
 #include "blktap/nbd_handshake.h"
+#include "blktap/nbd_spin.h"
 #include "blktap/ring.h"
 #include "common/fd.h"
 
@@ -72,6 +74,9 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void received(ssize_t bytes);  // 0 at the end of the stream
   bool receive();                // true if something came
   bool send_out();               // true if something went
+  bool quiet() const;
+  void wait_quiet();
+  ssize_t look(uint8_t* into, size_t bytes);
   void wait();
   void wait_ring();
   void watch_hang_up();
@@ -89,6 +94,9 @@ class Connection : public std::enable_shared_from_this<Connection> {
   Fd event_;
   Fd hang_up_;                  // made when first needed
   std::unique_ptr<Ring> ring_;  // null: the other engine
+  bool plain_ = false;          // no TLS
+  Spin spin_;
+  uint64_t looked_at_ = 0;  // requests() then
   Negotiated negotiated_;
 
   std::unique_ptr<uint8_t[]> in_;

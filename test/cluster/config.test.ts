@@ -36,7 +36,7 @@ describe('host configuration', () => {
       imageDir: '/var/lib/snowflock/image',
       mcdistPort: 7448,
       prefetchBytesPerS: 0,
-      maxOpenFiles: 256,
+      maxOpenFiles: 2048,
       leaseMs: 15_000,
       vmUid: 1_900_000_000,
       vmGid: 1_900_000_000,
