@@ -57,6 +57,15 @@ int Disk::write(uint64_t off, size_t len, const uint8_t* data, ReadMode mode) {
 
 int Disk::write_stretch(const Stretch& stretch, uint64_t off, size_t len, const uint8_t* data,
                         ReadMode mode) {
+  Written written;
+  int error = write_data(stretch, off, len, data, mode, &written);
+  if (error == 0 && written.fresh) error = mark(stretch.first, stretch.count, PageState::kPresent);
+  if (error != 0 && written.touched) give_back(stretch);
+  return error;
+}
+
+int Disk::write_data(const Stretch& stretch, uint64_t off, size_t len, const uint8_t* data,
+                     ReadMode mode, Written* written) {
   const uint64_t end = off + len;
   const PageIndex last = stretch.first + stretch.count - 1;
   // A page written in part for the first time is filled up from below, so that the slice has all
@@ -78,14 +87,11 @@ int Disk::write_stretch(const Stretch& stretch, uint64_t off, size_t len, const 
   if (error == 0 && tail_bytes != 0) error = fill_tail(stretch, end, tail_bytes, tail);
   if (error != 0) return error;
   iovec parts[3] = {{head, head_bytes}, {const_cast<uint8_t*>(data), len}, {tail, tail_bytes}};
-  error = top_->data().writev(off - head_bytes, parts, 3);
-  bool fresh = false;
+  written->touched = true;
   for (PageIndex page = stretch.first; page <= last; page++) {
-    fresh = fresh || stretch.entry(page) != top_number_;
+    written->fresh = written->fresh || stretch.entry(page) != top_number_;
   }
-  if (error == 0 && fresh) error = mark(stretch.first, stretch.count, PageState::kPresent);
-  if (error != 0) give_back(stretch);
-  return error;
+  return top_->data().writev(off - head_bytes, parts, 3);
 }
 
 // The rest of a page: what is below, and zeros beyond the disk's end.

@@ -16,6 +16,7 @@
 // most 64 MiB or 128 in number. When a bound is reached no more is read from the socket.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <deque>
 #include <memory>
@@ -53,13 +54,15 @@ class Connection : public std::enable_shared_from_this<Connection> {
 
   void transmit();
   void parse();
+  void parse_requests();
   void handle(const Request& request, const uint8_t* payload);
   int check(const Request& request) const;
   bool small_read(const Request& request);
-  bool small_write(const Request& request, const uint8_t* data);
+  void collect_write(const Request& request, const uint8_t* data);
+  void write_collected();
   bool ring_read(const Request& request);
-  void answer(const JobPtr& job);  // its reply is ready
-  void dispatch(const Request& request, std::unique_ptr<uint8_t[]> payload);
+  void answer(const JobPtr& job);                                 // its reply is ready
+  void dispatch(const Request& request, const uint8_t* payload);  // null, or copied
   JobPtr make_job(const Request& request, int error);
   void begin_large_write(const Request& request, int error);
   void end_large_write();
@@ -102,6 +105,10 @@ class Connection : public std::enable_shared_from_this<Connection> {
   std::unique_ptr<uint8_t[]> in_;
   size_t in_from_ = 0;
   size_t in_to_ = 0;
+  std::array<Device::Write, Device::kMaxWrites> writes_;  // to be done together
+  std::array<Request, Device::kMaxWrites> write_requests_;
+  size_t collected_ = 0;
+  size_t collected_bytes_ = 0;
   JobPtr large_;  // a write whose payload is being received
   size_t large_got_ = 0;
 
