@@ -5,10 +5,12 @@
 
 namespace sf::nbd {
 
-uint64_t now_ms() {
+uint64_t now_ms() { return now_ns() / 1000000; }
+
+uint64_t now_ns() {
   timespec ts = {};
   ::clock_gettime(CLOCK_MONOTONIC, &ts);
-  return static_cast<uint64_t>(ts.tv_sec) * 1000 + static_cast<uint64_t>(ts.tv_nsec) / 1000000;
+  return static_cast<uint64_t>(ts.tv_sec) * 1000000000u + static_cast<uint64_t>(ts.tv_nsec);
 }
 
 bool wait_until(int fd, short events, uint64_t deadline_ms) {

@@ -14,6 +14,7 @@
 namespace sf::nbd {
 
 uint64_t now_ms();  // monotonic
+uint64_t now_ns();
 
 // False once the deadline has passed, or if the descriptor cannot be waited for.
 bool wait_until(int fd, short events, uint64_t deadline_ms);

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <vector>
 
 #include "blktap/data_file.h"
@@ -44,6 +45,18 @@ class Device {
   virtual int carried_out(int error) = 0;
   // With kNowait: EAGAIN if bytes from below the top would have to be read first.
   virtual int write(uint64_t off, size_t len, const uint8_t* data, ReadMode mode) = 0;
+  // Several writes, in order, each with an error of its own; as write() with kNowait, but what they
+  // have in common is done once.
+  struct Write {
+    uint64_t off = 0;
+    size_t len = 0;
+    const uint8_t* data = nullptr;
+    int error = 0;
+  };
+  static constexpr size_t kMaxWrites = 64;
+  virtual void write_many(std::span<Write> writes) {  // at most kMaxWrites
+    for (auto& one : writes) one.error = write(one.off, one.len, one.data, ReadMode::kNowait);
+  }
   // Reads as zeros afterwards. With `fast`: EOPNOTSUPP, and nothing has changed, if bytes would
   // have to be written or fetched for it: kAllocate, or a page covered in part that is not zeros.
   virtual int zero(uint64_t off, uint64_t len, Zero mode, bool fast) = 0;

@@ -21,7 +21,7 @@
 //   store.build_mutex   open, detach
 //   flush_mutex_        one persist/settle at a time
 //   gate_               shared: a write of one stretch; exclusive: fork, detach (guards top_)
-//   page_locks_         one of 256 by stretch: two writes of one stretch
+//   page_locks_         one of 256 by stretch: two writes of one stretch; several in rising order
 //   index_lock_         shared: a look-up; exclusive: a change
 //   store.mutex
 // A read takes none but index_lock_; it is in a section of the table's read gate (read_gate.h).
@@ -87,6 +87,7 @@ class Disk final : public Device {
   int plan_read(uint64_t off, size_t len, uint8_t* out, ReadPlan* plan) override;
   int carried_out(int error) override { return count_error(error); }
   int write(uint64_t off, size_t len, const uint8_t* data, ReadMode mode) override;
+  void write_many(std::span<Write> writes) override;
   int zero(uint64_t off, uint64_t len, Zero mode, bool fast) override;
   int flush() override;
   void missing(uint64_t off, uint64_t len, Access access,
@@ -128,6 +129,13 @@ class Disk final : public Device {
   // All with gate_ shared and the stretch's page lock held.
   int write_stretch(const Stretch& stretch, uint64_t off, size_t len, const uint8_t* data,
                     ReadMode mode);
+  struct Written {
+    bool touched = false;  // the file, so that a failure leaves something to give back
+    bool fresh = false;    // pages that are to be marked
+  };
+  int write_data(const Stretch& stretch, uint64_t off, size_t len, const uint8_t* data,
+                 ReadMode mode, Written* written);
+  void write_together(std::span<Write* const> writes);
   int fill_tail(const Stretch& stretch, uint64_t off, size_t len, uint8_t* out);
   void give_back(const Stretch& stretch);
   int zero_stretch(const Stretch& stretch, uint64_t off, uint64_t len, Zero mode);
@@ -139,9 +147,10 @@ class Disk final : public Device {
   bool zero_is_fast(uint64_t off, uint64_t len, Zero mode) const;
   int mark(PageIndex first, uint64_t count, PageState state);
   void write_failed(int error);
-  std::mutex& page_lock(PageIndex first) {
-    return page_locks_[first / SliceIndex::kLeafPages % page_locks_.size()];
+  size_t page_lock_number(PageIndex first) const {
+    return first / SliceIndex::kLeafPages % page_locks_.size();
   }
+  std::mutex& page_lock(PageIndex first) { return page_locks_[page_lock_number(first)]; }
   int count_error(int error);
   std::string name() const;
 

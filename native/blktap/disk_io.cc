@@ -58,6 +58,15 @@ int Disk::write(uint64_t off, size_t len, const uint8_t* data, ReadMode mode) {
 
 int Disk::write_stretch(const Stretch& stretch, uint64_t off, size_t len, const uint8_t* data,
                         ReadMode mode) {
+  Written written;
+  int error = write_data(stretch, off, len, data, mode, &written);
+  if (error == 0 && written.fresh) error = mark(stretch.first, stretch.count, PageState::kPresent);
+  if (error != 0 && written.touched) give_back(stretch);
+  return error;
+}
+
+int Disk::write_data(const Stretch& stretch, uint64_t off, size_t len, const uint8_t* data,
+                     ReadMode mode, Written* written) {
   const uint64_t end = off + len;
   const PageIndex last = stretch.first + stretch.count - 1;
   // A page written in part for the first time is filled up from below, so that the slice has all
@@ -79,14 +88,12 @@ int Disk::write_stretch(const Stretch& stretch, uint64_t off, size_t len, const 
   if (error == 0 && tail_bytes != 0) error = fill_tail(stretch, end, tail_bytes, tail);
   if (error != 0) return error;
   iovec parts[3] = {{head, head_bytes}, {const_cast<uint8_t*>(data), len}, {tail, tail_bytes}};
+  written->touched = true;
+  for (PageIndex page = stretch.first; page <= last; page++) {
+    written->fresh = written->fresh || stretch.entry(page) != top_number_;
+  }
   error = top_->data().writev(off - head_bytes, parts, 3);
   if (error != 0) write_failed(error);
-  bool fresh = false;
-  for (PageIndex page = stretch.first; page <= last; page++) {
-    fresh = fresh || stretch.entry(page) != top_number_;
-  }
-  if (error == 0 && fresh) error = mark(stretch.first, stretch.count, PageState::kPresent);
-  if (error != 0) give_back(stretch);
   return error;
 }
 

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/openat2.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
@@ -38,6 +39,12 @@ int open_path(const std::string& path, ReadMode mode) {
       static_cast<int>(::syscall(SYS_openat2, AT_FDCWD, path.c_str(), &how, sizeof how));
   if (fd < 0) errno = EAGAIN;  // also what is wrong for good is found out by who may wait
   return fd;
+}
+
+size_t default_capacity() {
+  rlimit limit = {};
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return 256;
+  return std::clamp<rlim_t>(limit.rlim_cur / 4, 1, FileCache::kDefaultCapacity);
 }
 
 }  // namespace
@@ -157,7 +164,7 @@ int CachedFile::open_again(ReadMode mode, Fd* out) const {
 }
 
 FileCache& FileCache::shared() {
-  static auto* cache = new FileCache();
+  static auto* cache = new FileCache(default_capacity());
   return *cache;
 }
 

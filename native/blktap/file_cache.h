@@ -120,7 +120,9 @@ class CachedFile final : public ReadOwner {
 
 class FileCache {
  public:
-  static constexpr size_t kDefaultCapacity = 256;
+  // An open file takes about 1.5 KiB of the kernel's memory, opening one again takes as long as
+  // several reads: so the deep chains that occur fit, unless the process may open only a few.
+  static constexpr size_t kDefaultCapacity = 2048;
   static constexpr unsigned kWait_ms = 1000;
 
   struct Stats {
@@ -128,11 +130,12 @@ class FileCache {
     uint64_t opened, closed;
   };
 
-  explicit FileCache(size_t capacity = kDefaultCapacity) : capacity_(capacity) {}
+  explicit FileCache(size_t capacity) : capacity_(capacity) {}
   FileCache(const FileCache&) = delete;
   FileCache& operator=(const FileCache&) = delete;
 
-  // Of this process: descriptors are. Lives as long as it.
+  // Of this process: descriptors are. Lives as long as it. Its capacity is the default, but at most
+  // a quarter of the descriptors that the process may have when this is first called.
   static FileCache& shared();
 
   void set_capacity(size_t capacity);  // at least 1

@@ -55,10 +55,10 @@ void Connection::run() {
   const bool entered = event_.valid() && handshake.run(&negotiated_);
   export_ = handshake.exported();
   auto tls = handshake.take_tls();
-  const bool plain = tls == nullptr;
-  if (!plain) stream_ = std::move(tls);
+  plain_ = tls == nullptr;
+  if (!plain_) stream_ = std::move(tls);
   if (entered) {
-    if (plain) ring_ = Ring::Make();
+    if (plain_) ring_ = Ring::Make();
     transmit();
     end_ring();
   }
@@ -74,7 +74,9 @@ void Connection::transmit() {
     const bool sent = send_out();
     if (dead_ || (closing_ && jobs_.empty() && out_.empty())) return;
     if (stalled_ && sent) continue;  // there may be room now
-    if (ring_ != nullptr) {
+    if (quiet()) {
+      wait_quiet();
+    } else if (ring_ != nullptr) {
       wait_ring();
     } else if (!receive()) {
       wait();
@@ -139,10 +141,12 @@ void Connection::answer(const JobPtr& job) {
 }
 
 bool Connection::room_for(size_t bytes) const {
-  return jobs_.size() < kMaxJobs && job_bytes_ + bytes <= kMaxJobBytes;
+  // Of the collected writes each may become a job.
+  return jobs_.size() + collected_ < kMaxJobs &&
+         job_bytes_ + collected_bytes_ + bytes <= kMaxJobBytes;
 }
 
-void Connection::parse() {
+void Connection::parse_requests() {
   stalled_ = false;
   while (!dead_ && !closing_ && large_ == nullptr && in_to_ - in_from_ >= kRequestBytes) {
     Request request;
@@ -171,6 +175,11 @@ void Connection::parse() {
     in_from_ += kRequestBytes + payload;
     handle(request, data);
   }
+}
+
+void Connection::parse() {
+  parse_requests();
+  write_collected();
 }
 
 // What the protocol wants for requests that cannot be served; 0 if it can.
@@ -220,16 +229,14 @@ void Connection::handle(const Request& request, const uint8_t* payload) {
   }
   requests_.store(requests() + 1, std::memory_order_relaxed);  // of this thread alone
   const int error = check(request);
+  if (error == 0 && request.type == kWrite && (request.flags & kFlagFua) == 0) {
+    return collect_write(request, payload);
+  }
+  write_collected();
   if (error != 0) return refuse(request, error);
   if (request.type == kRead && request.length <= kSmallRead && small_read(request)) return;
   if (request.type == kRead && request.length <= kRingRead && ring_read(request)) return;
-  if (request.type == kWrite && small_write(request, payload)) return;
-  std::unique_ptr<uint8_t[]> copy;
-  if (request.type == kWrite) {
-    copy.reset(new uint8_t[request.length]);
-    std::memcpy(copy.get(), payload, request.length);
-  }
-  dispatch(request, std::move(copy));
+  dispatch(request, request.type == kWrite ? payload : nullptr);
 }
 
 bool Connection::small_read(const Request& request) {
@@ -269,13 +276,26 @@ bool Connection::ring_read(const Request& request) {
   return true;
 }
 
-bool Connection::small_write(const Request& request, const uint8_t* data) {
-  if ((request.flags & kFlagFua) != 0) return false;
-  const int error =
-      export_->device().write(request.offset, request.length, data, ReadMode::kNowait);
-  if (error == EAGAIN) return false;
-  simple_reply(request, error);
-  return true;
+// The payload stays in the buffer for as long as parse() runs.
+void Connection::collect_write(const Request& request, const uint8_t* data) {
+  if (collected_ == writes_.size()) write_collected();
+  write_requests_[collected_] = request;
+  writes_[collected_++] = {request.offset, request.length, data};
+  collected_bytes_ += request.length;
+}
+
+void Connection::write_collected() {
+  if (collected_ == 0) return;
+  export_->device().write_many({writes_.data(), collected_});
+  for (size_t i = 0; i < collected_; i++) {
+    if (writes_[i].error == EAGAIN) {
+      dispatch(write_requests_[i], writes_[i].data);
+    } else {
+      simple_reply(write_requests_[i], writes_[i].error);
+    }
+  }
+  collected_ = 0;
+  collected_bytes_ = 0;
 }
 
 JobPtr Connection::make_job(const Request& request, int error) {
@@ -294,9 +314,12 @@ JobPtr Connection::make_job(const Request& request, int error) {
   return job;
 }
 
-void Connection::dispatch(const Request& request, std::unique_ptr<uint8_t[]> payload) {
+void Connection::dispatch(const Request& request, const uint8_t* payload) {
   JobPtr job = make_job(request, 0);
-  job->payload = std::move(payload);
+  if (payload != nullptr) {
+    job->payload.reset(new uint8_t[request.length]);
+    std::memcpy(job->payload.get(), payload, request.length);
+  }
   export_->submit(std::move(job));
 }
 
@@ -423,6 +446,45 @@ bool Connection::send_out() {
     }
   }
   return sent;
+}
+
+// Nothing is under way, here or with workers, and all answers have gone: only the client can give
+// this thread something to do.
+bool Connection::quiet() const {
+  return plain_ && may_receive() && jobs_.empty() && out_.empty() &&
+         (ring_ == nullptr || !ring_->receiving());
+}
+
+// A plain receive: it sleeps until the client sends, and its sender wakes it with less ado than
+// through the ring. stop() ends it, as it shuts the socket down.
+void Connection::wait_quiet() {
+  const auto [into, bytes] = receive_space();
+  const uint64_t answered = requests() - looked_at_;
+  looked_at_ = requests();
+  ssize_t n = answered == 1 && spin_.wanted() ? look(into, bytes) : -EAGAIN;
+  if (n == -EAGAIN) {
+    n = ::recv(socket_.get(), into, bytes, 0);
+    if (n < 0) n = -errno;
+  }
+  if (n >= 0) {
+    received(n);
+  } else if (n != -EINTR && n != -EAGAIN) {
+    dead_ = true;
+  }
+}
+
+// Bytes, 0 at the end of the stream, or a negative errno: -EAGAIN if nothing came.
+ssize_t Connection::look(uint8_t* into, size_t bytes) {
+  const uint64_t start = now_ns();
+  uint64_t took = 0;
+  ssize_t n = 0;
+  do {
+    n = ::recv(socket_.get(), into, bytes, MSG_DONTWAIT);
+    if (n < 0) n = -errno;
+    took = now_ns() - start;
+  } while (n == -EAGAIN && took < Spin::kLimit_ns);
+  spin_.looked(n != -EAGAIN, took);
+  return n;
 }
 
 void Connection::wait() {

@@ -9,12 +9,14 @@
 // Two engines, one behaviour. With a ring one system call receives and waits for everything; with
 // TLS, or where the kernel refuses a ring (ring.h), the socket is polled and workers wait for the
 // device. A ring receives only while parse() can do nothing more with what is there, so that the
-// buffer never moves under it.
+// buffer never moves under it. While nothing is under way neither is used: the thread receives from
+// the plain socket and sleeps in that, after a look for the next request (nbd_spin.h).
 //
 // Memory of a connection is bounded: input buffer (256 KiB), small replies (1 MiB), and jobs of at
 // most 64 MiB or 128 in number. When a bound is reached no more is read from the socket.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <deque>
 #include <memory>
@@ -23,6 +25,7 @@
 #include <vector>
 
 #include "blktap/nbd_handshake.h"
+#include "blktap/nbd_spin.h"
 #include "blktap/ring.h"
 #include "common/fd.h"
 
@@ -51,13 +54,15 @@ class Connection : public std::enable_shared_from_this<Connection> {
 
   void transmit();
   void parse();
+  void parse_requests();
   void handle(const Request& request, const uint8_t* payload);
   int check(const Request& request) const;
   bool small_read(const Request& request);
-  bool small_write(const Request& request, const uint8_t* data);
+  void collect_write(const Request& request, const uint8_t* data);
+  void write_collected();
   bool ring_read(const Request& request);
-  void answer(const JobPtr& job);  // its reply is ready
-  void dispatch(const Request& request, std::unique_ptr<uint8_t[]> payload);
+  void answer(const JobPtr& job);                                 // its reply is ready
+  void dispatch(const Request& request, const uint8_t* payload);  // null, or copied
   JobPtr make_job(const Request& request, int error);
   void begin_large_write(const Request& request, int error);
   void end_large_write();
@@ -72,6 +77,9 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void received(ssize_t bytes);  // 0 at the end of the stream
   bool receive();                // true if something came
   bool send_out();               // true if something went
+  bool quiet() const;
+  void wait_quiet();
+  ssize_t look(uint8_t* into, size_t bytes);
   void wait();
   void wait_ring();
   void watch_hang_up();
@@ -89,11 +97,18 @@ class Connection : public std::enable_shared_from_this<Connection> {
   Fd event_;
   Fd hang_up_;                  // made when first needed
   std::unique_ptr<Ring> ring_;  // null: the other engine
+  bool plain_ = false;          // no TLS
+  Spin spin_;
+  uint64_t looked_at_ = 0;  // requests() then
   Negotiated negotiated_;
 
   std::unique_ptr<uint8_t[]> in_;
   size_t in_from_ = 0;
   size_t in_to_ = 0;
+  std::array<Device::Write, Device::kMaxWrites> writes_;  // to be done together
+  std::array<Request, Device::kMaxWrites> write_requests_;
+  size_t collected_ = 0;
+  size_t collected_bytes_ = 0;
   JobPtr large_;  // a write whose payload is being received
   size_t large_got_ = 0;
 

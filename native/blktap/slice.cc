@@ -188,6 +188,49 @@ int Slice::mark(PageIndex first, uint64_t count, PageState state) {
   return 0;
 }
 
+void Slice::mark_present(std::span<Mark> marks) {
+  for (auto& mark : marks) mark.error = -1;
+  std::lock_guard lock(map_mutex_);
+  for (size_t i = 0; i < marks.size(); i++) {
+    if (marks[i].error >= 0) continue;
+    const uint64_t block = marks[i].first / kPagesPerBlock;
+    const int error = mark_block(block, marks.subspan(i));
+    for (auto& mark : marks.subspan(i)) {
+      if (mark.first / kPagesPerBlock == block) mark.error = error;
+    }
+  }
+}
+
+// Those of `marks` that lie in `block`. With map_mutex_. One write() within a page of the page
+// cache: all of it or nothing.
+int Slice::mark_block(uint64_t block, std::span<Mark> marks) {
+  uint8_t buffer[kPageBytes];
+  const PageIndex base = block * kPagesPerBlock;
+  size_t from = kPageBytes;
+  size_t to = 0;
+  for (const auto& mark : marks) {
+    if (mark.first / kPagesPerBlock != block) continue;
+    from = std::min<size_t>(from, (mark.first - base) / kPagesPerByte);
+    to = std::max<size_t>(to, (mark.first - base + mark.count - 1) / kPagesPerByte + 1);
+  }
+  const uint64_t at = kMapStart + block * kPageBytes + from;
+  int error = live_.read(at, to - from, buffer + from, ReadMode::kBlock);
+  if (error != 0) return error;
+  for (const auto& mark : marks) {
+    if (mark.first / kPagesPerBlock != block) continue;
+    for (PageIndex page = mark.first - base; page < mark.first - base + mark.count; page++) {
+      const unsigned shift = page % kPagesPerByte * 2;
+      uint8_t& b = buffer[page / kPagesPerByte];
+      b = static_cast<uint8_t>((b & ~(3u << shift)) |
+                               (static_cast<unsigned>(PageState::kPresent) << shift));
+    }
+  }
+  error = live_.write(at, buffer + from, to - from);
+  if (error != 0) return error;
+  dirty_[block / 64] |= uint64_t{1} << (block % 64);
+  return 0;
+}
+
 int Slice::punch(PageIndex first, uint64_t count) const {
   if (::fallocate(data().fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                   static_cast<off_t>(first * kPageBytes),

@@ -42,6 +42,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -110,6 +111,14 @@ class Slice {
 
   // 0 or an errno. The caller keeps two threads off one page (Disk's page locks).
   int mark(PageIndex first, uint64_t count, PageState state);
+  // Several at once, of at most 64 pages in one group of 64 aligned ones each, as kPresent; each
+  // gets its own errno. What lies in one block of the map is written together.
+  struct Mark {
+    PageIndex first = 0;
+    uint64_t count = 0;
+    int error = -1;
+  };
+  void mark_present(std::span<Mark> marks);
   int punch(PageIndex first, uint64_t count) const;
   // Makes these pages of .data zeros that have their space, and takes the space of their bits in
   // .map; the caller marks them. ENOSPC.
@@ -127,6 +136,7 @@ class Slice {
                         std::shared_ptr<Slice>* out);
   std::string path(const std::string& suffix) const { return directory_ + "/" + id_ + suffix; }
   std::string map_path() const { return path(map_suffix(edition())); }
+  int mark_block(uint64_t block, std::span<Mark> marks);
   Status open_live(Expected expected);
   Status remake_live(Expected expected);
   Status finish_seal();

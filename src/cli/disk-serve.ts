@@ -77,7 +77,7 @@ export function addDiskServeCommand(disk: Command, json: () => boolean): void {
       'a host that is silent for so long while it is asked is lost (default: 30)',
       seconds,
     )
-    .option('--max-open-files <n>', 'files of sealed slices open at once (default: 256)', files)
+    .option('--max-open-files <n>', 'files of sealed slices open at once (default: 2048)', files)
     .action(async (names: string[], o: Options) => {
       const places = names.map(parseStoreOrDisk);
       const stores = new Set(places.map(({ store }) => store));

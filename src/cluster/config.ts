@@ -15,7 +15,7 @@ import { SnowflockError } from '../common/errors.js';
 
 /** UDP port of the page server when the configuration names none. */
 export const DEFAULT_MCDIST_PORT = 7448;
-const DEFAULT_MAX_OPEN_FILES = 256;
+const DEFAULT_MAX_OPEN_FILES = 2048;
 export const DEFAULT_LEASE_MS = 15_000;
 /** Above what systemd gives to containers (up to 1,879,048,191), below 2^31: nobody's accounts. */
 const DEFAULT_VM_ID = 1_900_000_000;

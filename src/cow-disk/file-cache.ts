@@ -38,7 +38,7 @@ export interface FileCacheRace {
 /** Linux allows a process no more (fs.nr_open). */
 export const MAX_OPEN_FILES = 1_048_576;
 
-/** `descriptors`: 1 to MAX_OPEN_FILES, 256 if never called. E_ARGUMENT. */
+/** `descriptors`: 1 to MAX_OPEN_FILES. If never called: 2048, or a quarter of RLIMIT_NOFILE if that is less. E_ARGUMENT. */
 export function setFileCacheCapacity(descriptors: number): void {
   nativeSync(() => loadAddon<FileCacheAddon>('dataplane').setFileCacheCapacity(descriptors));
 }

@@ -1,6 +1,6 @@
 import { once } from 'node:events';
 import { readdirSync, readlinkSync, truncateSync, writeFileSync } from 'node:fs';
-import { readdir } from 'node:fs/promises';
+import { readdir, readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { afterEach, describe, expect, test } from 'vitest';
 import { Disk } from '../../src/cow-disk/disk.js';
@@ -23,6 +23,7 @@ const MIB = 2 ** 20;
 
 afterEach(() => {
   delete process.env.SNOWFLOCK_IO_URING;
+  delete process.env.SNOWFLOCK_NBD_SPIN;
 });
 
 /** Rings among the open files of a process. */
@@ -81,6 +82,35 @@ for (const error of ['ENOSYS', 'EPERM', 'ENOMEM']) {
     await client.write(0, Buffer.alloc(64 * PAGE, 1));
     expect(await client.read(0, 64 * PAGE)).toEqual(Buffer.alloc(64 * PAGE, 1));
     expect(rings(pid)).toBe(before);
+  });
+}
+
+for (const [spin, looks] of [
+  ['1', true],
+  ['0', false],
+] as const) {
+  const how = looks ? 'looks for the next request before it sleeps' : 'just sleeps';
+  test(`with nothing under way and SNOWFLOCK_NBD_SPIN=${spin} a connection ${how}`, async () => {
+    process.env.SNOWFLOCK_NBD_SPIN = spin;
+    const folder = await temporary();
+    const [directory, socketPath, log] = ['disk', 'nbd', 'trace'].map((n) => join(folder, n));
+    await Disk.create(directory as string, { sizeBytes: MIB });
+    const child = await serveInChild(directory as string, socketPath as string);
+    const client = await connectTo(socketPath as string);
+    await client.write(0, Buffer.alloc(MIB, 1));
+    const traced = ['-e', 'trace=recvfrom,io_uring_enter,sendmsg'];
+    await strace(child.pid, ['-o', log as string, ...traced]);
+    for (let page = 0; page < 100; page++) {
+      expect((await client.read(page * PAGE, PAGE))[0]).toBe(1);
+    }
+    await child.kill();
+    const all = (await readFile(log as string, 'utf8')).split('\n');
+    const thread = all.find((line) => line.includes('sendmsg('))?.split(' ')[0];
+    const calls = all.filter((line) => thread !== undefined && line.startsWith(`${thread} `));
+    expect(calls.filter((line) => line.includes('sendmsg('))).toHaveLength(100);
+    // The ring may have had the receive of the first of them.
+    expect(calls.filter((line) => line.includes('io_uring_enter(')).length).toBeLessThan(2);
+    expect(calls.some((line) => line.includes('MSG_DONTWAIT, NULL'))).toBe(looks);
   });
 }
 
