@@ -9,7 +9,9 @@ const DOCUMENTS = [
   'README.md',
   'SPECIFICATION.md',
   'CHANGELOG.md',
-  ...readdirSync(join(projectRoot, 'docs')).map((name) => `docs/${name}`),
+  ...readdirSync(join(projectRoot, 'docs'))
+    .filter((name) => name.endsWith('.md'))
+    .map((name) => `docs/${name}`),
 ];
 const read = (path: string) => readFileSync(join(projectRoot, path), 'utf8');
 
