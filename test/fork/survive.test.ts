@@ -178,7 +178,7 @@ it('a clone whose pages are nowhere ends with its lease, and says why', async ()
 
 it('a partition: short, nobody notices; long, what the parent gave up ends; so does what it killed meanwhile', async () => {
   // Longer than it takes to suspect, so that a short one is well within the lease.
-  const { lab: here, vm, fork, hash, clone } = await family([{}, FILL], 12_000);
+  const { lab: here, vm, fork, hash, clone } = await family([{}, FILL], 20_000);
   const { host } = here.daemon(1);
   const partition = async (meanwhile: () => Promise<void>): Promise<void> => {
     here.testbed.cut(host);
