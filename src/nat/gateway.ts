@@ -228,10 +228,14 @@ export class NatHost {
     });
   }
 
+  async #linkNames(): Promise<string[]> {
+    const out = await command(this.#netns, 'ip', ['-j', 'link', 'show']);
+    return (JSON.parse(out) as { ifname?: string }[]).flatMap(({ ifname }) => ifname ?? []);
+  }
+
   /** All families of which there is anything, finished or not. */
   async #families(): Promise<number[]> {
-    const out = await command(this.#netns, 'ip', ['-j', 'link', 'show']);
-    const names = (JSON.parse(out) as { ifname?: string }[]).map(({ ifname }) => ifname);
+    const names = await this.#linkNames();
     const spaces = await command(undefined, 'ip', ['-j', 'netns', 'list']);
     const found = new Set<number>();
     for (const name of names) {
@@ -256,11 +260,14 @@ export class NatHost {
 
   async #sync(state: State): Promise<number[]> {
     const wanted = this.#localFamilies();
-    const ports = new Map(this.#filter.gateways().map((it) => [it.family, it.port]));
+    const ports = new Set(this.#filter.gateways().map(({ family }) => family));
+    const names = new Set(await this.#linkNames());
     const links = new Map((await this.#links()).map((it) => [it.family, it.slot]));
     for (const family of await this.#families()) {
       // The port is set last: a gateway without it was not finished.
-      if (wanted.has(family) && ports.has(family) && links.has(family)) continue;
+      const guests = `${GUESTS_PREFIX}${hex(family)}`;
+      const whole = ports.has(family) && names.has(guests) && links.has(family);
+      if (wanted.has(family) && whole) continue;
       await this.#takeDown(family);
       links.delete(family);
     }
@@ -324,8 +331,7 @@ export class NatHost {
     for (const { port, family: its } of this.#filter.gateways()) {
       if (its === family) this.#filter.removeVm(port);
     }
-    const out = await command(this.#netns, 'ip', ['-j', 'link', 'show']);
-    const names = (JSON.parse(out) as { ifname?: string }[]).map(({ ifname }) => ifname);
+    const names = await this.#linkNames();
     for (const prefix of [GUESTS_PREFIX, LINK_PREFIX]) {
       const name = `${prefix}${hex(family)}`;
       if (names.includes(name)) await ip(this.#netns, [`link del ${name}`]);

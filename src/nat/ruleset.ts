@@ -144,9 +144,14 @@ const order = (command: object): number =>
 
 function refusal(table: Table, chain: string, counter: string): void {
   table.chain(chain);
-  table.counter(counter);
-  table.rule(chain, isProtocol('tcp'), count(counter), reset);
-  table.rule(chain, count(counter), prohibit);
+  table.rule(chain, count(table.counter(counter)), goTo('refuse'));
+}
+
+/** So that nobody waits for a time-out. */
+function refuseChain(table: Table): void {
+  table.chain('refuse');
+  table.rule('refuse', isProtocol('tcp'), reset);
+  table.rule('refuse', prohibit);
 }
 
 /** Those of one clone or of the whole family; `key` tells whom a packet counts for. */
@@ -155,10 +160,7 @@ function limitRules(table: Table, who: string, limits: Limits, keys: { go: Json;
   const over = (what: string): Json => count(table.counter(`over-${who}-${what}`));
   const meter = (what: string, key: Json, stmt: Json, timed: boolean) =>
     table.meter(`${who}-${what}`, key, stmt, timed);
-  const refuse = (...expr: Json[]) => {
-    table.rule(chain, begins, isProtocol('tcp'), ...expr, reset);
-    table.rule(chain, begins, match(field('ip', 'protocol'), 'tcp', '!='), ...expr, prohibit);
-  };
+  const refuse = (...expr: Json[]) => table.rule(chain, begins, ...expr, goTo('refuse'));
   const sides = [
     { interfaceName: 'guests', side: 'out', key: keys.go },
     { interfaceName: 'uplink', side: 'in', key: keys.back },
@@ -294,6 +296,7 @@ function baseChains(table: Table): { forward: string; input: string } {
     policy,
   });
   for (const name of ['out-go', 'out-back', 'in-go', 'in-back', 'limits']) table.chain(name);
+  refuseChain(table);
   refusal(table, 'refuse-out', 'refused-outbound');
   refusal(table, 'refuse-in', 'refused-inbound');
   refusal(table, 'refuse-gateway', 'refused-gateway');
@@ -356,6 +359,7 @@ export function hostTransaction(
   chain('postrouting', 'nat', 100);
   chain('forward', 'filter', 0);
   chain('input', 'filter', 0);
+  refuseChain(table);
   refusal(table, 'refuse-between', 'refused-between');
   refusal(table, 'refuse-host', 'refused-host');
   const local = match({ fib: { result: 'type', flags: ['daddr'] } }, 'local');

@@ -69,7 +69,7 @@ def serve_udp(request):
 
 def opened(request):
     """A connection over which a word has gone there and back."""
-    connection = socket.create_connection((request["to"], request["port"]), timeout=LIMIT_S)
+    connection = socket.create_connection((request["to"], request["port"]), timeout=request.get("limit_s", LIMIT_S))
     try:
         talk(connection)
     except BaseException:
