@@ -8,7 +8,7 @@
  * Invariants:
  *  - a gateway becomes a port of the filter last and stops being one first: what passes is filtered;
  *  - a half-made gateway (a process that was killed) is taken down and made anew;
- *  - one process at a time changes things: a lock on a file.
+ *  - one process at a time changes things: a lock on the folder.
  */
 
 import { spawn } from 'node:child_process';
@@ -361,8 +361,8 @@ export class NatHost {
 
   async #locked<T>(work: () => Promise<T>): Promise<T> {
     mkdirSync(this.#runDir, { recursive: true });
-    const path = join(this.#runDir, `nat${this.#suffix}.lock`);
-    const fd = openSync(path, 'a', 0o600);
+    const path = this.#runDir;
+    const fd = openSync(path, 'r'); // the folder itself, so that no file is left
     try {
       await new Promise<void>((resolve, reject) => {
         // The lock belongs to the open file, which this process keeps.

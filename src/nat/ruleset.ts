@@ -13,8 +13,8 @@
  *  - no packet passes because of the flow's state alone: established flows are asked by what they
  *    match, in both directions. A changed policy therefore holds from the next packet on, flows that
  *    are still allowed go on, others get a reset;
- *  - counters, meters and sets have names and outlive a change of the rules; a meter's name has its
- *    limit in it, so that a changed limit begins anew;
+ *  - counters have names and outlive a change of the rules; so do limits, each in a chain whose name
+ *    has its value: what is used up or open counts on, until that limit itself is changed;
  *  - the number of rules a packet sees is bounded by the policy file's limits.
  *
  * explain.ts is the same as a pure function. Meters (nft: `meter`) are what nftables 1.0.6 can say
@@ -69,7 +69,7 @@ class Table {
   readonly #objects = new Map<string, Json[]>();
   readonly #chains = new Map<string, Json>();
   readonly #rules: Json[] = [];
-  readonly #meters = new Set<string>();
+  readonly #lasting = new Map<string, Json[]>();
 
   constructor(readonly name: string) {}
 
@@ -98,39 +98,37 @@ class Table {
     ]);
   }
 
-  meter(name: string, key: Json, stmt: Json, timed: boolean): Json {
-    this.#meters.add(name);
-    const elem = timed ? { elem: { val: key, timeout: METER_TIMEOUT_S } } : key;
-    return { meter: { name, key: elem, stmt, size: METER_SIZE } };
+  /** A chain that is made once and left alone: its name says all that is in it. */
+  lasting(name: string, ...expr: Json[]): void {
+    this.#lasting.set(name, expr);
   }
 
   /** `present`: what `nft -j list table` shows, to take away what is not wanted any more. */
   transaction(present: readonly Json[]): object[] {
     const add = (kind: string, value: Json) => ({ add: { [kind]: this.#with(value) } });
-    const stale: object[] = [];
-    for (const entry of present) {
-      for (const kind of ['chain', 'set', 'meter', 'counter']) {
-        const name = (entry[kind] as { name?: unknown } | undefined)?.name;
-        if (typeof name !== 'string') continue;
-        const kept =
-          kind === 'chain'
-            ? this.#chains.has(name)
-            : this.#meters.has(name) || this.#objects.has(`${kind} ${name}`);
-        if (kept) continue;
-        stale.push({ delete: { [kind === 'meter' ? 'set' : kind]: this.#with({ name }) } });
-      }
-    }
-    const old = present
-      .map((entry) => (entry.chain as { name?: string } | undefined)?.name)
-      .filter((name) => name !== undefined);
+    const there = (kind: string): string[] =>
+      present.flatMap((entry) => (entry[kind] as { name?: string } | undefined)?.name ?? []);
+    const chains = there('chain');
+    const isLeft = (name: string) => this.#lasting.has(name) && chains.includes(name);
+    const gone = (kind: string, kept: (name: string) => boolean) =>
+      there(kind)
+        .filter((name) => !kept(name))
+        .map((name) => ({ delete: { [kind]: this.#with({ name }) } }));
     return [
       { add: { table: { family: 'ip', name: this.name } } },
-      ...old.map((name) => ({ flush: { chain: this.#with({ name }) } })),
+      ...chains
+        .filter((name) => !isLeft(name))
+        .map((name) => ({ flush: { chain: this.#with({ name }) } })),
       ...[...this.#objects.values()].flat(),
       ...[...this.#chains].map(([name, base]) => add('chain', { name, ...base })),
+      ...[...this.#lasting]
+        .filter(([name]) => !isLeft(name))
+        .flatMap(([name, expr]) => [add('chain', { name }), add('rule', { chain: name, expr })]),
       ...this.#rules.map((rule) => add('rule', rule)),
       // Chains first: what they used is free then.
-      ...stale.sort((a, b) => order(a) - order(b)),
+      ...gone('chain', (name) => this.#chains.has(name) || this.#lasting.has(name)),
+      ...gone('set', (name) => this.#objects.has(`set ${name}`)),
+      ...gone('counter', (name) => this.#objects.has(`counter ${name}`)),
     ];
   }
 
@@ -139,8 +137,15 @@ class Table {
   }
 }
 
-const order = (command: object): number =>
-  'chain' in (command as { delete: object }).delete ? 0 : 1;
+/** A limit for each value of `key`; nft calls it a meter. It goes with its rule. */
+const meter = (name: string, key: Json, stmt: Json, timed = true): Json => ({
+  meter: {
+    name,
+    key: timed ? { elem: { val: key, timeout: METER_TIMEOUT_S } } : key,
+    stmt,
+    size: METER_SIZE,
+  },
+});
 
 function refusal(table: Table, chain: string, counter: string): void {
   table.chain(chain);
@@ -156,38 +161,54 @@ function refuseChain(table: Table): void {
 
 /** Those of one clone or of the whole family; `key` tells whom a packet counts for. */
 function limitRules(table: Table, who: string, limits: Limits, keys: { go: Json; back: Json }) {
-  const chain = 'limits';
   const over = (what: string): Json => count(table.counter(`over-${who}-${what}`));
-  const meter = (what: string, key: Json, stmt: Json, timed: boolean) =>
-    table.meter(`${who}-${what}`, key, stmt, timed);
-  const refuse = (...expr: Json[]) => table.rule(chain, begins, ...expr, goTo('refuse'));
+  const { new_connections_per_s: fresh, connections } = limits;
+  const { packets_per_s: packets, bytes_per_s: bytes } = limits;
   const sides = [
     { interfaceName: 'guests', side: 'out', key: keys.go },
     { interfaceName: 'uplink', side: 'in', key: keys.back },
   ];
   for (const { interfaceName, side, key } of sides) {
-    const { new_connections_per_s: fresh, connections } = limits;
-    const { packets_per_s: packets, bytes_per_s: bytes } = limits;
-    const here = from(interfaceName);
+    const one = (kind: string, value: number | undefined, first: Json[], ...then: Json[]) => {
+      if (value === undefined) return;
+      const name = `${who}-${kind}-${side}-${value}`;
+      table.lasting(name, ...then);
+      table.rule('limits', from(interfaceName), ...first, jump(name));
+    };
+    const refuse = goTo('refuse');
     if (fresh !== undefined) {
       const limit = { rate: fresh, per: 'second', burst: fresh, inv: true };
-      refuse(here, meter(`new-${side}-${fresh}`, key, { limit }, true), over('new'));
+      one(
+        'new',
+        fresh,
+        [begins],
+        meter(`new-${who}-${side}-${fresh}`, key, { limit }),
+        over('new'),
+        refuse,
+      );
     }
     if (connections !== undefined) {
       const stmt = { 'ct count': { val: connections, inv: true } };
-      refuse(here, meter(`open-${side}-${connections}`, key, stmt, false), over('connections'));
+      const metered = meter(`open-${who}-${side}-${connections}`, key, stmt, false);
+      one('open', connections, [begins], metered, over('connections'), refuse);
     }
     if (packets !== undefined) {
       const burst = Math.max(5, Math.ceil(packets / 10));
       const limit = { rate: packets, per: 'second', burst, inv: true };
-      const metered = meter(`packets-${side}-${packets}`, key, { limit }, true);
-      table.rule(chain, here, metered, over('packets'), drop);
+      const metered = meter(`packets-${who}-${side}-${packets}`, key, { limit });
+      one('packets', packets, [], metered, over('packets'), drop);
     }
     if (bytes !== undefined) {
       const unit = { rate_unit: 'bytes', burst_unit: 'bytes', per: 'second' };
       const limit = { rate: bytes, burst: 65_536, ...unit, inv: true };
-      const metered = meter(`bytes-${side}-${bytes}`, key, { limit }, true);
-      table.rule(chain, here, metered, over('bytes'), drop);
+      one(
+        'bytes',
+        bytes,
+        [],
+        meter(`bytes-${who}-${side}-${bytes}`, key, { limit }),
+        over('bytes'),
+        drop,
+      );
     }
   }
 }

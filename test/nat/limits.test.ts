@@ -80,6 +80,15 @@ test('limits of connections hold: so many at once, and one that ends makes room'
     },
   });
   expect(await hold(one, 'h')).toBe('ECONNREFUSED');
+
+  // Refused until the kernel has seen the end of one.
+  await lab.peers.ask(one.netns, 'release', { name: 'a' });
+  await expect.poll(() => hold(one, 'i'), { timeout: 20_000 }).toBe('ok');
+  expect(await hold(one, 'j')).toBe('ECONNREFUSED');
+
+  // Another limit, in one step.
+  await lab.apply({ default: { allow: ALLOW, per_clone: { connections: 1 } } });
+  expect([await hold(one, 'k'), await hold(one, 'l')]).toEqual(['ok', 'ECONNREFUSED']);
 });
 
 test('new connections in a second are limited; more are refused and counted', async () => {
