@@ -309,6 +309,8 @@ export class NatHost {
     setSysctl(netns, 'net/ipv6/conf/default/disable_ipv6', '1');
     setSysctl(netns, 'net/ipv4/conf/all/rp_filter', '0');
     setSysctl(netns, 'net/ipv4/conf/all/send_redirects', '0');
+    // The filter knows the gateway by one address, also where it answers for another.
+    setSysctl(netns, 'net/ipv4/conf/all/arp_announce', '2');
     // Refusals go to guests, each of which has its own limit of packets.
     setSysctl(netns, 'net/ipv4/icmp_ratelimit', '0');
     await ip(this.#netns, [pair(guests, 'guests', gatewayMac), pair(link, 'uplink', innerMac)]);

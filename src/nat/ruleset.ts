@@ -336,7 +336,8 @@ function baseChains(table: Table): { forward: string; input: string } {
   table.rule(forward, state('related'), drop);
   const [block = '', bits] = LINK_NETWORK.split('/');
   const links = { prefix: { addr: block, len: Number(bits) } };
-  table.rule(forward, from('guests'), match(field('ip', 'daddr'), links), goTo('refuse-links'));
+  const toLinks = match(field('ip', 'daddr'), links);
+  table.rule(forward, from('guests'), toLinks, goTo('refuse-links'));
   const direction = (name: string) => match(ct('direction'), name);
   table.rule(forward, from('guests'), towards('uplink'), direction('original'), goTo('out-go'));
   table.rule(forward, from('uplink'), towards('guests'), direction('reply'), goTo('out-back'));
@@ -345,6 +346,7 @@ function baseChains(table: Table): { forward: string; input: string } {
 
   const input = 'input';
   table.chain(input, base('filter', 'input', 0, 'drop'));
+  table.rule(input, from('guests'), toLinks, goTo('refuse-links'));
   table.rule(
     input,
     from('guests'),

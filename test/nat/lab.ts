@@ -128,11 +128,14 @@ export class NatLab {
 
   /** Echo servers outside. */
   async serve(...ports: number[]): Promise<void> {
+    const one = async (op: string, address: string, port: number) => {
+      const { outcome } = await this.peers.ask(this.outside, op, { address, port });
+      if (outcome !== 'ok') throw new Error(`${op} ${port}: ${outcome}`);
+    };
     for (const port of ports) {
-      for (const op of ['serve_tcp', 'serve_udp']) {
-        const { outcome } = await this.peers.ask(this.outside, op, { address: '0.0.0.0', port });
-        if (outcome !== 'ok') throw new Error(`${op} ${port}: ${outcome}`);
-      }
+      await one('serve_tcp', '0.0.0.0', port);
+      // One each: an answer comes from the address that was asked.
+      for (const address of [SERVER, ...OTHERS]) await one('serve_udp', address, port);
     }
   }
 

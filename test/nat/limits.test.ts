@@ -23,7 +23,7 @@ test('throttles hold within 10%: bytes of a clone, packets of a clone, bytes of 
     },
   });
   const flood = (guest: typeof one, port: number, rate: number): Promise<Outcome> =>
-    lab.peers.ask(guest.netns, 'flood', { ...FLOOD, port, rate, at: `0.0.0.0:${port}` });
+    lab.peers.ask(guest.netns, 'flood', { ...FLOOD, port, rate, at: `${SERVER}:${port}` });
   const near = (value: number | undefined, wanted: number) => {
     console.log(`limit ${wanted}: ${value?.toFixed(0)}`);
     expect(Math.abs((value ?? 0) / wanted - 1)).toBeLessThan(0.1);
