@@ -63,6 +63,8 @@ interface State {
   version: 1;
   policy: NatPolicy;
   resolved: Resolved;
+  /** By family number: names of root parents, as a daemon has told them. */
+  names: Record<string, string>;
 }
 
 export interface Counts {
@@ -124,9 +126,9 @@ export class NatHost {
     return this.#locked(async () => {
       const before = await this.#state();
       const found = await this.#resolve(policy, before?.resolved ?? {});
-      const state: State = { version: 1, policy, resolved: found.resolved };
+      const names = before?.names ?? {};
+      const state: State = { version: 1, policy, resolved: found.resolved, names };
       const families = await this.#sync(state);
-      await writeJson(this.#stateFile(), state);
       return { families, failed: found.failed };
     });
   }
@@ -146,7 +148,6 @@ export class NatHost {
       if (state === undefined) return {};
       const { resolved, failed } = await this.#resolve(state.policy, state.resolved);
       await this.#sync({ ...state, resolved });
-      await writeJson(this.#stateFile(), { ...state, resolved });
       return failed;
     });
   }
@@ -261,19 +262,22 @@ export class NatHost {
   async #sync(state: State): Promise<number[]> {
     const wanted = this.#localFamilies();
     const ports = new Set(this.#filter.gateways().map(({ family }) => family));
-    const names = new Set(await this.#linkNames());
+    const interfaces = new Set(await this.#linkNames());
     const links = new Map((await this.#links()).map((it) => [it.family, it.slot]));
     for (const family of await this.#families()) {
       // The port is set last: a gateway without it was not finished.
       const guests = `${GUESTS_PREFIX}${hex(family)}`;
-      const whole = ports.has(family) && names.has(guests) && links.has(family);
+      const whole = ports.has(family) && interfaces.has(guests) && links.has(family);
       if (wanted.has(family) && whole) continue;
       await this.#takeDown(family);
       links.delete(family);
     }
     const linked: Linked[] = [];
+    const names: Record<string, string> = {};
     for (const [family, parentHere] of wanted) {
-      const policy = policyOf(state.policy, family, this.#nameOf(family));
+      const name = this.#nameOf(family) ?? state.names[family];
+      if (name !== undefined) names[family] = name;
+      const policy = policyOf(state.policy, family, name);
       let slot = links.get(family);
       const fresh = slot === undefined;
       if (slot === undefined) {
@@ -290,6 +294,7 @@ export class NatHost {
     }
     if (linked.length === 0) await this.#removeHostTable();
     else await this.#hostTable(linked);
+    await writeJson(this.#stateFile(), { ...state, names });
     return [...wanted.keys()].sort((a, b) => a - b);
   }
 

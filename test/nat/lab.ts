@@ -80,6 +80,10 @@ export class NatLab {
 
   /** As a daemon that starts: it knows nothing but what is in the kernel and the run folder. */
   newNat(): NatHost {
+    return new NatHost(this.place());
+  }
+
+  place() {
     const { attached: filter, netns } = this.host;
     const { runDir, resolver } = this;
     // The filter's calls act on its own namespace: they hold its interfaces' numbers.
@@ -90,7 +94,7 @@ export class NatLab {
         return (...args: unknown[]) => netns.do(() => Reflect.apply(value, target, args));
       },
     });
-    return new NatHost({ filter: inside, netns: netns.path, runDir, resolver });
+    return { filter: inside, netns: netns.path, runDir, resolver };
   }
 
   static async create(resolver: Resolver = () => Promise.resolve([])): Promise<NatLab> {
