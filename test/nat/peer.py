@@ -16,6 +16,7 @@ CLONE_NEWNET = 0x40000000
 LIMIT_S = 10
 held = {}
 served = {}
+accepted = {}
 out = threading.Lock()
 
 
@@ -43,6 +44,7 @@ def serve_tcp(request):
     def loop():
         while True:
             connection, _ = server.accept()
+            accepted.setdefault(request["port"], []).append(connection)
             threading.Thread(target=echo, args=(connection,), daemon=True).start()
 
     threading.Thread(target=loop, daemon=True).start()
@@ -105,6 +107,12 @@ def say(request):
 
 def release(request):
     held.pop(request["name"]).close()
+    return {}
+
+
+def push(request):
+    """From the server of a port, unasked, on the newest of its connections."""
+    accepted[request["port"]][-1].sendall(b"more")
     return {}
 
 

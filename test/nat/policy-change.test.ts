@@ -31,6 +31,13 @@ test('a change holds at once: flows still allowed go on, the others get a reset,
   // The rule that stays has another place and more destinations now.
   const wider = { ...rule('a', SERVER, 80, 82), to: [OTHERS[0], SERVER] };
   await lab.apply({ default: { allow: [rule('c', SERVER, 99), wider] } });
+  // Also what comes back: the guest of the flow that is cut has not said anything yet.
+  const refused = async () => (await lab.counters(7))['refused-outbound']?.packets;
+  expect(await refused()).toBe(0);
+  const push = async () => (await lab.peers.ask(lab.outside, 'push', { port: 81 })).outcome;
+  expect(await push()).toBe('ok');
+  await expect.poll(push).not.toBe('ok'); // the server has its reset
+  expect(await refused()).toBeGreaterThan(0);
   expect((await say('kept')).outcome).toBe('ok');
   expect((await say('cut')).outcome).toBe('ECONNRESET');
   const after = await lab.counters(7);
