@@ -287,6 +287,8 @@ export function familyTransaction(
         chain,
         match(field('ip', near), PARENT),
         match(field(rule.protocol, nearPort), port),
+        // Rules may lead to one port of the parent, each for other clients.
+        match({ ct: { key: 'proto-dst', dir: 'original' } }, rule.port),
         match(field('ip', far), `@${name}`),
         goTo(name),
       );
