@@ -15,9 +15,15 @@
  *   - every other frame is dropped under exactly one reason (reasons.h);
  *   - the work per frame does not depend on how many VMs are known: hash look-ups, no loop.
  *
- * Left out on purpose: IPv6 (dropped and counted), the gateway (address reserved, ARP answered so
- * that DHCP clients can renew by unicast; other traffic to it dropped and counted), and any
- * authentication of the wire: who can put frames on it can pretend to be a remote VM.
+ * A family's gateway is a port with vmid NETBACK_VMID_GATEWAY: the end of a veth pair whose other
+ * end routes in a namespace of its own. It differs from a guest in two rules: it sends with any
+ * IPv4 source outside the family's network (or its own address), and only to VMs of this host; and
+ * a guest reaches through it any unicast address outside. No gateway is reached over the wire, and
+ * none sends there: each host has its own. ARP for it is answered whether it is there or not, so
+ * that DHCP clients can renew by unicast.
+ *
+ * Left out on purpose: IPv6 (dropped and counted), and any authentication of the wire: who can put
+ * frames on it can pretend to be a remote VM.
  *
  * Frames may be GSO, non-linear and with partial checksums; only MAC addresses are written, which
  * no checksum above Ethernet covers.
@@ -137,6 +143,21 @@ static __always_inline __u32 vmid_of(__u64 wire_mac)
 static __always_inline __u32 ip_of(__u32 vmid)
 {
 	return NETBACK_NETWORK + NETBACK_FIRST_HOST + vmid;
+}
+
+/* Of a port whose frames a family's gateway sends or gets. */
+static __always_inline int is_gateway(__u64 wire_mac)
+{
+	return vmid_of(wire_mac) == NETBACK_VMID_GATEWAY;
+}
+
+/* A unicast address that is not the family's: what may be on the far side of a gateway. */
+static __always_inline int is_outside(__u32 address)
+{
+	__u32 top = address >> 24;
+
+	return (address & NETBACK_NETWORK_MASK) != NETBACK_NETWORK && top != 0 && top != 127 &&
+	       top < 224;
 }
 
 /* Makes the first `bytes` of the frame readable in one piece; 0 if it is shorter. */
@@ -271,7 +292,7 @@ static __always_inline int ipv4_from_guest(struct __sk_buff *skb, const struct n
 		if (ports[1] == bpf_htons(PORT_DHCP_SERVER))
 			return drop(NETBACK_dhcp_to_host);
 	}
-	if (ip.source != port->ip)
+	if (ip.source != port->ip && !(is_gateway(port->wire_mac) && is_outside(ip.source)))
 		return drop(NETBACK_guest_source_ip);
 	if (destination == BROADCAST)
 		return drop(NETBACK_guest_broadcast);
@@ -282,15 +303,29 @@ static __always_inline int ipv4_from_guest(struct __sk_buff *skb, const struct n
 	if (!same_family(destination, port->wire_mac))
 		return drop(NETBACK_guest_foreign_family);
 	vmid = vmid_of(destination);
-	if (vmid == NETBACK_VMID_GATEWAY)
-		return drop(NETBACK_guest_to_gateway);
-	if (vmid > NETBACK_VMID_LAST || destination == port->wire_mac)
+	if (destination == port->wire_mac)
+		return drop(NETBACK_guest_no_such_vm);
+	local = bpf_map_lookup_elem(&sf_by_wire, &destination);
+	if (vmid == NETBACK_VMID_GATEWAY) {
+		if (!local)
+			return drop(NETBACK_guest_to_gateway);
+		if (ip.destination != local->ip && !is_outside(ip.destination))
+			return drop(NETBACK_guest_destination_ip);
+		return deliver(skb, local->guest_mac, port->wire_mac, local->ifindex,
+			       NETBACK_gateway_from_guest);
+	}
+	if (vmid > NETBACK_VMID_LAST)
 		return drop(NETBACK_guest_no_such_vm);
 	/* Keeps broadcast and multicast IP out of unicast frames too. */
 	if (ip.destination != ip_of(vmid))
 		return drop(NETBACK_guest_destination_ip);
 
-	local = bpf_map_lookup_elem(&sf_by_wire, &destination);
+	if (is_gateway(port->wire_mac)) {
+		if (!local)
+			return drop(NETBACK_gateway_no_such_vm);
+		return deliver(skb, local->guest_mac, port->wire_mac, local->ifindex,
+			       NETBACK_gateway_to_guest);
+	}
 	if (local)
 		return deliver(skb, local->guest_mac, port->wire_mac, local->ifindex,
 			       NETBACK_guest_to_local);
@@ -358,7 +393,7 @@ int from_wire(struct __sk_buff *skb)
 	if (skb->vlan_present)
 		return drop(NETBACK_wire_vlan);
 	port = bpf_map_lookup_elem(&sf_by_wire, &destination);
-	if (!port)
+	if (!port || is_gateway(destination)) /* a gateway is for the guests of its host */
 		return drop(NETBACK_wire_unknown_destination);
 	if (!same_family(source, destination))
 		return drop(NETBACK_wire_foreign_source);

@@ -44,7 +44,10 @@
 	X(33, wire_source_ip)                                                                      \
 	X(34, wire_destination_ip)                                                                 \
 	X(35, host_into_tap)                                                                       \
-	X(36, helper_failed)
+	X(36, helper_failed)                                                                       \
+	X(37, gateway_from_guest)                                                                  \
+	X(38, gateway_to_guest)                                                                    \
+	X(39, gateway_no_such_vm)
 
 enum netback_reason {
 #define NETBACK_REASON_ENUM(number, name) NETBACK_##name = number,

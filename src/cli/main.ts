@@ -8,6 +8,7 @@ import { addClusterCommands } from './cluster.js';
 import { addDemoCommand } from './demo.js';
 import { addDiskCommands } from './disk.js';
 import { addImageCommands } from './image.js';
+import { addNatCommands } from './nat.js';
 import { addNetCommands } from './net.js';
 import { reportError } from './output.js';
 import { addVmCommands } from './vm.js';
@@ -26,8 +27,8 @@ const JSON_OUTPUT = ['--json', 'data and errors as JSON'] as const;
 function shareOptions(command: Command): void {
   for (const child of command.commands) {
     if (child.commands.length === 0 && child.name() !== 'demo') {
-      // `disk` and `net` need no daemon, and `disk serve --socket` is its own.
-      if (command.name() !== 'disk' && command.name() !== 'net') child.option(...SOCKET);
+      // These need no daemon, and `disk serve --socket` is its own.
+      if (!['disk', 'net', 'nat'].includes(command.name())) child.option(...SOCKET);
       child.option(...JSON_OUTPUT);
     }
     shareOptions(child);
@@ -55,6 +56,7 @@ addImageCommands(program);
 addClusterCommands(program);
 addDiskCommands(program);
 addNetCommands(program);
+addNatCommands(program);
 addDemoCommand(program);
 shareOptions(program);
 

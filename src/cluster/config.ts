@@ -52,6 +52,7 @@ export const HostConfigFile = Type.Object(
     ram_dir: Type.String({ minLength: 1 }),
     uplink: Type.String({ pattern: '^[a-zA-Z0-9_.-]{1,15}$' }),
     image_dir: Type.Optional(Type.String({ minLength: 1 })),
+    nat_policy: Type.Optional(Type.String({ minLength: 1 })),
     mcdist_port: Type.Optional(Type.Integer({ minimum: 1, maximum: 65535 })),
     prefetch_bytes_per_s: Type.Optional(Type.Integer({ minimum: 0, maximum: 1e12 })),
     prefetch_ram_bytes_per_s: Type.Optional(Type.Integer({ minimum: 0, maximum: 1e12 })),
@@ -119,6 +120,8 @@ export interface ClusterConfig extends HostAddress {
   readonly ramDir: string;
   /** The network interface towards the other hosts. */
   readonly uplink: string;
+  /** The NAT gateways' policy file; absent: families reach nothing outside. */
+  readonly natPolicy?: string;
   /** Guest images; default `<state_dir>/image`. */
   readonly imageDir: string;
   /** UDP port on which this host's data plane answers page requests. */
@@ -223,6 +226,7 @@ export function parseClusterConfig(value: unknown, file: string): ClusterConfig 
     runDir,
     ramDir: absolute('/ram_dir', value.ram_dir),
     uplink: value.uplink,
+    ...(value.nat_policy === undefined ? {} : { natPolicy: resolve(folder, value.nat_policy) }),
     imageDir:
       value.image_dir === undefined
         ? join(absolute('/state_dir', value.state_dir), 'image')

@@ -2,12 +2,14 @@ import { SnowflockError } from '../common/errors.js';
 import { nativePath } from '../common/native.js';
 import {
   addressOfVmid,
+  GATEWAY,
   GUEST_MAC,
   ipNumber,
   ipText,
   macNumber,
   macText,
   placeOfWireMac,
+  VMID_GATEWAY,
   wireMac,
 } from '../network/addresses.js';
 import {
@@ -32,6 +34,8 @@ export interface FilteredVm {
   /** Default, and only accepted value: the scheme's for this vmid. */
   ip?: string;
 }
+
+const isGatewayMac = (mac: number) => mac % 2 ** 16 === VMID_GATEWAY;
 
 function toNative(vm: FilteredVm): NativeVm {
   const ip = addressOfVmid(vm.vmid);
@@ -103,8 +107,26 @@ export class NetbackFilter {
     native(() => this.#filter.removeVm(tap));
   }
 
+  /**
+   * From here on what the interface sends and receives is the family's gateway on this host
+   * (docs/network.md, NAT gateway). Its far end has the gateway's wire MAC. Errors: as `addVm`.
+   */
+  addGateway(gateway: { port: string; family: number }): void {
+    const mac = macNumber(wireMac({ family: gateway.family, vmid: VMID_GATEWAY }));
+    const identity = { tap: gateway.port, wireMac: mac, guestMac: mac, ip: ipNumber(GATEWAY) };
+    native(() => this.#filter.addVm(identity));
+  }
+
+  /** The gateways of this host; `removeVm` takes one away by its port. */
+  gateways(): { port: string; family: number }[] {
+    return native(() => this.#filter.vms())
+      .filter((vm) => isGatewayMac(vm.wireMac))
+      .map((vm) => ({ port: vm.tap, family: Math.floor(vm.wireMac / 2 ** 16) % 2 ** 24 }));
+  }
+
   vms(): Required<FilteredVm>[] {
-    return native(() => this.#filter.vms()).map((vm) => {
+    const all = native(() => this.#filter.vms()).filter((vm) => !isGatewayMac(vm.wireMac));
+    return all.map((vm) => {
       const place = placeOfWireMac(macText(vm.wireMac));
       if (place === undefined) {
         throw new SnowflockError('E_INTERNAL', `${vm.tap} has no VM's wire MAC in the filter`);

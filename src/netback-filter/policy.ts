@@ -11,7 +11,9 @@
  *  - no guest acts as a DHCP server; its requests to one end at the host;
  *  - IPv4 leaves with the guest's own address, to the wire MAC of a VM of its family that has the
  *    packet's destination address; it leaves with the sender's wire MAC;
- *  - from the wire comes IPv4 of the own family alone, from a VM that is not on this host;
+ *  - a family's gateway is one more port: guests reach through it what is outside their network, it
+ *    sends with addresses from there (or its own), and only to guests of this host;
+ *  - from the wire comes IPv4 of the own family alone, from a VM that is not on this host, to a VM;
  *  - into a tap goes only what the filter sent there.
  *
  * Left out on purpose: what the kernel's helpers may fail at (`helper_failed`), and segmentation.
@@ -103,6 +105,13 @@ const isMulticast = (mac: number) => Math.floor(mac / 2 ** 40) % 2 === 1;
 const sameFamily = (a: number, b: number) => Math.floor(a / 2 ** 16) === Math.floor(b / 2 ** 16);
 const vmidOf = (wireMac: number) => wireMac % 2 ** 16;
 const addressOf = (vmid: number) => NETWORK + FIRST_HOST + vmid;
+const isGateway = (wireMac: number) => vmidOf(wireMac) === VMID_GATEWAY;
+/** A unicast address that is not the family's. */
+const isOutside = (address: number) => {
+  const top = Math.floor(address / 2 ** 24);
+  const inFamily = address >= NETWORK && address < NETWORK + HOST_BITS;
+  return !inFamily && top !== 0 && top !== 127 && top < 224;
+};
 
 interface Ipv4 {
   source: number;
@@ -181,32 +190,43 @@ function ipv4FromGuest(frame: Buffer, vm: PolicyVm, table: PolicyTable): Decisio
     // The DHCP service saw it on its packet socket, which comes before the filter.
     if (to === PORT_DHCP_SERVER) return drop('dhcp_to_host');
   }
-  if (ip.source !== vm.ip) return drop('guest_source_ip');
+  const fromGateway = isGateway(vm.wireMac);
+  if (ip.source !== vm.ip && !(fromGateway && isOutside(ip.source))) return drop('guest_source_ip');
   const to = frame.readUIntBE(0, 6);
   if (to === BROADCAST) return drop('guest_broadcast');
   if (isMulticast(to)) return drop('guest_multicast');
   if (!isWire(to)) return drop('guest_not_wire_mac');
   if (!sameFamily(to, vm.wireMac)) return drop('guest_foreign_family');
   const vmid = vmidOf(to);
-  if (vmid === VMID_GATEWAY) return drop('guest_to_gateway');
-  if (vmid > VMID_LAST || to === vm.wireMac) return drop('guest_no_such_vm');
+  if (to === vm.wireMac) return drop('guest_no_such_vm');
+  const local = table.ofWireMac(to);
+  const deliver = (reason: string, port: PolicyVm): Decision => ({
+    verdict: 'redirect',
+    reason,
+    to: port.ifindex,
+    frame: readdressed(frame, port.guestMac, vm.wireMac),
+  });
+  if (vmid === VMID_GATEWAY) {
+    if (local === undefined) return drop('guest_to_gateway');
+    if (ip.destination !== local.ip && !isOutside(ip.destination)) {
+      return drop('guest_destination_ip');
+    }
+    return deliver('gateway_from_guest', local);
+  }
+  if (vmid > VMID_LAST) return drop('guest_no_such_vm');
   // Keeps broadcast and multicast IP out of unicast frames too.
   if (ip.destination !== addressOf(vmid)) return drop('guest_destination_ip');
 
-  const local = table.ofWireMac(to);
-  return local === undefined
-    ? {
-        verdict: 'redirect',
-        reason: 'guest_to_wire',
-        to: 'uplink',
-        frame: readdressed(frame, to, vm.wireMac),
-      }
-    : {
-        verdict: 'redirect',
-        reason: 'guest_to_local',
-        to: local.ifindex,
-        frame: readdressed(frame, local.guestMac, vm.wireMac),
-      };
+  if (local !== undefined) {
+    return deliver(fromGateway ? 'gateway_to_guest' : 'guest_to_local', local);
+  }
+  if (fromGateway) return drop('gateway_no_such_vm');
+  return {
+    verdict: 'redirect',
+    reason: 'guest_to_wire',
+    to: 'uplink',
+    frame: readdressed(frame, to, vm.wireMac),
+  };
 }
 
 function fromGuest(arrival: Arrival, frame: Buffer, table: PolicyTable): Decision {
@@ -231,7 +251,7 @@ function fromWire(arrival: Arrival, frame: Buffer, table: PolicyTable): Decision
   }
   if (arrival.tagged === true) return drop('wire_vlan');
   const vm = table.ofWireMac(to);
-  if (vm === undefined) return drop('wire_unknown_destination');
+  if (vm === undefined || isGateway(to)) return drop('wire_unknown_destination');
   if (!sameFamily(from, to)) return drop('wire_foreign_source');
   const vmid = vmidOf(from);
   if (vmid > VMID_LAST || table.ofWireMac(from) !== undefined)

@@ -32,7 +32,7 @@ export const REASONS: readonly Reason[] = [
   drop('guest_multicast', 'multicast from a guest'),
   drop('guest_not_wire_mac', "from a guest to an address that is no VM's"),
   drop('guest_foreign_family', 'from a guest to another family'),
-  drop('guest_to_gateway', 'from a guest to the gateway, which is not there'),
+  drop('guest_to_gateway', 'from a guest to the gateway, which this host has not'),
   drop('guest_no_such_vm', 'from a guest to itself or to a number that no VM has'),
   drop('guest_destination_ip', "from a guest, IPv4 address not the destination MAC's"),
   drop('arp_malformed', 'ARP from a guest, cut short or not for IPv4 on Ethernet'),
@@ -51,4 +51,7 @@ export const REASONS: readonly Reason[] = [
   drop('wire_destination_ip', 'from the wire to a VM, not its IPv4 address'),
   drop('host_into_tap', 'from the host itself into a tap'),
   drop('helper_failed', 'the kernel refused to read or change the frame'),
+  pass('gateway_from_guest', "from a guest to its family's gateway on this host"),
+  pass('gateway_to_guest', 'from a gateway to a guest of its family on this host'),
+  drop('gateway_no_such_vm', 'from a gateway to a VM that is not here'),
 ];

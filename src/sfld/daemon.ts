@@ -19,6 +19,7 @@ import { Leases } from './leases.js';
 import { listenLocal } from './local-api.js';
 import { LocalHost } from './local-host.js';
 import { flockSync } from './lock.js';
+import { NatKeeper } from './nat.js';
 import { Orphans } from './orphans.js';
 import { listenPeers } from './peer-api.js';
 import { Peers, RemoteHost } from './peers.js';
@@ -69,6 +70,8 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
     () => clones,
     () => orphans,
   );
+  const filter = await NetbackFilter.attach({ uplink: config.uplink });
+  const nat = natKeeper(config, filter, vms, log);
   const host: Host = {
     config,
     log,
@@ -77,7 +80,8 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
       user: { uid: config.vmUid, gid: config.vmGid },
       cacheDir: config.stateDir,
     }),
-    filter: await NetbackFilter.attach({ uplink: config.uplink }),
+    filter,
+    ...(nat === undefined ? {} : { nat }),
     resources: new Resources(config.resources),
     tickets: new TicketBook(),
     peers: new Peers([self, ...cluster.others().map((client) => new RemoteHost(client))]),
@@ -117,6 +121,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
   await abandonHalfForks(host);
   await adoptVms(host);
   await sweep(host);
+  nat?.start();
   const peerServer = await listenPeers(host, self);
   const socket = apiSocket(config);
   const local = await listenLocal(host, socket);
@@ -148,10 +153,23 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
       }
       cluster.close();
       await dataplane.close(endVms);
+      await nat?.close(endVms);
       if (endVms) await host.filter.detach();
       lock.release();
     },
   };
+}
+
+function natKeeper(
+  config: ClusterConfig,
+  filter: NetbackFilter,
+  vms: Store<VmRecord>,
+  log: Logger,
+): NatKeeper | undefined {
+  if (config.natPolicy === undefined) return undefined;
+  const nameOf = (family: number): string | undefined =>
+    vms.all().find((vm) => vm.family === family && vm.vmid === 0)?.name;
+  return new NatKeeper({ file: config.natPolicy, filter, log, nameOf });
 }
 
 /**

@@ -13,6 +13,7 @@ import type { HypervisorDriver, Vm } from '../hypervisor/driver.js';
 import type { BuiltImage } from '../image/manifest.js';
 import type { NetbackFilter } from '../netback-filter/filter.js';
 import type { DataplaneSupervisor } from './dataplane.js';
+import type { NatKeeper } from './nat.js';
 import type { Peers } from './peers.js';
 import type { ForkRecord, VmRecord } from './records.js';
 import type { Store } from './store.js';
@@ -38,6 +39,8 @@ export interface Host {
   readonly dataplane: DataplaneSupervisor;
   readonly driver: HypervisorDriver;
   readonly filter: NetbackFilter;
+  /** Where host.json names a policy. */
+  readonly nat?: NatKeeper;
   readonly resources: Resources;
   readonly tickets: TicketBook;
   readonly peers: Peers;

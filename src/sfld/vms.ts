@@ -176,7 +176,8 @@ export async function makeParts(
   try {
     host.filter.addVm(record);
     undo.add('filter', () => removeFromFilter(host, record));
-    dhcp = dhcpOf(record);
+    host.nat?.changed();
+    dhcp = dhcpOf(host, record);
   } catch (error) {
     closeSync(tapFd);
     throw error;
@@ -272,7 +273,7 @@ export function greet(live: LiveVm, seed?: string, reply?: PendingReply): Promis
   return live.ready;
 }
 
-function dhcpOf(record: VmRecord): DhcpService {
+function dhcpOf(host: Host, record: VmRecord): DhcpService {
   return new DhcpService({
     tap: record.tap,
     family: record.family,
@@ -280,6 +281,7 @@ function dhcpOf(record: VmRecord): DhcpService {
       address: addressOfVmid(record.vmid),
       guestMac: GUEST_MAC,
       hostname: record.name,
+      ...host.nat?.lease,
     },
   });
 }
@@ -290,6 +292,8 @@ function removeFromFilter(host: Host, record: VmRecord): void {
   } catch (error) {
     // The tap, and with it its entry, goes when the VM process does.
     if (!(error instanceof SnowflockError) || error.code !== 'E_NOT_FOUND') throw error;
+  } finally {
+    host.nat?.changed();
   }
 }
 
@@ -325,7 +329,7 @@ async function adoptVm(host: Host, record: VmRecord, vm: Vm): Promise<void> {
   // The daemon may have died while it held the VM paused; a guest must never stay so.
   if ((await vm.status()) !== 'running') await vm.resume();
   host.filter.addVm(record);
-  const live = await goLive(host, record, vm, dhcpOf(record));
+  const live = await goLive(host, record, vm, dhcpOf(host, record));
   record.state = 'running';
   await host.vms.save(record);
   // Same epoch: the guest only resumes its pending calls. It may be slow; nothing waits for it.

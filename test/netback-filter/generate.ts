@@ -32,6 +32,7 @@ export class Random {
 const BROADCAST = 0xffff_ffff_ffff;
 const NETWORK = 0x0a56_0000;
 const WIRE = 0x5e * 2 ** 40;
+const GATEWAY = 0xffff;
 
 export class FrameGenerator {
   readonly #random: Random;
@@ -86,9 +87,11 @@ export class FrameGenerator {
   #right(near: PolicyVm, outward: boolean): Buffer {
     const random = this.#random;
     const payloadBytes = random.pick([0, 1, 7, 8, 9, 26, 64, 200, 1480]);
-    const vmid = random.pick([0, 1, 2, 3, 4, 5, 77, 0xfffc]);
+    const vmid = random.pick([0, 1, 2, 3, 4, 5, 77, 0xfffc, GATEWAY]);
     const other = near.wireMac - (near.wireMac % 2 ** 16) + vmid;
-    const otherIp = NETWORK + 2 + vmid;
+    const beyond = () => random.pick([0x0808_0808, 0xc0a8_0101, 0x0a55_ffff, NETWORK + 1]);
+    const otherIp = vmid === GATEWAY ? beyond() : NETWORK + 2 + vmid;
+    const ownIp = near.wireMac % 2 ** 16 === GATEWAY ? beyond() : near.ip;
     const frame = Buffer.alloc(14 + 20 + payloadBytes);
     frame.writeUIntBE(outward ? other : near.wireMac, 0, 6);
     frame.writeUIntBE(outward ? near.guestMac : other, 6, 6);
@@ -97,8 +100,8 @@ export class FrameGenerator {
     frame.writeUInt16BE(20 + payloadBytes, 16);
     frame.writeUInt16BE(random.pick([0, 0, 0, 0x4000, 0x2000, 0x0001, 0x2005, 0x1fff]), 20);
     frame.writeUInt8(random.pick([1, 6, 6, 17, 17, 253]), 23);
-    frame.writeUInt32BE(outward ? near.ip : otherIp, 26);
-    frame.writeUInt32BE(outward ? otherIp : near.ip, 30);
+    frame.writeUInt32BE(outward ? ownIp : otherIp, 26);
+    frame.writeUInt32BE(outward ? otherIp : ownIp, 30);
     if (payloadBytes >= 4) {
       frame.writeUInt16BE(random.pick([67, 68, 53, 1024]), 34);
       frame.writeUInt16BE(random.pick([67, 68, 53, 1024]), 36);

@@ -233,6 +233,13 @@ export class Lab {
     return netns;
   }
 
+  /** A namespace's eth0, down and without an address, on the switch. */
+  joinSwitch(netns: Namespace, port: string, mac: string): void {
+    const pair = `ip link add ${port} address 02:00:00:00:04:01 type veth peer name eth0`;
+    this.#switch.exec(...pair.split(' '), ...`address ${mac} netns ${netns.name}`.split(' '));
+    this.#switch.exec('ip', 'link', 'set', port, 'master', 'br0', 'up');
+  }
+
   interfaceName(): string {
     return `vm${++this.#interfaces}`;
   }

@@ -9,9 +9,11 @@ import { decide, type Hook, PolicyTable, type PolicyVm } from '../../src/netback
 import { REASONS } from '../../src/netback-filter/reasons.js';
 import {
   addressOfVmid,
+  GATEWAY,
   GUEST_MAC,
   ipNumber,
   macNumber,
+  VMID_GATEWAY,
   wireMac,
 } from '../../src/network/addresses.js';
 import { type NativeFilter, netback } from '../../src/network/native.js';
@@ -44,6 +46,7 @@ beforeAll(async () => {
     { family: 2, vmid: 0 },
     { family: 2, vmid: 1 },
     { family: 0xff_ffff, vmid: 0xfffc },
+    { family: 1, vmid: VMID_GATEWAY },
   ];
   for (const [i, place] of places.entries()) {
     const link = `ip link add vm${i} address 02:00:00:00:01:0${i} type veth peer name g${i}`;
@@ -53,7 +56,7 @@ beforeAll(async () => {
       ifindex,
       wireMac: macNumber(wireMac(place)),
       guestMac: macNumber(i === 4 ? '52:54:00:00:00:99' : GUEST_MAC),
-      ip: ipNumber(addressOfVmid(place.vmid)),
+      ip: ipNumber(place.vmid === VMID_GATEWAY ? GATEWAY : addressOfVmid(place.vmid)),
     };
     vms.push(vm);
     filter.putIdentity(ifindex, { tap: `vm${i}`, ...vm });
@@ -138,7 +141,7 @@ test.each(['from_guest', 'from_wire'] as const)(
     const seen = compare(hook, FRAMES, SEED);
     // The generator reaches every rule that BPF_PROG_TEST_RUN can: it takes no runts, no tags that
     // the kernel has taken off, and all interfaces here have an identity.
-    const prefix = hook === 'from_guest' ? ['guest_', 'arp_', 'dhcp_'] : ['wire_'];
+    const prefix = hook === 'from_guest' ? ['guest_', 'gateway_', 'arp_', 'dhcp_'] : ['wire_'];
     const unreachable = ['guest_no_identity', 'guest_runt', 'wire_vlan'];
     for (const { name } of REASONS) {
       if (!prefix.some((it) => name.startsWith(it)) || unreachable.includes(name)) continue;

@@ -1,0 +1,428 @@
+/**
+ * The NAT gateways of one host: a namespace for each family that has a VM here. The state is in the
+ * kernel, and beside it one file with the policy in force; any process with the same host namespace
+ * goes on with it. `sync` makes what is there equal to what should be, whoever made it.
+ *
+ *   filter --- sfgFFFFFF | guests (10.86.0.1)  namespace  uplink | sfnFFFFFF --- the host's routes
+ *
+ * Invariants:
+ *  - a gateway becomes a port of the filter last and stops being one first: what passes is filtered;
+ *  - a half-made gateway (a process that was killed) is taken down and made anew;
+ *  - one process at a time changes things: a lock on the folder.
+ */
+
+import { spawn } from 'node:child_process';
+import { closeSync, mkdirSync, openSync, readFileSync } from 'node:fs';
+import { rm } from 'node:fs/promises';
+import { join } from 'node:path';
+import { SnowflockError } from '../common/errors.js';
+import { readJson, writeJson } from '../common/files.js';
+import type { NetbackFilter } from '../netback-filter/filter.js';
+import { GATEWAY, ipNumber, ipText, MTU, VMID_GATEWAY, wireMac } from '../network/addresses.js';
+import {
+  command,
+  getSysctl,
+  ip,
+  type Netns,
+  namespaceNumber,
+  nft,
+  nftList,
+  setSysctl,
+} from './netns.js';
+import { dnsNames, type NatPolicy, parsePolicy, policyOf } from './policy.js';
+import { type Resolved, type Resolver, refresh } from './resolve.js';
+import {
+  FAMILY_TABLE,
+  familyTransaction,
+  GUESTS_PREFIX,
+  HOST_TABLE,
+  hostTransaction,
+  LINK_PREFIX,
+  type Linked,
+} from './ruleset.js';
+
+export const NAT_RUN_DIR = '/run/snowflock';
+const LINK_BASE = ipNumber('100.86.0.0');
+const LINKS_MAX = 32_768;
+const LOCK_LIMIT_S = 30;
+
+export interface NatHostOptions {
+  /** Of the host's namespace, in which its taps are. */
+  filter: NetbackFilter;
+  /** The host's network namespace; default: this process's. */
+  netns?: string;
+  /** Where the policy in force is kept. Default /run/snowflock. */
+  runDir?: string;
+  resolver?: Resolver;
+  /** Names of families' root parents, for policies that go by them. */
+  nameOf?: (family: number) => string | undefined;
+}
+
+/** The policy in force. */
+interface State {
+  version: 1;
+  policy: NatPolicy;
+  resolved: Resolved;
+  /** By family number: names of root parents, as a daemon has told them. */
+  names: Record<string, string>;
+}
+
+export interface Counts {
+  packets: number;
+  bytes: number;
+}
+
+export interface GatewayView {
+  family: number;
+  namespace: string;
+  /** On the link to the host. */
+  address: string;
+  parent_here: boolean;
+  connections: number;
+  counters: Record<string, Counts>;
+}
+
+export interface NatView {
+  applied: boolean;
+  gateways: GatewayView[];
+  host: Record<string, Counts>;
+}
+
+interface Link {
+  family: number;
+  slot: number;
+}
+
+const hex = (family: number) => family.toString(16).padStart(6, '0');
+const hostEnd = (slot: number) => ipText(LINK_BASE + slot * 2);
+const familyEnd = (slot: number) => ipText(LINK_BASE + slot * 2 + 1);
+
+export class NatHost {
+  readonly #filter: NetbackFilter;
+  readonly #netns: Netns;
+  readonly #suffix: string;
+  readonly #runDir: string;
+  readonly #resolver: Resolver | undefined;
+  readonly #nameOf: (family: number) => string | undefined;
+
+  constructor(options: NatHostOptions) {
+    this.#filter = options.filter;
+    this.#netns = options.netns;
+    this.#suffix = `-${namespaceNumber(options.netns)}`;
+    this.#runDir = options.runDir ?? NAT_RUN_DIR;
+    this.#resolver = options.resolver;
+    this.#nameOf = options.nameOf ?? (() => undefined);
+  }
+
+  namespaceOf(family: number): string {
+    return `sfnat-${hex(family)}${this.#suffix}`;
+  }
+
+  /**
+   * Puts a policy in force for all families of this host. DNS names that cannot be resolved are in
+   * `failed`; they allow what they had before, or nothing. E_NETWORK, E_IO, E_IN_USE (lock).
+   */
+  apply(policy: NatPolicy): Promise<{ families: number[]; failed: Record<string, string> }> {
+    return this.#locked(async () => {
+      const before = await this.#state();
+      const found = await this.#resolve(policy, before?.resolved ?? {});
+      const names = before?.names ?? {};
+      const state: State = { version: 1, policy, resolved: found.resolved, names };
+      const families = await this.#sync(state);
+      return { families, failed: found.failed };
+    });
+  }
+
+  /** Gateways for the families that have VMs here now, none for others. Nothing without a policy. */
+  sync(): Promise<number[]> {
+    return this.#locked(async () => {
+      const state = await this.#state();
+      return state === undefined ? [] : await this.#sync(state);
+    });
+  }
+
+  /** Asks for all DNS names again. What failed. */
+  refresh(): Promise<Record<string, string>> {
+    return this.#locked(async () => {
+      const state = await this.#state();
+      if (state === undefined) return {};
+      const { resolved, failed } = await this.#resolve(state.policy, state.resolved);
+      await this.#sync({ ...state, resolved });
+      return failed;
+    });
+  }
+
+  /** Takes all gateways away, and the policy. */
+  remove(): Promise<number[]> {
+    return this.#locked(async () => {
+      const families = await this.#families();
+      for (const family of families) await this.#takeDown(family);
+      await this.#removeHostTable();
+      await rm(this.#stateFile(), { force: true });
+      return families;
+    });
+  }
+
+  /** The policy in force, or undefined. */
+  async policy(): Promise<{ policy: NatPolicy; resolved: Resolved } | undefined> {
+    return await this.#state();
+  }
+
+  async view(): Promise<NatView> {
+    const gateways: GatewayView[] = [];
+    const local = this.#localFamilies();
+    for (const { family, slot } of await this.#links()) {
+      const netns = this.#netnsOf(family);
+      gateways.push({
+        family,
+        namespace: this.namespaceOf(family),
+        address: familyEnd(slot),
+        parent_here: local.get(family) === true,
+        connections: Number(getSysctl(netns, 'net/netfilter/nf_conntrack_count')),
+        counters: counters(await this.#table(netns, FAMILY_TABLE)),
+      });
+    }
+    gateways.sort((a, b) => a.family - b.family);
+    const state = await this.#state();
+    const host = counters(await this.#table(this.#netns, HOST_TABLE));
+    return { applied: state !== undefined, gateways, host };
+  }
+
+  #stateFile(): string {
+    return join(this.#runDir, `nat${this.#suffix}.json`);
+  }
+
+  async #state(): Promise<State | undefined> {
+    const file = this.#stateFile();
+    const value = (await readJson(file)) as State | undefined;
+    if (value === undefined) return undefined;
+    if (value.version !== 1) throw new SnowflockError('E_CONFIG', `${file} is of another version`);
+    return { ...value, policy: parsePolicy(value.policy, file) };
+  }
+
+  #resolve(policy: NatPolicy, before: Resolved) {
+    const keepMs = (policy.dns_keep_s ?? 3600) * 1000;
+    return refresh(dnsNames(policy), before, keepMs, Date.now(), this.#resolver);
+  }
+
+  /** Families with a VM on this host; true where the parent is one of them. */
+  #localFamilies(): Map<number, boolean> {
+    const out = new Map<number, boolean>();
+    for (const { family, vmid } of this.#filter.vms()) {
+      out.set(family, vmid === 0 || out.get(family) === true);
+    }
+    return out;
+  }
+
+  #netnsOf(family: number): string {
+    return `/run/netns/${this.namespaceOf(family)}`;
+  }
+
+  async #links(): Promise<Link[]> {
+    const out = await command(this.#netns, 'ip', ['-j', '-4', 'address', 'show']);
+    const shown = JSON.parse(out) as { ifname?: string; addr_info?: { local: string }[] }[];
+    return shown.flatMap(({ ifname, addr_info }) => {
+      const family = familyOfName(ifname, LINK_PREFIX);
+      const address = addr_info?.[0]?.local;
+      if (family === undefined || address === undefined) return [];
+      return [{ family, slot: (ipNumber(address) - LINK_BASE) / 2 }];
+    });
+  }
+
+  async #linkNames(): Promise<string[]> {
+    const out = await command(this.#netns, 'ip', ['-j', 'link', 'show']);
+    return (JSON.parse(out) as { ifname?: string }[]).flatMap(({ ifname }) => ifname ?? []);
+  }
+
+  /** All families of which there is anything, finished or not. */
+  async #families(): Promise<number[]> {
+    const names = await this.#linkNames();
+    const spaces = await command(undefined, 'ip', ['-j', 'netns', 'list']);
+    const found = new Set<number>();
+    for (const name of names) {
+      const family = familyOfName(name, GUESTS_PREFIX) ?? familyOfName(name, LINK_PREFIX);
+      if (family !== undefined) found.add(family);
+    }
+    for (const { name } of JSON.parse(spaces || '[]') as { name: string }[]) {
+      const match = /^sfnat-([0-9a-f]{6})(-\d+)$/.exec(name);
+      if (match !== null && match[2] === this.#suffix) {
+        found.add(Number.parseInt(match[1] ?? '', 16));
+      }
+    }
+    return [...found].sort((a, b) => a - b);
+  }
+
+  async #table(netns: Netns, name: string): Promise<Record<string, unknown>[]> {
+    const all = await nftList(netns, 'ruleset', 'ip');
+    return all.filter((entry) =>
+      Object.values(entry).some((it) => (it as { table?: unknown } | null)?.table === name),
+    );
+  }
+
+  async #sync(state: State): Promise<number[]> {
+    const wanted = this.#localFamilies();
+    const ports = new Set(this.#filter.gateways().map(({ family }) => family));
+    const interfaces = new Set(await this.#linkNames());
+    const links = new Map((await this.#links()).map((it) => [it.family, it.slot]));
+    for (const family of await this.#families()) {
+      // The port is set last: a gateway without it was not finished.
+      const guests = `${GUESTS_PREFIX}${hex(family)}`;
+      const whole = ports.has(family) && interfaces.has(guests) && links.has(family);
+      if (wanted.has(family) && whole) continue;
+      await this.#takeDown(family);
+      links.delete(family);
+    }
+    const linked: Linked[] = [];
+    const names: Record<string, string> = {};
+    for (const [family, parentHere] of wanted) {
+      const name = this.#nameOf(family) ?? state.names[family];
+      if (name !== undefined) names[family] = name;
+      const policy = policyOf(state.policy, family, name);
+      let slot = links.get(family);
+      const fresh = slot === undefined;
+      if (slot === undefined) {
+        slot = freeSlot(new Set(links.values()));
+        links.set(family, slot);
+        await this.#setUp(family, slot);
+      }
+      const netns = this.#netnsOf(family);
+      const present = fresh ? [] : await this.#table(netns, FAMILY_TABLE);
+      await nft(netns, familyTransaction(policy, state.resolved, parentHere, present));
+      if (fresh) this.#filter.addGateway({ port: `${GUESTS_PREFIX}${hex(family)}`, family });
+      const inbound = parentHere ? (policy.inbound ?? []) : [];
+      linked.push({ address: familyEnd(slot), inbound });
+    }
+    if (linked.length === 0) await this.#removeHostTable();
+    else await this.#hostTable(linked);
+    await writeJson(this.#stateFile(), { ...state, names });
+    return [...wanted.keys()].sort((a, b) => a - b);
+  }
+
+  async #setUp(family: number, slot: number): Promise<void> {
+    const name = this.namespaceOf(family);
+    const [guests, link] = [`${GUESTS_PREFIX}${hex(family)}`, `${LINK_PREFIX}${hex(family)}`];
+    const gatewayMac = wireMac({ family, vmid: VMID_GATEWAY });
+    // Any but 5e:..; the pairs are point to point, so all hosts and families may have the same.
+    const [hostMac, innerMac] = ['02:53:46:00:00:01', '02:53:46:00:00:02'];
+    // Segments are cut here, so that packets are counted and limited as they are on the wire.
+    const pair = (outer: string, inner: string, mac: string) =>
+      `link add ${outer} address ${hostMac} mtu ${MTU} gso_max_segs 1 type veth ` +
+      `peer name ${inner} address ${mac} mtu ${MTU} netns ${name}`;
+    await command(this.#netns, 'ip', ['netns', 'add', name]);
+    const netns = this.#netnsOf(family);
+    setSysctl(netns, 'net/ipv6/conf/all/disable_ipv6', '1');
+    setSysctl(netns, 'net/ipv6/conf/default/disable_ipv6', '1');
+    setSysctl(netns, 'net/ipv4/conf/all/rp_filter', '0');
+    setSysctl(netns, 'net/ipv4/conf/all/send_redirects', '0');
+    // The filter knows the gateway by one address, also where it answers for another.
+    setSysctl(netns, 'net/ipv4/conf/all/arp_announce', '2');
+    // Refusals go to guests, each of which has its own limit of packets.
+    setSysctl(netns, 'net/ipv4/icmp_ratelimit', '0');
+    await ip(this.#netns, [pair(guests, 'guests', gatewayMac), pair(link, 'uplink', innerMac)]);
+    for (const outer of [guests, link]) {
+      setSysctl(this.#netns, `net/ipv6/conf/${outer}/disable_ipv6`, '1');
+    }
+    await ip(netns, [
+      'link set lo up',
+      `address add ${GATEWAY}/16 dev guests`,
+      'link set guests up',
+      `address add ${familyEnd(slot)}/31 dev uplink`,
+      'link set uplink up',
+      `route add default via ${hostEnd(slot)} dev uplink onlink`,
+    ]);
+    await ip(this.#netns, [`address add ${hostEnd(slot)}/31 dev ${link}`, `link set ${link} up`]);
+    setSysctl(netns, 'net/ipv4/ip_forward', '1');
+  }
+
+  async #takeDown(family: number): Promise<void> {
+    for (const { port, family: its } of this.#filter.gateways()) {
+      if (its === family) this.#filter.removeVm(port);
+    }
+    const names = await this.#linkNames();
+    for (const prefix of [GUESTS_PREFIX, LINK_PREFIX]) {
+      const name = `${prefix}${hex(family)}`;
+      if (names.includes(name)) await ip(this.#netns, [`link del ${name}`]);
+    }
+    const spaces = await command(undefined, 'ip', ['netns', 'list']);
+    const namespace = this.namespaceOf(family);
+    if (spaces.split('\n').some((line) => line.split(' ')[0] === namespace)) {
+      await command(undefined, 'ip', ['netns', 'del', namespace]);
+    }
+  }
+
+  async #hostTable(linked: readonly Linked[]): Promise<void> {
+    const present = await this.#table(this.#netns, HOST_TABLE);
+    const guarded = present.some((it) => (it.chain as { name?: string })?.name === 'guard');
+    const off = getSysctl(this.#netns, 'net/ipv4/ip_forward') === '0';
+    await nft(this.#netns, hostTransaction(linked, guarded || off, present));
+    if (off) setSysctl(this.#netns, 'net/ipv4/ip_forward', '1');
+  }
+
+  async #removeHostTable(): Promise<void> {
+    const present = await this.#table(this.#netns, HOST_TABLE);
+    if (present.length === 0) return;
+    const guarded = present.some((it) => (it.chain as { name?: string })?.name === 'guard');
+    if (guarded) setSysctl(this.#netns, 'net/ipv4/ip_forward', '0');
+    await nft(this.#netns, [{ delete: { table: { family: 'ip', name: HOST_TABLE } } }]);
+  }
+
+  async #locked<T>(work: () => Promise<T>): Promise<T> {
+    mkdirSync(this.#runDir, { recursive: true });
+    const path = this.#runDir;
+    const fd = openSync(path, 'r'); // the folder itself, so that no file is left
+    try {
+      await new Promise<void>((resolve, reject) => {
+        // The lock belongs to the open file, which this process keeps.
+        const args = ['--exclusive', '--timeout', String(LOCK_LIMIT_S), '3'];
+        const child = spawn('flock', args, { stdio: ['ignore', 'ignore', 'ignore', fd] });
+        child.on('error', (error) =>
+          reject(new SnowflockError('E_REQUIREMENT', `cannot run flock(1): ${error.message}`)),
+        );
+        child.on('close', (code) =>
+          code === 0
+            ? resolve()
+            : reject(new SnowflockError('E_IN_USE', `another process changes gateways (${path})`)),
+        );
+      });
+      return await work();
+    } finally {
+      closeSync(fd);
+    }
+  }
+}
+
+function familyOfName(name: string | undefined, prefix: string): number | undefined {
+  if (name === undefined || !name.startsWith(prefix)) return undefined;
+  const rest = name.slice(prefix.length);
+  return /^[0-9a-f]{6}$/.test(rest) ? Number.parseInt(rest, 16) : undefined;
+}
+
+function freeSlot(taken: ReadonlySet<number>): number {
+  for (let slot = 0; slot < LINKS_MAX; slot++) if (!taken.has(slot)) return slot;
+  throw new SnowflockError('E_CAPACITY', `a host has at most ${LINKS_MAX} gateways`);
+}
+
+function counters(table: readonly Record<string, unknown>[]): Record<string, Counts> {
+  const out: Record<string, Counts> = {};
+  for (const { counter } of table) {
+    const it = counter as { name: string; packets: number; bytes: number } | undefined;
+    if (it !== undefined) out[it.name] = { packets: it.packets, bytes: it.bytes };
+  }
+  return out;
+}
+
+/** Reads and checks a policy file. E_CONFIG, E_IO. */
+export function loadPolicy(path: string): NatPolicy {
+  let text: string;
+  try {
+    text = readFileSync(path, 'utf8');
+  } catch (error) {
+    throw new SnowflockError('E_IO', `cannot read ${path}: ${String(error)}`);
+  }
+  try {
+    return parsePolicy(JSON.parse(text), path);
+  } catch (error) {
+    if (error instanceof SnowflockError) throw error;
+    throw new SnowflockError('E_CONFIG', `${path} is not JSON: ${String(error)}`);
+  }
+}

@@ -1,0 +1,410 @@
+/**
+ * A policy as nftables commands (libnftables-json(5)), for one transaction.
+ *
+ * The table of a family, in its namespace, with interfaces `guests` and `uplink`:
+ *
+ *   forward    by direction of the flow and of the packet, to
+ *     out-go, out-back   flows that guests began: every packet asks the rules anew
+ *     in-go, in-back     flows that outside began, to the parent
+ *   allow-NAME, inbound-NAME   limits, then the rule's counter, accept
+ *   refuse-out, refuse-in      counter, then TCP reset or ICMP admin-prohibited
+ *
+ * Invariants:
+ *  - no packet passes because of the flow's state alone: established flows are asked by what they
+ *    match, in both directions. A changed policy therefore holds from the next packet on, flows that
+ *    are still allowed go on, others get a reset;
+ *  - counters have names and outlive a change of the rules; so do limits, each in a chain whose name
+ *    has its value: what is used up or open counts on, until that limit itself is changed;
+ *  - the number of rules a packet sees is bounded by the policy file's limits.
+ *
+ * explain.ts is the same as a pure function. Meters (nft: `meter`) are what nftables 1.0.6 can say
+ * in JSON about sets that rules fill.
+ */
+import { addressOfVmid, ipText } from '../network/addresses.js';
+import { LINK_NETWORK } from './explain.js';
+import {
+  type AddressRange,
+  type FamilyPolicy,
+  joinRanges,
+  type Limits,
+  parseBlock,
+  parsePorts,
+} from './policy.js';
+import type { Resolved } from './resolve.js';
+
+export const FAMILY_TABLE = 'snowflock';
+export const HOST_TABLE = 'snowflock_nat';
+/** Host ends of veth pairs: to the guests' side of a gateway, and to its uplink side. */
+export const GUESTS_PREFIX = 'sfg';
+export const LINK_PREFIX = 'sfn';
+const METER_SIZE = 65_536;
+/** Elements of limits by time go after so long without a packet. */
+const METER_TIMEOUT_S = 60;
+const PARENT = addressOfVmid(0);
+
+type Json = Record<string, unknown>;
+type Expression = Json | string | number;
+
+const match = (left: Json, right: unknown, op = '=='): Json => ({ match: { op, left, right } });
+const field = (protocol: string, name: string): Json => ({ payload: { protocol, field: name } });
+const meta = (key: string): Json => ({ meta: { key } });
+const ct = (key: string): Json => ({ ct: { key } });
+const goTo = (target: string): Json => ({ goto: { target } });
+const jump = (target: string): Json => ({ jump: { target } });
+const accept: Json = { accept: null };
+const drop: Json = { drop: null };
+const count = (name: string): Json => ({ counter: name });
+const prohibit: Json = { reject: { type: 'icmp', expr: 'admin-prohibited' } };
+const reset: Json = { reject: { type: 'tcp reset' } };
+const from = (name: string): Json => match(meta('iifname'), name);
+const towards = (name: string): Json => match(meta('oifname'), name);
+const isProtocol = (name: string): Json => match(field('ip', 'protocol'), name);
+const state = (name: string): Json => match(ct('state'), name, 'in');
+/** The first packet of a flow, as long as nothing has let it pass. */
+const begins: Json = match({ '&': [ct('status'), 'confirmed'] }, 0);
+const perSecond = (rate: number): Json => ({ limit: { rate, per: 'second', burst: rate } });
+
+/** Collects a table's objects and rules, and makes the transaction. */
+class Table {
+  readonly #objects = new Map<string, Json[]>();
+  readonly #chains = new Map<string, Json>();
+  readonly #rules: Json[] = [];
+  readonly #lasting = new Map<string, Json[]>();
+
+  constructor(readonly name: string) {}
+
+  chain(name: string, base: Json = {}): void {
+    this.#chains.set(name, base);
+  }
+
+  rule(chain: string, ...expr: Json[]): void {
+    this.#rules.push({ chain, expr });
+  }
+
+  counter(name: string): string {
+    this.#objects.set(`counter ${name}`, [{ add: { counter: this.#with({ name }) } }]);
+    return name;
+  }
+
+  set(name: string, ranges: readonly AddressRange[]): void {
+    const elem = joinRanges(ranges).map(({ first, last }) =>
+      first === last ? ipText(first) : { range: [ipText(first), ipText(last)] },
+    );
+    const set = this.#with({ name });
+    this.#objects.set(`set ${name}`, [
+      { add: { set: { ...set, type: 'ipv4_addr', flags: ['interval'] } } },
+      { flush: { set } },
+      ...(elem.length === 0 ? [] : [{ add: { element: { ...set, elem } } }]),
+    ]);
+  }
+
+  /** A chain that is made once and left alone: its name says all that is in it. */
+  lasting(name: string, ...expr: Json[]): void {
+    this.#lasting.set(name, expr);
+  }
+
+  /** `present`: what `nft -j list table` shows, to take away what is not wanted any more. */
+  transaction(present: readonly Json[]): object[] {
+    const add = (kind: string, value: Json) => ({ add: { [kind]: this.#with(value) } });
+    const there = (kind: string): string[] =>
+      present.flatMap((entry) => (entry[kind] as { name?: string } | undefined)?.name ?? []);
+    const chains = there('chain');
+    const isLeft = (name: string) => this.#lasting.has(name) && chains.includes(name);
+    const gone = (kind: string, kept: (name: string) => boolean) =>
+      there(kind)
+        .filter((name) => !kept(name))
+        .map((name) => ({ delete: { [kind]: this.#with({ name }) } }));
+    return [
+      { add: { table: { family: 'ip', name: this.name } } },
+      ...chains
+        .filter((name) => !isLeft(name))
+        .map((name) => ({ flush: { chain: this.#with({ name }) } })),
+      ...[...this.#objects.values()].flat(),
+      ...[...this.#chains].map(([name, base]) => add('chain', { name, ...base })),
+      ...[...this.#lasting]
+        .filter(([name]) => !isLeft(name))
+        .flatMap(([name, expr]) => [add('chain', { name }), add('rule', { chain: name, expr })]),
+      ...this.#rules.map((rule) => add('rule', rule)),
+      // Chains first: what they used is free then.
+      ...gone('chain', (name) => this.#chains.has(name) || this.#lasting.has(name)),
+      ...gone('set', (name) => this.#objects.has(`set ${name}`)),
+      ...gone('counter', (name) => this.#objects.has(`counter ${name}`)),
+    ];
+  }
+
+  #with(value: Json): Json {
+    return { family: 'ip', table: this.name, ...value };
+  }
+}
+
+/** A limit for each value of `key`; nft calls it a meter. It goes with its rule. */
+const meter = (name: string, key: Json, stmt: Json, timed = true): Json => ({
+  meter: {
+    name,
+    key: timed ? { elem: { val: key, timeout: METER_TIMEOUT_S } } : key,
+    stmt,
+    size: METER_SIZE,
+  },
+});
+
+function refusal(table: Table, chain: string, counter: string): void {
+  table.chain(chain);
+  table.rule(chain, count(table.counter(counter)), goTo('refuse'));
+}
+
+/** So that nobody waits for a time-out. */
+function refuseChain(table: Table): void {
+  table.chain('refuse');
+  table.rule('refuse', isProtocol('tcp'), reset);
+  table.rule('refuse', prohibit);
+}
+
+/** Those of one clone or of the whole family; `key` tells whom a packet counts for. */
+function limitRules(table: Table, who: string, limits: Limits, keys: { go: Json; back: Json }) {
+  const over = (what: string): Json => count(table.counter(`over-${who}-${what}`));
+  const { new_connections_per_s: fresh, connections } = limits;
+  const { packets_per_s: packets, bytes_per_s: bytes } = limits;
+  const sides = [
+    { interfaceName: 'guests', side: 'out', key: keys.go },
+    { interfaceName: 'uplink', side: 'in', key: keys.back },
+  ];
+  for (const { interfaceName, side, key } of sides) {
+    const one = (kind: string, value: number | undefined, first: Json[], ...then: Json[]) => {
+      if (value === undefined) return;
+      const name = `${who}-${kind}-${side}-${value}`;
+      table.lasting(name, ...then);
+      table.rule('limits', from(interfaceName), ...first, jump(name));
+    };
+    const refuse = goTo('refuse');
+    if (fresh !== undefined) {
+      const limit = { rate: fresh, per: 'second', burst: fresh, inv: true };
+      one(
+        'new',
+        fresh,
+        [begins],
+        meter(`new-${who}-${side}-${fresh}`, key, { limit }),
+        over('new'),
+        refuse,
+      );
+    }
+    if (connections !== undefined) {
+      const stmt = { 'ct count': { val: connections, inv: true } };
+      const metered = meter(`open-${who}-${side}-${connections}`, key, stmt, false);
+      one('open', connections, [begins], metered, over('connections'), refuse);
+    }
+    if (packets !== undefined) {
+      const burst = Math.max(5, Math.ceil(packets / 10));
+      const limit = { rate: packets, per: 'second', burst, inv: true };
+      const metered = meter(`packets-${who}-${side}-${packets}`, key, { limit });
+      one('packets', packets, [], metered, over('packets'), drop);
+    }
+    if (bytes !== undefined) {
+      const unit = { rate_unit: 'bytes', burst_unit: 'bytes', per: 'second' };
+      const limit = { rate: bytes, burst: 65_536, ...unit, inv: true };
+      one(
+        'bytes',
+        bytes,
+        [],
+        meter(`bytes-${who}-${side}-${bytes}`, key, { limit }),
+        over('bytes'),
+        drop,
+      );
+    }
+  }
+}
+
+/** The chain of a rule that matched: limits, counter, accept. */
+function passing(table: Table, name: string): void {
+  table.chain(name);
+  table.rule(name, jump('limits'));
+  table.counter(`${name}-out`);
+  table.counter(`${name}-in`);
+  table.rule(name, from('guests'), count(`${name}-out`), accept);
+  table.rule(name, count(`${name}-in`), accept);
+}
+
+const portSet = (ports: readonly (number | string)[]): unknown => ({
+  set: ports.map((port): Expression => {
+    const { first, last } = parsePorts(port);
+    return first === last ? first : { range: [first, last] };
+  }),
+});
+
+/**
+ * Replaces what the namespace of a family has. `parentHere`: ports of the host lead to the parent
+ * only on its own host.
+ */
+export function familyTransaction(
+  policy: FamilyPolicy,
+  resolved: Resolved,
+  parentHere: boolean,
+  present: readonly Json[],
+): object[] {
+  const table = new Table(FAMILY_TABLE);
+  const { forward, input } = baseChains(table);
+
+  for (const rule of policy.allow ?? []) {
+    const ranges = rule.to.flatMap((to) => {
+      const block = parseBlock(to);
+      if (block !== undefined) return [block];
+      const addresses = Object.keys(resolved[to.toLowerCase()] ?? {});
+      return addresses.flatMap((address) => parseBlock(address) ?? []);
+    });
+    const name = `allow-${rule.name}`;
+    table.set(name, ranges);
+    for (const [chain, address, port] of [
+      ['out-go', 'daddr', 'dport'],
+      ['out-back', 'saddr', 'sport'],
+    ] as const) {
+      table.rule(
+        chain,
+        isProtocol(rule.protocol),
+        match(field('ip', address), `@${name}`),
+        ...(rule.ports === undefined
+          ? []
+          : [match(field(rule.protocol, port), portSet(rule.ports))]),
+        goTo(name),
+      );
+    }
+    passing(table, name);
+  }
+  table.rule('out-go', goTo('refuse-out'));
+  table.rule('out-back', goTo('refuse-out'));
+
+  for (const rule of parentHere ? (policy.inbound ?? []) : []) {
+    const name = `inbound-${rule.name}`;
+    const port = rule.to_port ?? rule.port;
+    const block = (rule.from ?? ['0.0.0.0/0']).flatMap((text) => parseBlock(text) ?? []);
+    table.set(name, block);
+    table.rule('prerouting', from('uplink'), match(field(rule.protocol, 'dport'), rule.port), {
+      dnat: { addr: PARENT, port },
+    });
+    for (const [chain, far, near, nearPort] of [
+      ['in-go', 'saddr', 'daddr', 'dport'],
+      ['in-back', 'daddr', 'saddr', 'sport'],
+    ] as const) {
+      table.rule(
+        chain,
+        match(field('ip', near), PARENT),
+        match(field(rule.protocol, nearPort), port),
+        // Rules may lead to one port of the parent, each for other clients.
+        match({ ct: { key: 'proto-dst', dir: 'original' } }, rule.port),
+        match(field('ip', far), `@${name}`),
+        goTo(name),
+      );
+    }
+    passing(table, name);
+  }
+  table.rule('in-go', goTo('refuse-in'));
+  table.rule('in-back', goTo('refuse-in'));
+
+  limitRules(table, 'clone', policy.per_clone ?? {}, {
+    go: field('ip', 'saddr'),
+    back: field('ip', 'daddr'),
+  });
+  // One key for all: the kind of link, which is Ethernet.
+  const all = { go: meta('iiftype'), back: meta('iiftype') };
+  limitRules(table, 'family', policy.per_family ?? {}, all);
+  table.rule(forward, count(table.counter('other')), drop);
+  table.rule(input, goTo('refuse-gateway'));
+  return table.transaction(present);
+}
+
+/** What does not depend on the policy. */
+function baseChains(table: Table): { forward: string; input: string } {
+  const base = (type: string, hook: string, prio: number, policy = 'accept'): Json => ({
+    type,
+    hook,
+    prio,
+    policy,
+  });
+  for (const name of ['out-go', 'out-back', 'in-go', 'in-back', 'limits']) table.chain(name);
+  refuseChain(table);
+  refusal(table, 'refuse-out', 'refused-outbound');
+  refusal(table, 'refuse-in', 'refused-inbound');
+  refusal(table, 'refuse-gateway', 'refused-gateway');
+  refusal(table, 'refuse-links', 'refused-links');
+
+  table.chain('prerouting', base('nat', 'prerouting', -100));
+  table.chain('postrouting', base('nat', 'postrouting', 100));
+  table.rule('postrouting', from('guests'), towards('uplink'), { masquerade: null });
+
+  const forward = 'forward';
+  table.chain(forward, base('filter', 'forward', 0, 'drop'));
+  table.rule(forward, state('invalid'), count(table.counter('invalid')), drop);
+  // ICMP errors about flows; nothing here makes connections expected.
+  const related = count(table.counter('related'));
+  table.rule(forward, state('related'), isProtocol('icmp'), perSecond(100), related, accept);
+  table.rule(forward, state('related'), drop);
+  const [block = '', bits] = LINK_NETWORK.split('/');
+  const links = { prefix: { addr: block, len: Number(bits) } };
+  const toLinks = match(field('ip', 'daddr'), links);
+  table.rule(forward, from('guests'), toLinks, goTo('refuse-links'));
+  const direction = (name: string) => match(ct('direction'), name);
+  table.rule(forward, from('guests'), towards('uplink'), direction('original'), goTo('out-go'));
+  table.rule(forward, from('uplink'), towards('guests'), direction('reply'), goTo('out-back'));
+  table.rule(forward, from('uplink'), towards('guests'), direction('original'), goTo('in-go'));
+  table.rule(forward, from('guests'), towards('uplink'), direction('reply'), goTo('in-back'));
+
+  const input = 'input';
+  table.chain(input, base('filter', 'input', 0, 'drop'));
+  table.rule(input, from('guests'), toLinks, goTo('refuse-links'));
+  table.rule(
+    input,
+    from('guests'),
+    match(field('icmp', 'type'), 'echo-request'),
+    perSecond(100),
+    count(table.counter('gateway-ping')),
+    accept,
+  );
+  table.rule(input, from('uplink'), goTo('refuse-in'));
+  return { forward, input };
+}
+
+/** A family's gateway as the host's own table sees it. */
+export interface Linked {
+  /** Its address on the link. */
+  address: string;
+  inbound: readonly { protocol: string; port: number }[];
+}
+
+/** The host's table. `guard`: forwarding was switched on for gateways, and is for them alone. */
+export function hostTransaction(
+  links: readonly Linked[],
+  guard: boolean,
+  present: readonly Json[],
+): object[] {
+  const table = new Table(HOST_TABLE);
+  const any = `${LINK_PREFIX}*`;
+  const notFrom = match(meta('iifname'), any, '!=');
+  const notTowards = match(meta('oifname'), any, '!=');
+  const chain = (name: string, type: string, prio: number) =>
+    table.chain(name, { type, hook: name, prio, policy: 'accept' });
+  chain('prerouting', 'nat', -100);
+  chain('postrouting', 'nat', 100);
+  chain('forward', 'filter', 0);
+  chain('input', 'filter', 0);
+  refuseChain(table);
+  refusal(table, 'refuse-between', 'refused-between');
+  refusal(table, 'refuse-host', 'refused-host');
+  const local = match({ fib: { result: 'type', flags: ['daddr'] } }, 'local');
+  for (const { address, inbound } of links) {
+    for (const { protocol, port } of inbound) {
+      const wanted = match(field(protocol, 'dport'), port);
+      table.rule('prerouting', notFrom, local, wanted, { dnat: { addr: address } });
+    }
+  }
+  table.rule('postrouting', from(any), notTowards, { masquerade: null });
+  table.rule('forward', from(any), towards(any), goTo('refuse-between'));
+  table.rule('forward', from(any), accept);
+  table.rule('forward', towards(any), match(ct('state'), ['established', 'related'], 'in'), accept);
+  table.rule('forward', towards(any), match(ct('status'), 'dnat', 'in'), accept);
+  table.rule('forward', towards(any), drop);
+  if (guard) {
+    table.chain('guard');
+    table.rule('guard', drop);
+    table.rule('forward', jump('guard'));
+  }
+  table.rule('input', from(any), goTo('refuse-host'));
+  return table.transaction(present);
+}

@@ -1,0 +1,113 @@
+/** Limits, with traffic that is over them. */
+import { afterEach, expect, test } from 'vitest';
+import { NatLab, type Outcome, SERVER } from './lab.js';
+
+let lab: NatLab;
+
+afterEach(async () => {
+  await lab?.destroy();
+});
+
+const ALLOW = ['tcp', 'udp'].map((protocol) => ({ name: protocol, protocol, to: [SERVER] }));
+const FLOOD = { to: SERVER, size: 972, seconds: 4, lead: 2 };
+
+test('throttles hold within 10%: bytes of a clone, packets of a clone, bytes of a family', async () => {
+  lab = await NatLab.create();
+  const [one, two, other] = [lab.guest(7, 1), lab.guest(7, 2), lab.guest(8, 1)];
+  await lab.serve(1001, 1002, 1003);
+  const limits = { bytes_per_s: 200_000 };
+  await lab.apply({
+    families: {
+      7: { allow: ALLOW, per_clone: limits, per_family: { bytes_per_s: 300_000 } },
+      8: { allow: ALLOW, per_clone: { packets_per_s: 300 } },
+    },
+  });
+  const flood = (guest: typeof one, port: number, rate: number): Promise<Outcome> =>
+    lab.peers.ask(guest.netns, 'flood', { ...FLOOD, port, rate, at: `${SERVER}:${port}` });
+  const near = (value: number | undefined, wanted: number) => {
+    console.log(`limit ${wanted}: ${value?.toFixed(0)}`);
+    expect(Math.abs((value ?? 0) / wanted - 1)).toBeLessThan(0.1);
+  };
+  // 1,000 bytes each with the headers of UDP and IPv4, which the server does not see.
+  const withHeaders = (outcome: Outcome) => (outcome.packets_per_s ?? 0) * 1000;
+  near(withHeaders(await flood(one, 1001, 600)), 200_000);
+  const [a, b, c] = await Promise.all([
+    flood(one, 1001, 600),
+    flood(two, 1002, 600),
+    flood(other, 1003, 900),
+  ]);
+  near(withHeaders(a) + withHeaders(b), 300_000);
+  near(c.packets_per_s, 300);
+
+  // What was dropped and what was let through add up to what was sent.
+  const seven = await lab.counters(7);
+  const sent = [a, b].reduce((sum, it) => sum + (it.sent ?? 0), 0);
+  const passed = seven['allow-udp-out']?.packets ?? 0;
+  const dropped = ['clone', 'family'].reduce(
+    (sum, who) => sum + (seven[`over-${who}-bytes`]?.packets ?? 0),
+    0,
+  );
+  expect(passed + dropped).toBeGreaterThan(sent);
+  const eight = await lab.counters(8);
+  const counted = ['allow-udp-out', 'over-clone-packets'].map((name) => eight[name]?.packets ?? 0);
+  expect((counted[0] ?? 0) + (counted[1] ?? 0)).toBe(c.sent);
+});
+
+test('limits of connections hold: so many at once, and one that ends makes room', async () => {
+  lab = await NatLab.create();
+  const [one, two] = [lab.guest(7, 1), lab.guest(7, 2)];
+  await lab.serve(80);
+  await lab.apply({
+    default: { allow: ALLOW, per_clone: { connections: 3 }, per_family: { connections: 5 } },
+  });
+  const hold = async (guest: typeof one, name: string) =>
+    (await lab.peers.ask(guest.netns, 'hold', { name, to: SERVER, port: 80 })).outcome;
+  const ones = [await hold(one, 'a'), await hold(one, 'b'), await hold(one, 'c')];
+  expect(ones).toEqual(['ok', 'ok', 'ok']);
+  expect(await hold(one, 'd')).toBe('ECONNREFUSED');
+  expect([await hold(two, 'e'), await hold(two, 'f')]).toEqual(['ok', 'ok']);
+  expect(await hold(two, 'g')).toBe('ECONNREFUSED'); // the family's
+  const counted = await lab.counters(7);
+  expect(counted['over-clone-connections']?.packets).toBe(1);
+  expect(counted['over-family-connections']?.packets).toBe(1);
+
+  // The same limits again, and other rules: those that are open still count.
+  await lab.apply({
+    default: {
+      allow: [...ALLOW, { name: 'more', protocol: 'icmp', to: [SERVER] }],
+      per_clone: { connections: 3 },
+      per_family: { connections: 5 },
+    },
+  });
+  expect(await hold(one, 'h')).toBe('ECONNREFUSED');
+
+  // Refused until the kernel has seen the end of one.
+  await lab.peers.ask(one.netns, 'release', { name: 'a' });
+  await expect.poll(() => hold(one, 'i'), { timeout: 20_000 }).toBe('ok');
+  expect(await hold(one, 'j')).toBe('ECONNREFUSED');
+
+  // Another limit, in one step.
+  await lab.apply({ default: { allow: ALLOW, per_clone: { connections: 1 } } });
+  expect([await hold(one, 'k'), await hold(one, 'l')]).toEqual(['ok', 'ECONNREFUSED']);
+});
+
+test('new connections in a second are limited; more are refused and counted', async () => {
+  lab = await NatLab.create();
+  const { netns } = lab.guest(7, 1);
+  await lab.serve(80);
+  await lab.apply({ default: { allow: ALLOW, per_clone: { new_connections_per_s: 10 } } });
+  const begin = Date.now();
+  const outcomes = await Promise.all(
+    Array.from({ length: 60 }, () => lab.peers.ask(netns, 'tcp', { to: SERVER, port: 80 })),
+  );
+  const seconds = (Date.now() - begin) / 1000;
+  const passed = outcomes.filter(({ outcome }) => outcome === 'ok').length;
+  const refused = outcomes.filter(({ outcome }) => outcome === 'ECONNREFUSED').length;
+  expect(passed + refused).toBe(60);
+  expect(passed).toBeGreaterThanOrEqual(10);
+  expect(passed).toBeLessThanOrEqual(10 + Math.ceil(seconds * 10));
+  expect((await lab.counters(7))['over-clone-new']).toEqual({
+    packets: refused,
+    bytes: refused * 60,
+  });
+});
