@@ -56,6 +56,13 @@ class PageFetcher {
     for (; count > 0; first++, count--) want(first, Urgency::kPrefetch);
     return true;
   }
+  // From now on all pages that the replica's users need, in whatever order is fastest, until none
+  // is left that can be had so; or no more of that. False: it cannot, pages have to be asked for.
+  virtual bool subscribe(bool on) {
+    (void)on;
+    return false;
+  }
+  virtual bool subscribed() const { return false; }
 };
 
 // Reads a generation through a replica, and may have made some of its pages its own since.

@@ -15,6 +15,7 @@ namespace {
 // With fewer faults under way, a fault's own thread sends its request. More at once (a disk read of
 // many pages) are gathered by the client's thread into one packet.
 constexpr size_t kDirectFaults = 4;
+constexpr unsigned kServeBatches = 4;  // received in a row
 constexpr TimeNs kGreetFirst = 20 * kMillisecond;
 constexpr TimeNs kGreetLast = 250 * kMillisecond;
 // After a thread that lent itself has left, the next one is waited for so long. What comes
@@ -146,7 +147,8 @@ void Client::fetch(PageIndex page, const std::atomic<bool>& done) {
       if (armed_ <= now_ns()) armed_ = kNever;  // the timer itself fires too, for nothing
       watched[0].revents = watched[1].revents = POLLIN;
     }
-    serve(watched[0].revents != 0, watched[1].revents != 0);
+    // One batch, then: has its page come?
+    serve(watched[0].revents != 0, watched[1].revents != 0, 1);
   }
   leave();
 }
@@ -169,15 +171,24 @@ bool Client::prefetch(PageIndex first, uint64_t pages) {
   return true;
 }
 
-void Client::subscribe(bool on) {
+bool Client::subscribe(bool on) {
   const TimeNs now = now_ns();
   std::lock_guard lock(mutex_);
-  if (lost_ || closing_) return;
-  if (!on) return end_subscription();
-  if (replica_->complete()) return;
+  if (lost_ || closing_) return false;
+  if (!on) {
+    end_subscription();
+    return false;
+  }
+  if (replica_->complete()) return false;
   busy(now);
   requester_.subscribe(true, now);
   wake();
+  return true;
+}
+
+bool Client::subscribed() const {
+  std::lock_guard lock(mutex_);
+  return requester_.subscribed();
 }
 
 void Client::set_server(const sockaddr_in& server) {
@@ -336,7 +347,7 @@ void Client::run() {
     }
     if (watched[3].revents != 0 && !clear_wake()) return;
     // Whoever woke us: what has come is read before anything is taken for lost.
-    serve(true, true);
+    serve(true, true, kServeBatches);
   }
 }
 
@@ -356,10 +367,14 @@ void Client::leave() {
   if (closing_ || wake_pending_ || requester_.faults() > 0) give_back();
 }
 
-void Client::serve(bool group, bool unicast) {
-  const bool more_there = group && receive(member_, true);
-  const bool more_here = unicast && receive(unicast_, false);
-  flush(!more_there && !more_here);
+void Client::serve(bool group, bool unicast, unsigned batches) {
+  // Bounded: what is to be sent, and whether to close, is looked at in between.
+  for (unsigned i = 1; group || unicast; i++) {
+    group = group && receive(member_, true);
+    unicast = unicast && receive(unicast_, false);
+    if (i == batches) break;
+  }
+  flush(!group && !unicast);
   const TimeNs now = now_ns();
   watch_server(now);
   watch_source(now);

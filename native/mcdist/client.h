@@ -87,7 +87,8 @@ class Client final : public PageFetcher {
   void set_server(const sockaddr_in& server);
   // All pages that the replica's users need, as fast as the server sends them. Until all are here,
   // or none can be had any more, or taken back.
-  void subscribe(bool on);
+  bool subscribe(bool on) override;
+  bool subscribed() const override;
   // Detaches from the replica, whose waiters stay for its next fetcher, and ends the thread.
   void close();
 
@@ -100,9 +101,9 @@ class Client final : public PageFetcher {
   void run();
   void leave();  // of a thread that lent itself
   // With the role:
-  void serve(bool group, bool unicast);    // these may be readable
-  bool receive(const Fd& fd, bool group);  // true if more may be there
-  bool clear_wake();                       // false: closing
+  void serve(bool group, bool unicast, unsigned batches);  // these may be readable
+  bool receive(const Fd& fd, bool group);                  // true if more may be there
+  bool clear_wake();                                       // false: closing
   void flush(bool drained);
   void watch_source(TimeNs now);
   void lose(const Status& status);

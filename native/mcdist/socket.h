@@ -47,7 +47,7 @@ class ReceiveBatch {
 
  private:
   static constexpr size_t kCoalescedBytes = 65536;
-  static constexpr size_t kCoalesced = 16;
+  static constexpr size_t kCoalesced = 64;
   static constexpr size_t kControlBytes = CMSG_SPACE(sizeof(int));
   struct Packet {
     const uint8_t* data;

@@ -13,6 +13,7 @@ constexpr uint64_t kWordPages = 64;
 constexpr uint64_t kMaxLook = 4096;  // words of the bitmap in one turn: 1 GiB
 constexpr uint64_t kMinBurstBytes = 16 * kPageBytes;
 constexpr uint64_t kMaxBurstBytes = 4 << 20;
+constexpr uint64_t kMostShare = 8;  // subscribes if at most one page in so many is not needed
 constexpr std::chrono::seconds kLookAgain{1};  // done: has a user been added?
 
 double seconds(Prefetcher::Clock::duration time) {
@@ -46,6 +47,8 @@ void Prefetcher::start(uint64_t rate_bytes_per_s) {
   const auto now = Clock::now();
   const bool runs = state_ == State::kRunning || state_ == State::kPaused;
   rate_ = rate_bytes_per_s;
+  if (rate_ != 0) unsubscribe();
+  tried_ = subscribed_;
   if (!runs) {
     run_++;
     state_ = State::kRunning;
@@ -64,7 +67,9 @@ void Prefetcher::start(uint64_t rate_bytes_per_s) {
 
 void Prefetcher::pause() {
   std::lock_guard lock(mutex_);
-  if (state_ == State::kRunning) state_ = State::kPaused;
+  if (state_ != State::kRunning) return;
+  state_ = State::kPaused;
+  unsubscribe();
 }
 
 void Prefetcher::resume() {
@@ -82,11 +87,54 @@ void Prefetcher::close() {
     ended_ = Clock::now();
     state_ = State::kClosed;
     run_++;
+    unsubscribe();
   }
   loop_->remove(this);
 }
 
+void Prefetcher::unsubscribe() {
+  if (std::exchange(subscribed_, false)) replica_->subscribe(false);
+  tried_ = false;
+}
+
+// A push brings what is not needed as well.
+bool Prefetcher::wants_most() const {
+  uint64_t absent = 0;
+  uint64_t needed = 0;
+  for (PageIndex first = 0; first < replica_->pages(); first += kWordPages) {
+    const uint64_t word = replica_->absent_mask(first);
+    if (word == 0) continue;
+    absent += static_cast<uint64_t>(std::popcount(word));
+    needed += static_cast<uint64_t>(std::popcount(word & replica_->needed_mask(first)));
+  }
+  return needed > 0 && (absent - needed) * kMostShare <= absent;
+}
+
+bool Prefetcher::subscribe(Clock::time_point now) {
+  if (rate_ != 0) return false;
+  if (!std::exchange(tried_, true)) {
+    seen_data_ = replica_->present_count();
+    seen_known_ = replica_->held();
+    subscribed_ = wants_most() && replica_->subscribe(true);
+    heard_ = now;
+  }
+  if (!subscribed_) return false;
+  const uint64_t data = replica_->present_count();
+  const uint64_t known = replica_->held();
+  if (known > seen_known_) {
+    heard_ = now;
+    pages_ += known - seen_known_;
+    asked_bytes_ += (data - seen_data_) * kPageBytes;
+    sample((data - seen_data_) * kPageBytes, now);
+    seen_data_ = data;
+    seen_known_ = known;
+  }
+  subscribed_ = replica_->subscribed();  // false: all is here, or the rest is not to be had so
+  return subscribed_;
+}
+
 void Prefetcher::end(State state, const Status& error) {
+  unsubscribe();
   state_ = state;
   error_ = error;
   ended_ = Clock::now();
@@ -103,6 +151,7 @@ Prefetcher::Clock::time_point Prefetcher::turn(Clock::time_point now) {
         due = now + kLookAgain;
       } else {
         state_ = State::kRunning;
+        tried_ = false;
         heard_ = now;
       }
     }
@@ -123,12 +172,14 @@ uint64_t Prefetcher::budget(Clock::time_point now) {
 }
 
 Prefetcher::Clock::time_point Prefetcher::ask(Clock::time_point now) {
-  if (under_way_ > 0 && now - heard_ > kStall) {
+  const bool pushed = subscribe(now);
+  if ((pushed || under_way_ > 0) && now - heard_ > kStall) {
     end(State::kFailed,
         Status::Error("E_SOURCE_LOST", "prefetch of " + replica_->path() + ": no page came for " +
                                            std::to_string(kStall.count()) + " s"));
     return Clock::time_point::max();
   }
+  if (pushed) return now + kTick;
   // arrived() wakes it.
   if (under_way_ > kWindowPages - kBatchPages) return heard_ + kStall + kTick;
   if (replica_->waiting_count() > 0 && yielded_ < kMaxYields) {
@@ -200,14 +251,14 @@ void Prefetcher::arrived(uint64_t run, PageIndex page, const Status& status) {
   const auto now = Clock::now();
   if (status.ok()) {
     heard_ = now;
-    pages_++;
     errors_in_row_ = 0;
+    if (!subscribed_) pages_++;  // else counted with all that comes
     if (replica_->state(page) == PageState::kZero) {
       asked_bytes_ -= kPageBytes;
       if (rate_ != 0) {
         tokens_ = std::min(static_cast<double>(burst_of(rate_)), tokens_ + kPageBytes);
       }
-    } else {
+    } else if (!subscribed_) {
       sample(kPageBytes, now);
     }
   } else {

@@ -1,5 +1,7 @@
 // Fills a replica in the background: goes through its absent pages in order and asks for them as
-// prefetches, so many bytes a second at most.
+// prefetches, so many bytes a second at most. Without a limit it first has the fetcher subscribe,
+// if it can and nearly all is needed: then all hosts that fill take the same packets. What is left
+// when that has ended (refused pages, say) is asked for in order as well.
 //
 // States:  idle -> running -> done | failed      (start() from each but closed; closed is the end)
 //          running <-> paused
@@ -90,6 +92,9 @@ class Prefetcher {
   uint64_t budget(Clock::time_point now);
   void arrived(uint64_t run, PageIndex page, const Status& status);
   void sample(uint64_t bytes, Clock::time_point now) const;
+  bool subscribe(Clock::time_point now);  // false: what is left is to be asked for
+  void unsubscribe();
+  bool wants_most() const;
 
   const std::shared_ptr<Replica> replica_;
   const std::function<void()> on_end_;
@@ -113,6 +118,9 @@ class Prefetcher {
   unsigned errors_in_row_ = 0;
   unsigned yielded_ = 0;  // in a row
   bool announce_ = false;
+  bool subscribed_ = false;
+  bool tried_ = false;                       // to subscribe, in this pass
+  uint64_t seen_known_ = 0, seen_data_ = 0;  // of the replica, while subscribed
   Status first_error_;
   Status error_;
   mutable double bytes_per_s_ = 0;

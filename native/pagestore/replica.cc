@@ -442,6 +442,16 @@ Status Replica::prefetch(PageIndex first, uint64_t count, const PageDone& done, 
   return Status::Ok();
 }
 
+bool Replica::subscribe(bool on) {
+  std::lock_guard lock(fetcher_mutex_);
+  return fetcher_ != nullptr && fetcher_->subscribe(on);
+}
+
+bool Replica::subscribed() const {
+  std::lock_guard lock(fetcher_mutex_);
+  return fetcher_ != nullptr && fetcher_->subscribed();
+}
+
 void Replica::set_fetcher(PageFetcher* fetcher) {
   std::unique_lock lock(fetcher_mutex_);
   const bool other = std::exchange(fetcher_, fetcher) != fetcher;

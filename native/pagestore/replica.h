@@ -87,6 +87,10 @@ class Replica final : public PageProvider {
   using PageDone = std::function<void(PageIndex, const Status&)>;
   Status prefetch(PageIndex first, uint64_t count, const PageDone& done, uint64_t* asked);
 
+  // All that its users need, as fast as it comes, see PageFetcher. False: not now, or not so.
+  bool subscribe(bool on);
+  bool subscribed() const;
+
   // The absent ones of the 64 pages from `first` (a multiple of 64): bit i is first + i.
   uint64_t absent_mask(PageIndex first) const;
   // Those of 64 pages that one of its users may still read; all if it has no users.
@@ -174,7 +178,8 @@ class Replica final : public PageProvider {
   std::unordered_map<PageIndex, Waiters> waiters_;
   uint64_t urgent_ = 0;  // of waiters_
   Status failed_;
-  std::mutex fetcher_mutex_;  // held while the fetcher is called; taken before mutex_, never after
+  mutable std::mutex
+      fetcher_mutex_;  // held while the fetcher is called; taken before mutex_, never after
   PageFetcher* fetcher_ = nullptr;
   unsigned lent_ = 0;  // threads inside fetcher_->fetch(), without the lock
   std::condition_variable returned_;

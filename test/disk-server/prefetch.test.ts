@@ -193,6 +193,31 @@ test('a second clone on a host shares the replica: nothing is fetched twice', as
   same(await two.read(300 * PAGE, PAGE), lab.page(300));
 });
 
+test('a prefetch without a limit takes part in one push with other hosts; with one it asks', async () => {
+  const lab = await Lab.make(2048);
+  const hosts = [await lab.net.host(), await lab.net.host()];
+  for (const host of hosts) await lab.remote(host);
+  await Promise.all(
+    hosts.map((host) => host.call('prefetch', { name: 'remote', rate: UNLIMITED })),
+  );
+  for (const host of hosts) {
+    await host.call('until', { name: 'remote', complete: true });
+    await host.call('until', { name: 'remote', state: 'done' });
+    const { present, zero, prefetch } = await lab.stats(host);
+    expect(present + zero).toBe(2048);
+    expect([prefetch?.askedBytes, prefetch?.underWay]).toEqual([2048 * PAGE, 0]);
+  }
+  const pushed = await lab.source.call<McdistServerStats>('serverStats', { name: 'parent' });
+  expect(pushed.pagesPushed).toBeGreaterThan(0.9 * 2048);
+  expect(pushed.pagesServed).toBeLessThan(1.5 * 2048);
+
+  const late = await lab.net.host();
+  await lab.remote(late, { prefetch: 64 << 20 });
+  await late.call('until', { name: 'remote', complete: true });
+  const after = await lab.source.call<McdistServerStats>('serverStats', { name: 'parent' });
+  expect(after.pagesPushed).toBe(pushed.pagesPushed);
+});
+
 test('what one host prefetches fills the replicas of others', async () => {
   const lab = await Lab.make(1024);
   const hosts = [await lab.net.host(), await lab.net.host()];

@@ -117,6 +117,35 @@ test('with 5% of packets lost on every host all pages are right', async () => {
   expect((await serverStats(source)).retries).toBeGreaterThan(0);
 });
 
+test('what a push loses on eight hosts is repaired by parities for all of them', async () => {
+  const generation = newGeneration();
+  const pages = 2048;
+  const source = await net.host();
+  const server = await startSource(net, source, generation, { pages });
+  const receivers: Host[] = [];
+  for (let i = 0; i < 8; i++) {
+    const host = await net.host();
+    await net.lose(host, 5);
+    await startReceiver(net, host, generation, server, { pages });
+    await welcomed(host);
+    receivers.push(host);
+  }
+  const args = { name: 'client', replica: 'replica', count: pages };
+  await Promise.all(receivers.map((host) => host.call('prefetchAll', args)));
+  const expected = await digest(source, 'source');
+  for (const host of receivers) {
+    expect(await digest(host, 'replica')).toBe(expected);
+    const stats = await clientStats(host);
+    expect(stats.paritiesReceived).toBeGreaterThan(0);
+    expect(stats.pagesRepaired).toBeGreaterThan(0);
+    // Blocks of 32 pages: about one report of each, more only for repairs that are lost too.
+    expect(stats.blocksReported).toBeLessThan((3 * pages) / 32);
+  }
+  const { wireBytes, paritySymbols } = await serverStats(source);
+  console.log(`sent ${(wireBytes / (pages * 4096)).toFixed(3)} of the payload`);
+  expect(paritySymbols).toBeGreaterThan(0);
+});
+
 test('zero pages cost a few bytes', async () => {
   const generation = newGeneration();
   const [source, receiver] = [await net.host(), await net.host()];
