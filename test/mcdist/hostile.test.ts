@@ -206,7 +206,11 @@ test('recorded requests move no page: not again, not at a restarted server', asy
   // All but the greetings, which had no cookie yet, are known as replays.
   await source.call('reached', { name: 'server', counter: 'replays', least: recorded.length - 1 });
   const after = await serverStats(source);
-  expect(after.packetsSent - before.packetsSent).toBeLessThanOrEqual(1);
+  const greetings = recorded.length - (after.replays - before.replays);
+  expect(after.welcomes - before.welcomes).toBeLessThanOrEqual(greetings);
+  // Besides the welcomes, announces: some are sent for seconds after anybody was heard.
+  const others = (of: McdistServerStats) => of.packetsSent - of.welcomes - of.announces;
+  expect(others(after)).toBe(others(before));
   expect(after.pagesServed).toBe(before.pagesServed);
 
   await source.kill();
@@ -223,7 +227,7 @@ test('recorded requests move no page: not again, not at a restarted server', asy
   }
   const stats = await serverStats(restarted);
   expect(stats.pagesServed).toBe(0);
-  expect(stats.packetsSent).toBe(stats.welcomes);
+  expect(others(stats)).toBe(0);
 });
 
 test('noise at the server is counted, never answered', async () => {
