@@ -11,7 +11,7 @@ import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 
 const LIBFUZZER_INTERRUPTED = 72;
-const TARGETS = ['nbd', 'slice', 'replica', 'parity', 'packed'];
+const TARGETS = ['nbd', 'slice', 'replica', 'parity', 'packed', 'wire'];
 const USAGE = `npm run fuzz -- ${TARGETS.join('|')} [options]
   --time S       seconds to run (60)
   --seed N       of the mutations (drawn, and printed)

@@ -119,6 +119,7 @@ class Client final : public PageFetcher {
   void handle_negative(const Sender* sender, const std::vector<Run>& runs, TimeNs now);
   void handle_welcome(Sender* sender, const Header& header, const Welcome& welcome, TimeNs now);
   void handle_announce(Sender* sender, const Announce& announce, TimeNs now);
+  void handle_packed(const Header& header, size_t size, TimeNs now);
   void handle_parity(const Sender* sender, const Header& header, size_t size, TimeNs now);
   void repair(uint64_t block, TimeNs now);
   const uint8_t* symbol(PageIndex page, unsigned fragment);
@@ -202,6 +203,7 @@ class Client final : public PageFetcher {
   std::atomic<bool> group_heard_{false};
   std::vector<Run> runs_;
   uint8_t clear_[kMaxMtuBytes];
+  uint8_t unpacked_[kPageBytes];
 };
 
 }  // namespace sf::mcdist

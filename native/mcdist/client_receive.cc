@@ -5,6 +5,7 @@
 #include <bit>
 
 #include "mcdist/client.h"
+#include "mcdist/pack.h"
 
 namespace sf::mcdist {
 namespace {
@@ -53,6 +54,7 @@ void Client::handle(const uint8_t* data, size_t size, bool group, TimeNs now) {
   if (!sender->key->open(data, size, clear_)) return count(counters_.auth_failures);
   heard(sender, header, group, now);
   if (header.type == Type::kParity) return handle_parity(sender, header, size, now);
+  if (header.type == Type::kPacked) return handle_packed(header, size, now);
   if (header.type != Type::kZero && header.type != Type::kNegative) {
     return count(counters_.bad_packets);
   }
@@ -111,6 +113,15 @@ void Client::handle_page(Sender* sender, const Header& header, const uint8_t* da
   if (known) return count(counters_.duplicates);
   const uint8_t* page = reassembly_.add(header, clear_);
   if (page != nullptr) store(header.page, page, now);
+  repair(header.page / kBlockPages, now);
+}
+
+void Client::handle_packed(const Header& header, size_t size, TimeNs now) {
+  if (replica_->state(header.page) != PageState::kAbsent) return count(counters_.duplicates);
+  if (!unpack_page(clear_, size - kOverheadBytes, unpacked_)) return count(counters_.bad_packets);
+  count(counters_.packed_pages);
+  reassembly_.forget(header.page);
+  store(header.page, unpacked_, now);
   repair(header.page / kBlockPages, now);
 }
 

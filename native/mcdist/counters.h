@@ -31,6 +31,7 @@ inline void count(Counter& counter, uint64_t by = 1) {
   X(reports_dropped)  /* of those: not taken, too many are gathered */                  \
   X(repair_symbols)   /* symbols sent again for reports, as they are */                 \
   X(parity_symbols)   /* parity symbols sent for reports */                             \
+  X(packed_pages)     /* pages sent compressed, each in one packet */                   \
   X(announces)                                                                          \
   X(retries)       /* pages asked again after a client's time-out */                    \
   X(queue_dropped) /* pages not taken: the queue, or the peer's share of it, is full */ \
@@ -61,6 +62,7 @@ inline void count(Counter& counter, uint64_t by = 1) {
   X(pushed_packets)  /* that nobody asked for: sent by a push cursor */               \
   X(blocks_reported) /* blocks told to lack something, again each time */             \
   X(parities_received)                                                                \
+  X(packed_pages)   /* pages that came compressed, each in one packet */              \
   X(pages_repaired) /* pages filled of which a part came out of parities */           \
   X(fail_overs)     /* times another server became the one that is asked */           \
   X(auth_failures)                                                                    \

@@ -219,10 +219,11 @@ bool Policy::next_announce(TimeNs now, Item* out) {
   } else if (announce_at_ <= now) {
     announced_ = now;
     if (farewells_ > 0) farewells_--;
-    announce_at_ = push_.running()        ? now + kAnnouncePush
-                   : farewells_ > 0       ? now + kAnnounceEnd
-                   : wants_announces(now) ? now + kAnnounceIdle
-                                          : kNever;
+    announce_at_ = push_.running()                      ? now + kAnnouncePush
+                   : farewells_ > 0                     ? now + kAnnounceEnd
+                   : wants_announces(now)               ? now + kAnnounceIdle
+                   : config_.announce_unheard != kNever ? now + config_.announce_unheard
+                                                        : kNever;
   } else {
     return false;
   }
@@ -277,7 +278,11 @@ double Policy::mean_receive_rate(TimeNs now) {
 void Policy::advance(TimeNs now) {
   flow_.advance(now);
   audience_.expire(now);
-  if (announce_at_ == kNever && wants_announces(now)) announce_at_ = now;
+  if (announce_at_ == kNever) {
+    if (wants_announces(now) || (announced_ == 0 && config_.announce_unheard != kNever)) {
+      announce_at_ = now;
+    }
+  }
   if (!flow_.window_over(now)) return;
   flow_.judge(audience_.summary(flow_.window(), flow_.window_symbols(), flow_.group_rate(),
                                 now - kReportMemory),

@@ -87,6 +87,14 @@ struct PolicyConfig {
   TimeNs endgame_silence = 5 * kSecond;  // nobody else heard for so long; kNever: never
   std::vector<PageRange> disjoint;       // not pushed, answered by unicast
 
+  // --- Packing: a page that LZ4 makes fit one packet goes so. Off: it costs the server's one
+  // thread more time for each page than the packets that are saved, unless the link is slow. ---
+  bool pack = false;
+
+  // --- Being found: announces to the group while no client was heard. A replica is turned to only
+  // by clients that have heard of it before their server died. A source is told to its clients. ---
+  TimeNs announce_unheard = kNever;
+
   // --- History ---
   uint32_t history_pages = 65536;  // first faults remembered in their order; 0: none
 };

@@ -88,6 +88,12 @@ PolicyConfig policy_of(const Napi::Value& value) {
   config.endgame_share = rate(options, "endgameShare", config.endgame_share, 0);
   config.endgame_silence = milliseconds(options, "endgameSilenceMs", config.endgame_silence);
   config.disjoint = ranges_of(options);
+  config.pack = flag(options, "pack", config.pack);
+  if (options.Has("announceMs")) {
+    const TimeNs interval = milliseconds(options, "announceMs", 0);
+    if (interval < kMillisecond) throw bad_option(options.Env(), "announceMs", "1 or more");
+    config.announce_unheard = interval;
+  }
   config.history_pages = count_of(options, "historyPages", config.history_pages, 0, 1 << 24);
   if (config.min_rate > config.max_rate) {
     throw bad_option(options.Env(), "minRateBytesPerS", "at most maxRateBytesPerS");

@@ -369,6 +369,7 @@ bool Server::answer(Served& served, const Policy::Item& item) {
 }
 
 void Server::answer_page(Served& served, const Policy::Item& item, const sockaddr_in& to) {
+  if (answer_packed(served, item, to)) return;
   ServerCounters& counters = served.stats->counters;
   const size_t length = symbol_bytes(fragments_);
   size_t symbols = 0;
@@ -391,6 +392,29 @@ void Server::answer_page(Served& served, const Policy::Item& item, const sockadd
   if (item.peer != 0) count(counters.unicast_answers);
   served.policy.sent(item, Policy::Outcome::kData,
                      symbols * (length + kOverheadBytes + kUdpIpBytes), now_ns());
+}
+
+// A whole page in one packet, if that is wished and it fits.
+bool Server::answer_packed(Served& served, const Policy::Item& item, const sockaddr_in& to) {
+  if (!served.generation.policy.pack || item.fragments != 0 || fragments_ == 1) return false;
+  const size_t bytes =
+      packer_.pack(page_, packed_, options_.mtu_bytes - kUdpIpBytes - kOverheadBytes);
+  if (bytes == 0) return false;
+  ServerCounters& counters = served.stats->counters;
+  Header header;
+  header.type = Type::kPacked;
+  header.page = item.page;
+  header.pushed = item.pushed;
+  header.cursor = item.cursor;
+  emit(served, &header, packed_, bytes, to);
+  count(counters.payload_bytes, kPageBytes);
+  count(counters.packed_pages);
+  count(counters.pages_served);
+  if (item.pushed) count(counters.pages_pushed);
+  if (item.repair) count(counters.repair_symbols, fragments_);
+  if (item.peer != 0) count(counters.unicast_answers);
+  served.policy.sent(item, Policy::Outcome::kData, bytes + kOverheadBytes + kUdpIpBytes, now_ns());
+  return true;
 }
 
 void Server::answer_parity(Served& served, const Policy::Item& item, const sockaddr_in& to) {

@@ -23,6 +23,7 @@
 #include "common/page.h"
 #include "common/status.h"
 #include "mcdist/counters.h"
+#include "mcdist/pack.h"
 #include "mcdist/parity.h"
 #include "mcdist/peers.h"
 #include "mcdist/policy.h"
@@ -113,6 +114,7 @@ class Server {
   TimeNs pump();  // sends a bounded number of pages; when to come again
   bool answer(Served& served, const Policy::Item& item);  // false: nothing but a few bytes
   void answer_page(Served& served, const Policy::Item& item, const sockaddr_in& to);
+  bool answer_packed(Served& served, const Policy::Item& item, const sockaddr_in& to);
   void answer_parity(Served& served, const Policy::Item& item, const sockaddr_in& to);
   void announce(Served& served, const Policy::Item& item, const sockaddr_in& to);
   void take(Served& served, uint32_t peer, TimeNs now);  // request_
@@ -147,6 +149,8 @@ class Server {
   Request request_;
   std::vector<uint8_t> body_;
   std::vector<uint8_t> parity_;
+  Packer packer_;
+  uint8_t packed_[kPageBytes];
   alignas(64) uint8_t page_[kPageBytes + kMaxFragments] = {};  // zeros pad the last fragment
   uint8_t clear_[kMaxMtuBytes];
 };

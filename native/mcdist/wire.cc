@@ -194,7 +194,8 @@ bool decode_request(const uint8_t* data, size_t size, uint64_t pages, Request* o
     report.missing = SymbolSet::Decode(at + 16);
     if (at[11] != 0 || report.fragments < 1 || report.fragments > kMaxFragments) return false;
     if (report.block >= (pages + kBlockPages - 1) / kBlockPages) return false;
-    if (report.need > kMaxSymbols || !report.missing.within(SymbolSet::Block(report.fragments)))
+    if (report.need > kBlockPages * report.fragments ||
+        !report.missing.within(SymbolSet::Block(report.fragments)))
       return false;
     const uint64_t left = pages - report.block * kBlockPages;
     if (left < kBlockPages && report.wanted >> left != 0) return false;
@@ -241,6 +242,9 @@ bool decode_announce(const uint8_t* data, size_t size, uint64_t pages, Announce*
   out->held = get(data + 8, 8);
   out->position = get(data + 16, 8);
   out->pages = get(data + 24, 8);
+  // Requests go there: one host's address, not a group's or everybody's.
+  const uint8_t first = data[0];
+  if (first == 0 || first >= 224) return false;
   return out->pages == pages && out->held <= pages && out->position <= pages && out->port != 0;
 }
 

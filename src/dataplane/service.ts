@@ -19,6 +19,9 @@ import {
 } from './protocol.js';
 import type { Handlers } from './rpc.js';
 
+/** 116 bytes to the group; a source counts as lost after 30 s. */
+const LENT_ANNOUNCE_MS = 1000;
+
 export interface DataplaneOptions {
   memtapSocket: string;
   /** Group whose members (the VMs' user) may connect to memtap. */
@@ -319,6 +322,8 @@ export class Dataplane {
         provider: remote.replica.provider,
         group: source.group,
         groupPort: source.group_port,
+        // Nobody asks here while the source lives; when it is dead it is late to be heard of.
+        policy: { announceMs: LENT_ANNOUNCE_MS },
       });
       this.#lent.set(generation, remote);
     } catch (error) {

@@ -67,6 +67,8 @@ export interface McdistPolicyOptions {
   readonly pushCounters?: number;
   /** Loss of pushed pages is repaired by parity where that takes fewer packets. Default true. */
   readonly parity?: boolean;
+  /** Pages that LZ4 makes fit one packet are sent so. Default false: pays on slow links only. */
+  readonly pack?: boolean;
   /** How long reports of a block are gathered; default 3. */
   readonly repairGatherMs?: number;
   /** Once this share of the pages went to the group, they are sent again by unicast; above 1: never. */
@@ -75,6 +77,11 @@ export interface McdistPolicyOptions {
   readonly endgameSilenceMs?: number;
   /** Regions whose pages each client needs for itself: not pushed, answered by unicast. */
   readonly disjoint?: readonly { readonly first: number; readonly count: number }[];
+  /**
+   * Announces to the group at this interval though no client was heard, so that clients of another
+   * server know whom to turn to when that one dies. For a replica that is served. Default: none.
+   */
+  readonly announceMs?: number;
   /** First faults whose order is remembered for later clones; 0: none. */
   readonly historyPages?: number;
 }
@@ -119,6 +126,8 @@ export interface McdistServerStats {
   readonly reportsDropped: number;
   /** Packets of pages sent again for reports, and parity packets sent instead. */
   readonly repairSymbols: number;
+  /** Pages sent compressed, each in one packet. */
+  readonly packedPages: number;
   readonly paritySymbols: number;
   readonly announces: number;
   /** Packets the system did not take, and times it had no room: the local link is the limit. */
@@ -186,6 +195,8 @@ export interface McdistClientStats {
   /** Blocks of 32 pages told to lack something after a push went by, each time they were told. */
   readonly blocksReported: number;
   readonly paritiesReceived: number;
+  /** Pages that came compressed, each in one packet. */
+  readonly packedPages: number;
   /** Pages of which a part came out of parities. */
   readonly pagesRepaired: number;
   /** Times another server became the one that is asked. */

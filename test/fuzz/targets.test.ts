@@ -39,7 +39,7 @@ beforeAll(async () => {
   expect(status, output).toBe(0);
 }, 600_000);
 
-for (const target of ['nbd', 'slice', 'replica', 'parity', 'packed']) {
+for (const target of ['nbd', 'slice', 'replica', 'parity', 'packed', 'wire']) {
   test(`${target}: nothing is found in ${FUZZ_S} s, from the corpus on`, async () => {
     const seed = (newSeed(`fuzz ${target}`) % (2 ** 31 - 1)) + 1;
     const corpus = await mkdtemp(join(tmpdir(), 'sf-corpus-'));

@@ -39,11 +39,15 @@ const operations = {
   replica({ name, path, generation, pages, medium }) {
     objects.set(name, new native.Replica(path, generation, pages, medium));
   },
-  fillSource({ name, seed, from = 0, count, zeros = [] }) {
+  fillSource({ name, seed, from = 0, count, zeros = [], packs = [0, 0] }) {
     const replica = objects.get(name);
     for (let page = from; page < from + count; page++) {
       if (zeros.some(([first, n]) => page >= first && page < first + n)) replica.fillZero(page, 1);
-      else replica.fill(page, pageOf(seed, page));
+      else {
+        const bytes = pageOf(seed, page);
+        if (page >= packs[0] && page < packs[0] + packs[1]) bytes.fill(page & 0xff, 512);
+        replica.fill(page, bytes);
+      }
     }
   },
   digest({ name, pages }) {
@@ -131,6 +135,56 @@ const operations = {
     return new Promise((resolve) => {
       front.bind(0, interfaceAddress, () => resolve(front.address().port));
     });
+  },
+  /**
+   * Sends what it hears in a group once more, and twice altered: one bit of it, and the generation
+   * it names.
+   */
+  echo({ name, group, port, interfaceAddress }) {
+    const listener = createSocket({ type: 'udp4', reuseAddr: true });
+    const sender = createSocket('udp4');
+    const packets = [];
+    objects.set(name, { packets });
+    listener.on('message', (message) => {
+      packets.push(message.length);
+      const altered = Buffer.from(message);
+      altered[packets.length % message.length] ^= 1 << (packets.length % 8);
+      const foreign = Buffer.from(message);
+      foreign[4] ^= 0x80;
+      for (const packet of [message, altered, foreign]) sender.send(packet, port, group);
+    });
+    return new Promise((resolve) => {
+      sender.bind(0, interfaceAddress, () => {
+        sender.setMulticastInterface(interfaceAddress);
+        sender.setMulticastLoopback(false); // or it would hear itself
+        listener.bind(port, group, () => {
+          listener.addMembership(group, interfaceAddress);
+          resolve();
+        });
+      });
+    });
+  },
+  /** Sends datagrams, 32 at a time, and resolves with what came back for them. */
+  async askAll({ port, address, hexes }) {
+    const socket = createSocket('udp4');
+    const replies = [];
+    let wake = () => {};
+    socket.on('message', (message) => {
+      replies.push(message.toString('hex'));
+      wake();
+    });
+    for (let at = 0; at < hexes.length; at += 32) {
+      const some = hexes.slice(at, at + 32);
+      const least = replies.length + some.length;
+      for (const hex of some) socket.send(Buffer.from(hex, 'hex'), port, address);
+      while (replies.length < least) {
+        await new Promise((resolve) => {
+          wake = resolve;
+        });
+      }
+    }
+    socket.close();
+    return replies;
   },
   /** Sends a datagram and resolves with the first that comes back. */
   ask({ port, address, hex, ms }) {

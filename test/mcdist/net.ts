@@ -150,6 +150,21 @@ export class Net {
     await nft(`add rule ip loss in udp length gt 0 numgen random mod 100 < ${percent} drop`);
   }
 
+  /** No multicast reaches the host; all else does. */
+  async noMulticast(host: Host): Promise<void> {
+    const nft = (...words: string[]) =>
+      run('ip', ['netns', 'exec', host.namespace, 'nft', ...words]);
+    await nft('add table ip unicast');
+    await nft('add chain ip unicast in { type filter hook prerouting priority -300 ; }');
+    await nft('add rule ip unicast in udp length gt 0 ip daddr 224.0.0.0/4 drop');
+  }
+
+  /** Takes a host's link down at the bridge's port, or up again. */
+  async link(host: Host, state: 'up' | 'down'): Promise<void> {
+    const port = `p${host.address.split('.').at(-1)}`;
+    await run('ip', ['-n', this.#name('hub'), 'link', 'set', port, state]);
+  }
+
   async close(): Promise<void> {
     for (const host of this.#hosts) await host.kill();
     for (const namespace of this.#namespaces) await run('ip', ['netns', 'del', namespace]);
@@ -180,6 +195,8 @@ export async function startSource(
     seed?: number;
     held?: number;
     zeros?: [number, number][];
+    /** First and count of pages that LZ4 makes small. */
+    packs?: [number, number];
     port?: number;
     policy?: object;
     mtuBytes?: number;
@@ -200,6 +217,7 @@ export async function startSource(
       seed: options.seed ?? 1,
       count: options.held ?? options.pages,
       zeros: options.zeros,
+      packs: options.packs,
     });
   }
   const port = await host.call<number>('server', {

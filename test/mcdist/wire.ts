@@ -17,6 +17,7 @@ export const TYPE = {
   zero: 5,
   negative: 6,
   parity: 7,
+  packed: 8,
 } as const;
 
 export interface Packet {
