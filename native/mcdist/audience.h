@@ -25,6 +25,7 @@ class Audience {
   struct Peer {
     uint32_t id = 0;
     double rate = 0;
+    TimeNs met = 0;  // first heard
     TimeNs heard = 0;
     bool unicast_only = false;
     bool subscribed = false;
@@ -50,6 +51,7 @@ class Audience {
     if (fresh) {
       order_.push_back(Peer{});
       order_.back().id = id;
+      order_.back().met = now;
       found->second = std::prev(order_.end());
       if (oldest_live_ == order_.end()) oldest_live_ = found->second;
     } else {
@@ -91,6 +93,7 @@ class Audience {
       leave(*oldest_live_);
     }
   }
+  size_t peers() const { return order_.size(); }
   size_t subscribers() const { return subscribers_; }
   // Was anybody heard within `span`?
   bool anybody(TimeNs span, TimeNs now) const {

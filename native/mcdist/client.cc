@@ -290,6 +290,8 @@ void Client::send_request(TimeNs now) {
 }
 
 void Client::greet(TimeNs now) {
+  // Given up while nobody wanted anything.
+  if (greet_due_ == kNever && !requester_.idle()) greet_due_ = now;
   if (now < greet_due_) return;
   if (greetings_ >= kGreetIdle && requester_.idle()) {
     greet_due_ = kNever;

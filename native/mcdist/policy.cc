@@ -69,9 +69,13 @@ Policy::Verdict Policy::request(uint32_t id, PageIndex page, Urgency urgency, bo
   if (urgency == Urgency::kFault) history_.faulted(page);
   if (!unreached && queue_.merge({page, 0}, urgency, fragments)) return Verdict::kMerged;
   SentMemory::Verdict known = SentMemory::Verdict::kUnknown;
-  if (!unreached) known = memory_.ask({page, 0}, retry, fragments, now);
+  const SentMemory::Question question = {retry, fragments,
+                                         fragments != 0 && (peer == nullptr || !peer->subscribed),
+                                         peer == nullptr ? 0 : peer->met};
+  const size_t peers = audience_.peers();
+  if (!unreached) known = memory_.ask({page, 0}, question, peers, now);
   if (known != SentMemory::Verdict::kIgnore) {
-    const auto alone = memory_.ask({page, id}, retry, fragments, now);
+    const auto alone = memory_.ask({page, id}, question, peers, now);
     if (alone != SentMemory::Verdict::kUnknown) known = alone;
   }
   if (known == SentMemory::Verdict::kIgnore) return Verdict::kLockstep;

@@ -55,10 +55,14 @@ struct PolicyConfig {
   uint32_t probe_windows_max = 50;
 
   // --- Lockstep (lockstep.h) ---
-  // A first request for a page sent less than this ago is ignored, up to so many times. One that
-  // lost the answer asks again after its time-out, so a window too long costs only that.
+  // A first request for a page sent less than this ago is ignored, up to so many times (or two a
+  // peer if that is more: with many peers many ask). One that lost the answer asks again after its
+  // time-out, so a window too long costs only that.
   TimeNs lockstep_window = 50 * kMillisecond;
   uint32_t lockstep_requests = 64;
+  // A request that shows that the answer was missed (a mask of fragments, or a peer that joined
+  // since) is ignored only if the page was sent less than this ago: a send buffer and a round trip.
+  TimeNs flight_window = 2 * kMillisecond;
   // A retry that crosses with the answer is ignored too. Just below the clients' shortest time-out:
   // a page sent later than that before its retry was sent late, and is most likely still on its
   // way.

@@ -185,7 +185,7 @@ void Server::handle(const uint8_t* data, size_t size, const sockaddr_in& from, T
   Served& served = *found->second;
   ServerCounters& counters = served.stats->counters;
   if (header.type != Type::kRequest) return count(counters.bad_packets);
-  Peer* peer = served.peers.find(header.boot);
+  Peer* peer = served.peers.find(header.boot, now);
   std::unique_ptr<SenderKey> fresh;
   if (peer == nullptr) {
     fresh = std::make_unique<SenderKey>(served.generation.id, served.generation.key, header.boot,
@@ -199,10 +199,11 @@ void Server::handle(const uint8_t* data, size_t size, const sockaddr_in& from, T
     return count(counters.bad_packets);
   }
   if (peer == nullptr) {
+    if (!served.peers.room(now)) return count(counters.peers_refused);
     uint64_t cookie;
     ::randombytes_buf(&cookie, sizeof cookie);
     uint32_t evicted;
-    peer = &served.peers.admit(std::move(fresh), cookie | 1, &evicted);  // 0 means "none yet"
+    peer = &served.peers.admit(std::move(fresh), cookie | 1, now, &evicted);  // 0 means "none yet"
     if (evicted != 0) served.policy.forget(evicted);
   }
   if (request_.cookie != peer->cookie) return welcome(served, *peer, header.counter, from);

@@ -90,6 +90,7 @@ class SimServer {
   struct Known {
     uint64_t cookie = 0;
     uint32_t id = 0;
+    TimeNs heard = 0;
     std::list<uint32_t>::iterator at;
   };
   struct Runs {

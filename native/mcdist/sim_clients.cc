@@ -190,6 +190,8 @@ bool SimClients::group_heard(uint32_t client) const {
 // As Client::greet().
 void SimClients::greet(uint32_t client, TimeNs now) {
   Client& state = clients_[client];
+  // Given up while nobody wanted anything.
+  if (state.greet_due == kNever && !state.requester->idle()) state.greet_due = now;
   if (now < state.greet_due) return;
   if (state.greetings >= kGreetIdle && state.requester->idle()) {
     state.greet_due = kNever;

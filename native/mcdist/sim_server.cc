@@ -123,6 +123,10 @@ void SimServer::handle(const SimRequest& request, TimeNs now) {
   if (found == peers_.end()) {
     if (peers_.size() >= config_.max_peers) {
       auto gone = peers_.find(order_.back());
+      if (now - gone->second.heard < PeerTable::kKeep) {
+        result_->refused_peers++;
+        return;
+      }
       order_.pop_back();
       policy_->forget(gone->second.id);
       client_of_.erase(gone->second.id);
@@ -131,10 +135,12 @@ void SimServer::handle(const SimRequest& request, TimeNs now) {
     }
     order_.push_front(request.client);
     ids_++;
-    found = peers_.emplace(request.client, Known{life_ << 32 | ids_, ids_, order_.begin()}).first;
+    found =
+        peers_.emplace(request.client, Known{life_ << 32 | ids_, ids_, now, order_.begin()}).first;
     client_of_[ids_] = request.client;
   } else {
     order_.splice(order_.begin(), order_, found->second.at);
+    found->second.heard = now;
   }
   const Known& peer = found->second;
   const Request& body = request.body;
