@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 
 namespace sf::mcdist {
 namespace {
@@ -27,6 +28,11 @@ constexpr TimeNs kPageTimeouts = 4;
 constexpr size_t kMaxReports = 24;  // in one request; the rest of it is for runs
 constexpr size_t kRunsOfReport = kReportBytes / kRunBytes;
 
+RequesterConfig seeded(RequesterConfig config, const BootId& boot) {
+  std::memcpy(&config.seed, boot.data(), sizeof config.seed);
+  return config;
+}
+
 }  // namespace
 
 Client::Client(const Options& options, const BootId& boot, std::shared_ptr<Replica> replica)
@@ -35,7 +41,7 @@ Client::Client(const Options& options, const BootId& boot, std::shared_ptr<Repli
       max_runs_(max_request_runs(options.mtu_bytes)),
       sealer_(options.generation, options.key, boot, Side::kClient),
       requester_(
-          options.requester,
+          seeded(options.requester, boot),
           [raw = replica_.get()](PageIndex page) { return raw->state(page) != PageState::kAbsent; },
           [this](PageIndex page) { return reassembly_.missing(page); }, replica_->pages(),
           [this](BlockReport* report) { look(report); }),

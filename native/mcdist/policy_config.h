@@ -87,9 +87,11 @@ struct PolicyConfig {
   TimeNs repair_gather = 3 * kMillisecond;
 
   // --- End-game: answers by unicast. A page that the group was not sent yet is always news. ---
-  double endgame_share = 0.9;            // of the pages sent to the group; above 1: never
-  TimeNs endgame_silence = 5 * kSecond;  // nobody else heard for so long; kNever: never
-  std::vector<PageRange> disjoint;       // not pushed, answered by unicast
+  double endgame_share = 0.9;  // of the pages sent to the group; above 1: never
+  // Nobody else heard for so long; kNever: never. Long, and longer once somebody came back after
+  // more: a clone that others' answers feed is silent as well, and would have to ask for all of it.
+  TimeNs endgame_silence = 30 * kSecond;
+  std::vector<PageRange> disjoint;  // not pushed, answered by unicast
 
   // --- History ---
   uint32_t history_pages = 65536;  // first faults remembered in their order; 0: none

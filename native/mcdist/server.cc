@@ -295,8 +295,14 @@ TimeNs Server::pump() {
     Policy::Item item;
     size_t pages = 0;
     size_t cheap = 0;
+    const auto next = [&] {
+      if (served->policy.uses_idle_time()) {
+        served->policy.link_busy(unsent_bytes(socket_) > Policy::kIdleBytes || !batch_.empty());
+      }
+      return served->policy.next(now, &item);
+    };
     while (pages < kTurnPages && cheap < kTurnCheapPages && served->answers.size() < kTurnRuns &&
-           served->policy.next(now, &item)) {
+           next()) {
       (answer(*served, item) ? pages : cheap)++;
       now = now_ns();
     }
@@ -435,6 +441,7 @@ void Server::announce(Served& served, const Policy::Item& item, const sockaddr_i
   announce.pushing = item.pushed;
   announce.cursor = item.cursor;
   announce.position = item.position;
+  announce.peers = item.peers;
   encode_announce(announce, &body_);
   Header header;
   header.type = Type::kAnnounce;
@@ -493,7 +500,10 @@ void Server::flush() {
   if (batch_.empty()) return;
   const SendBatch::Result result = batch_.flush(socket_);
   if (result.failed > 0) count(batch_of_->stats->counters.send_errors, result.failed);
-  if (result.waits > 0) count(batch_of_->stats->counters.send_waits, result.waits);
+  if (result.waits > 0) {
+    count(batch_of_->stats->counters.send_waits, result.waits);
+    batch_of_->policy.waited();
+  }
 }
 
 }  // namespace sf::mcdist

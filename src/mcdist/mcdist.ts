@@ -73,7 +73,7 @@ export interface McdistPolicyOptions {
   readonly repairGatherMs?: number;
   /** Once this share of the pages went to the group, they are sent again by unicast; above 1: never. */
   readonly endgameShare?: number;
-  /** ... and so while nobody else was heard for so long; default 5000. */
+  /** ... and so while nobody else was heard for so long; default 30000. */
   readonly endgameSilenceMs?: number;
   /** Regions whose pages each client needs for itself: not pushed, answered by unicast. */
   readonly disjoint?: readonly { readonly first: number; readonly count: number }[];
