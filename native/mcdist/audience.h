@@ -25,9 +25,11 @@ class Audience {
   struct Peer {
     uint32_t id = 0;
     double rate = 0;
+    TimeNs met = 0;  // first heard
     TimeNs heard = 0;
     bool unicast_only = false;
     bool subscribed = false;
+    bool present = false;  // counted by present()
     bool history = false;
     uint64_t round = 0;  // the push it took part in
     uint64_t lost = 0;   // symbols, in window `window`
@@ -42,6 +44,10 @@ class Audience {
     double receive_rate = 0;  // bytes a second
   };
 
+  // A clone that others' answers feed, or that computes, asks for nothing; it is there
+  // nevertheless.
+  static constexpr TimeNs kPresence = 30 * kSecond;
+
   explicit Audience(TimeNs silence) : silence_(silence) {}
 
   Peer& heard(uint32_t id, const PeerReport& report, TimeNs now) {
@@ -50,15 +56,21 @@ class Audience {
     if (fresh) {
       order_.push_back(Peer{});
       order_.back().id = id;
+      order_.back().met = now;
       found->second = std::prev(order_.end());
       if (oldest_live_ == order_.end()) oldest_live_ = found->second;
+      if (oldest_present_ == order_.end()) oldest_present_ = found->second;
     } else {
+      silent_most_ = std::max(silent_most_, now - found->second->heard);
       leave(*found->second);
       detach(found->second);
       order_.splice(order_.end(), order_, found->second);
       if (oldest_live_ == order_.end()) oldest_live_ = found->second;
+      if (oldest_present_ == order_.end()) oldest_present_ = found->second;
     }
     Peer& peer = *found->second;
+    present_ += peer.present ? 0 : 1;
+    peer.present = true;
     if (last_ != id) {
       other_ = last_;
       other_heard_ = last_heard_;
@@ -81,6 +93,7 @@ class Audience {
     auto found = index_.find(id);
     if (found == index_.end()) return;
     leave(*found->second);
+    present_ -= found->second->present ? 1 : 0;
     detach(found->second);
     order_.erase(found->second);
     index_.erase(found);
@@ -90,14 +103,24 @@ class Audience {
     for (; oldest_live_ != order_.end() && now - oldest_live_->heard > silence_; ++oldest_live_) {
       leave(*oldest_live_);
     }
+    for (; oldest_present_ != order_.end() && now - oldest_present_->heard > kPresence;
+         ++oldest_present_) {
+      oldest_present_->present = false;
+      present_--;
+    }
   }
+  // Heard within kPresence.
+  size_t present() const { return present_; }
+  size_t peers() const { return order_.size(); }
   size_t subscribers() const { return subscribers_; }
   // Was anybody heard within `span`?
   bool anybody(TimeNs span, TimeNs now) const {
     return first_heard_ != kNever && now - last_heard_ <= span;
   }
-  // Was anybody but `id` heard within `span`? Others may just be on their way in the first one.
+  // Was anybody but `id` heard within `span`? Others may just be on their way in the first one. A
+  // peer that came back after a longer silence shows that silence of twice that means little here.
   bool others(uint32_t id, TimeNs span, TimeNs now) const {
+    if (silent_most_ > span) span = 2 * silent_most_;
     if (first_heard_ == kNever || now - first_heard_ <= span) return true;
     if (last_ != 0 && last_ != id) return now - last_heard_ <= span;
     return other_ != 0 && now - other_heard_ <= span;
@@ -137,13 +160,16 @@ class Audience {
 
   void detach(std::list<Peer>::iterator peer) {
     if (oldest_live_ == peer) ++oldest_live_;
+    if (oldest_present_ == peer) ++oldest_present_;
   }
 
   const TimeNs silence_;
   std::list<Peer> order_;                                 // heard last at the end
   std::list<Peer>::iterator oldest_live_ = order_.end();  // all before it are silent
   std::unordered_map<uint32_t, std::list<Peer>::iterator> index_;
-  size_t subscribers_ = 0;
+  std::list<Peer>::iterator oldest_present_ = order_.end();
+  size_t subscribers_ = 0, present_ = 0;
+  TimeNs silent_most_ = 0;
   uint32_t last_ = 0, other_ = 0;  // the two heard last
   TimeNs first_heard_ = kNever, last_heard_ = 0, other_heard_ = 0;
   std::vector<double> losses_, rates_;

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 
 namespace sf::mcdist {
 namespace {
@@ -28,6 +29,11 @@ constexpr TimeNs kPageTimeouts = 4;
 constexpr size_t kMaxReports = 24;  // in one request; the rest of it is for runs
 constexpr size_t kRunsOfReport = kReportBytes / kRunBytes;
 
+RequesterConfig seeded(RequesterConfig config, const BootId& boot) {
+  std::memcpy(&config.seed, boot.data(), sizeof config.seed);
+  return config;
+}
+
 }  // namespace
 
 Client::Client(const Options& options, const BootId& boot, std::shared_ptr<Replica> replica)
@@ -36,7 +42,7 @@ Client::Client(const Options& options, const BootId& boot, std::shared_ptr<Repli
       max_runs_(max_request_runs(options.mtu_bytes)),
       sealer_(options.generation, options.key, boot, Side::kClient),
       requester_(
-          options.requester,
+          seeded(options.requester, boot),
           [raw = replica_.get()](PageIndex page) { return raw->state(page) != PageState::kAbsent; },
           [this](PageIndex page) { return reassembly_.missing(page); }, replica_->pages(),
           [this](BlockReport* report) { look(report); }),
@@ -301,6 +307,8 @@ void Client::send_request(TimeNs now) {
 }
 
 void Client::greet(TimeNs now) {
+  // Given up while nobody wanted anything.
+  if (greet_due_ == kNever && !requester_.idle()) greet_due_ = now;
   if (now < greet_due_) return;
   if (greetings_ >= kGreetIdle && requester_.idle()) {
     greet_due_ = kNever;

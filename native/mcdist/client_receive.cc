@@ -311,6 +311,7 @@ void Client::handle_announce(Sender* sender, const Announce& announce, TimeNs no
   if (sender != current_) return;
   std::lock_guard lock(mutex_);
   requester_.announced(announce.pushing, announce.position, now);
+  requester_.crowd(announce.peers);
 }
 
 void Client::look(BlockReport* report) const {

@@ -36,6 +36,7 @@ inline void count(Counter& counter, uint64_t by = 1) {
   X(retries)       /* pages asked again after a client's time-out */                    \
   X(queue_dropped) /* pages not taken: the queue, or the peer's share of it, is full */ \
   X(welcomes)                                                                           \
+  X(peers_refused) /* packets of newcomers: all places are taken by peers just heard */ \
   X(replays)       /* authentic packets seen before */                                  \
   X(auth_failures) /* packets that did not open with the generation's key */            \
   X(bad_packets)   /* packets malformed, or of a kind not sent to a server */           \

@@ -17,6 +17,8 @@ constexpr double kSlowShare = 0.7;
 constexpr uint32_t kSlowWindows = 5;
 constexpr double kLag = 1.2;
 constexpr double kMaxNoise = 0.5;
+// Less than this share of the rate left although the send buffer was full.
+constexpr double kLinkShare = 0.95;
 constexpr double kStartGrowth = 2;
 
 double seconds(TimeNs time) { return static_cast<double>(time) / static_cast<double>(kSecond); }
@@ -32,7 +34,7 @@ void FlowControl::advance(TimeNs now) {
   if (now <= last_) return;
   const double elapsed = seconds(now - last_);
   last_ = now;
-  rate_ = std::min(config_.max_rate, rate_ + config_.increase_per_s * elapsed);
+  if (!local_limit_) rate_ = std::min(config_.max_rate, rate_ + config_.increase_per_s * elapsed);
   tokens_ = std::min(burst(), tokens_ + rate_ * elapsed);
 }
 
@@ -75,6 +77,8 @@ void FlowControl::judge(const Audience::Summary& heard, TimeNs now) {
   window_++;
   window_start_ = now;
   bytes_ = group_bytes_ = symbols_ = 0;
+  local_limit_ = waited_ && sent_rate < kLinkShare * rate_;
+  waited_ = false;
   smooth_ += 0.3 * (group_rate - smooth_);  // over about as long as the clients' own estimate
   if (settle_ > 0) {
     settle_--;
@@ -108,7 +112,8 @@ void FlowControl::judge(const Audience::Summary& heard, TimeNs now) {
     case State::kStart:
       if (lossy && telling) return congested(loss, delivered);
       // No faster before the clients are seen to take what is sent.
-      if (full && taken >= kSlowShare) enter(State::kStart, rate_ * kStartGrowth, 1);
+      if (full && !local_limit_ && taken >= kSlowShare)
+        enter(State::kStart, rate_ * kStartGrowth, 1);
       return;
     case State::kDrain:
       if (config_.learn_noise && loss - noise_ > 0.5 * (loss_before_ - noise_)) {
@@ -120,7 +125,7 @@ void FlowControl::judge(const Audience::Summary& heard, TimeNs now) {
       return enter(State::kCruise, config_.recover * delivered_, 1);
     case State::kCruise:
       if (lossy && telling) return congested(loss, delivered);
-      if (!full || config_.probe <= 1 || taken < kSlowShare) return;
+      if (!full || local_limit_ || config_.probe <= 1 || taken < kSlowShare) return;
       if (until_probe_ > 0 && --until_probe_ > 0) return;
       rate_before_ = rate_;
       return enter(State::kProbe, rate_ * config_.probe, 1);

@@ -33,6 +33,9 @@ class FlowControl {
   void advance(TimeNs now);
   bool allows() const { return tokens_ > 0; }
   TimeNs ready_at(TimeNs now) const;  // when allows()
+  // What was to be sent did not fit: if less than the rate left in this window, a higher one would
+  // only fill the send buffer, and the rate does not grow.
+  void waited() { waited_ = true; }
   // `symbols`: of pages, to the group.
   void sent(uint64_t wire_bytes, uint64_t symbols, bool group);
 
@@ -71,6 +74,8 @@ class FlowControl {
   uint32_t until_probe_;
   uint32_t probe_wait_;
   double noise_ = 0;
+  bool waited_ = false;       // in this window
+  bool local_limit_ = false;  // in the last one
 
   uint64_t window_ = 1;
   TimeNs window_start_ = 0;

@@ -3,6 +3,7 @@
 // Bounded in time and number; what is forgotten costs a page sent twice.
 #pragma once
 
+#include <algorithm>
 #include <deque>
 #include <unordered_map>
 #include <utility>
@@ -19,6 +20,7 @@ class SentMemory {
   explicit SentMemory(const PolicyConfig& config)
       : window_(config.lockstep_window),
         requests_(config.lockstep_requests),
+        flight_window_(config.flight_window),
         retry_window_(config.retry_window) {}
 
   enum class Verdict : uint8_t {
@@ -26,20 +28,40 @@ class SentMemory {
     kIgnore,   // on its way
     kLost,     // sent, and asked again: this packet was lost, or is late
   };
-  Verdict ask(const Target& target, bool retry, uint8_t fragments, TimeNs now) {
+  struct Question {
+    bool retry = false;
+    uint8_t fragments = 0;  // 0: all
+    // Who names fragments saw the answer and lost part of it. Not said of subscribers, who report
+    // it as well: what repairs the block is on its way.
+    bool lost_part = false;
+    TimeNs met = 0;  // when the peer that asks was first heard
+  };
+  // `peers`: that are known.
+  Verdict ask(const Target& target, const Question& question, size_t peers, TimeNs now) {
     auto found = sent_.find(target);
     if (found == sent_.end()) return Verdict::kUnknown;
     Sent& sent = found->second;
-    if (covers(sent.fragments, fragments) && now - sent.at < (retry ? retry_window_ : window_) &&
-        sent.ignored < requests_) {
+    const bool part = question.lost_part;
+    TimeNs window = window_;
+    if (part || sent.at < question.met) window = std::min(window, flight_window_);
+    // Parts sent again meet those of others that lost them, who are late by their switch's queue.
+    if (question.retry || (part && sent.fragments != 0)) window = retry_window_;
+    if (covers(sent.fragments, question.fragments) && now - sent.at < window &&
+        sent.ignored < std::max<size_t>(requests_, 2 * peers)) {
       sent.ignored++;
       return Verdict::kIgnore;
     }
-    return retry ? Verdict::kLost : Verdict::kUnknown;
+    return question.retry || part ? Verdict::kLost : Verdict::kUnknown;
   }
 
   void sent(const Target& target, uint8_t fragments, TimeNs now) {
-    sent_[target] = Sent{now, 0, fragments};
+    auto [at, fresh] = sent_.try_emplace(target);
+    const Sent& before = at->second;
+    // Parts sent shortly after each other count as one.
+    const bool more =
+        !fresh && fragments != 0 && before.fragments != 0 && now - before.at < retry_window_;
+    at->second =
+        Sent{now, 0, static_cast<uint8_t>(more ? fragments | before.fragments : fragments)};
     order_.emplace_back(now, target);
     while (!order_.empty() && (order_.size() > kPages || now - order_.front().first > kMemory)) {
       auto oldest = sent_.find(order_.front().second);
@@ -62,6 +84,7 @@ class SentMemory {
 
   const TimeNs window_;
   const uint32_t requests_;
+  const TimeNs flight_window_;
   const TimeNs retry_window_;
   std::unordered_map<Target, Sent, TargetHash> sent_;
   std::deque<std::pair<TimeNs, Target>> order_;

@@ -22,16 +22,21 @@ struct Peer {
   ReplayWindow window;
   std::unique_ptr<SenderKey> key;
   sockaddr_in address = {};  // its last fresh request came from there
+  TimeNs heard = 0;
 };
 
 class PeerTable {
  public:
   static constexpr size_t kMaxPeers = 16384;
+  // Who was heard since keeps its place: with more members than places, each newcomer would
+  // otherwise push out one that is about to ask, and all would be greeted and nobody answered.
+  static constexpr TimeNs kKeep = 5 * kSecond;
 
-  Peer* find(const BootId& boot) {
+  Peer* find(const BootId& boot, TimeNs now) {
     auto found = index_.find(boot);
     if (found == index_.end()) return nullptr;
     order_.splice(order_.begin(), order_, found->second);
+    found->second->heard = now;
     return &*found->second;
   }
   // nullptr: evicted.
@@ -39,8 +44,12 @@ class PeerTable {
     auto found = ids_.find(id);
     return found == ids_.end() ? nullptr : &*found->second;
   }
-  // The peer heard longest ago makes room; its id is written to `evicted` (0: none).
-  Peer& admit(std::unique_ptr<SenderKey> key, uint64_t cookie, uint32_t* evicted) {
+  bool room(TimeNs now) const {
+    return order_.size() < kMaxPeers || now - order_.back().heard >= kKeep;
+  }
+  // If there is room. The peer heard longest ago makes it; its id is written to `evicted` (0:
+  // none).
+  Peer& admit(std::unique_ptr<SenderKey> key, uint64_t cookie, TimeNs now, uint32_t* evicted) {
     *evicted = 0;
     if (order_.size() >= kMaxPeers) {
       *evicted = order_.back().id;
@@ -49,7 +58,7 @@ class PeerTable {
       order_.pop_back();
     }
     const BootId boot = key->boot();
-    order_.push_front(Peer{boot, ++last_id_, cookie, {}, std::move(key), {}});
+    order_.push_front(Peer{boot, ++last_id_, cookie, {}, std::move(key), {}, now});
     index_[boot] = ids_[last_id_] = order_.begin();
     return order_.front();
   }

@@ -12,7 +12,8 @@ constexpr TimeNs kAnnounceEnd = 5 * kMillisecond;
 constexpr uint32_t kAnnouncesOfEnd = 3;
 constexpr TimeNs kAnnounceIdle = 250 * kMillisecond;
 constexpr TimeNs kAnnounceLeast = 5 * kMillisecond;
-constexpr TimeNs kAnnounceMemory = 2 * kSecond;  // "anything happens": somebody was heard
+constexpr TimeNs kAnnounceMemory = 2 * kSecond;   // "anything happens": somebody was heard
+constexpr TimeNs kLinkLook = 100 * kMicrosecond;  // some 12 KB at 1 Gbit/s
 constexpr size_t kIntroductions = 256;
 // A client that has not reported for this long is no longer part of the mean.
 constexpr TimeNs kReportMemory = 300 * kMillisecond;
@@ -69,9 +70,13 @@ Policy::Verdict Policy::request(uint32_t id, PageIndex page, Urgency urgency, bo
   if (urgency == Urgency::kFault) history_.faulted(page);
   if (!unreached && queue_.merge({page, 0}, urgency, fragments)) return Verdict::kMerged;
   SentMemory::Verdict known = SentMemory::Verdict::kUnknown;
-  if (!unreached) known = memory_.ask({page, 0}, retry, fragments, now);
+  const SentMemory::Question question = {retry, fragments,
+                                         fragments != 0 && (peer == nullptr || !peer->subscribed),
+                                         peer == nullptr ? 0 : peer->met};
+  const size_t peers = audience_.peers();
+  if (!unreached) known = memory_.ask({page, 0}, question, peers, now);
   if (known != SentMemory::Verdict::kIgnore) {
-    const auto alone = memory_.ask({page, id}, retry, fragments, now);
+    const auto alone = memory_.ask({page, id}, question, peers, now);
     if (alone != SentMemory::Verdict::kUnknown) known = alone;
   }
   if (known == SentMemory::Verdict::kIgnore) return Verdict::kLockstep;
@@ -204,7 +209,8 @@ bool Policy::next_idle(TimeNs now, Item* out) {
   }
   // Idle time only.
   uint8_t counter = 0;
-  if (!queue_.empty(Urgency::kPrefetch) || !push_.next_behind(&out->page, &counter)) return false;
+  if (link_busy_ || !queue_.empty(Urgency::kPrefetch) || !push_.next_behind(&out->page, &counter))
+    return false;
   out->pushed = true;
   out->cursor = static_cast<uint8_t>(counter + 1);
   return true;
@@ -230,6 +236,7 @@ bool Policy::next_announce(TimeNs now, Item* out) {
   out->kind = Item::Kind::kAnnounce;
   out->pushed = push_.running() && now >= push_.starts();
   out->position = push_.position();
+  out->peers = static_cast<uint32_t>(audience_.present());
   return true;
 }
 
@@ -263,8 +270,10 @@ void Policy::sent(const Item& item, Outcome outcome, uint64_t wire_bytes, TimeNs
 TimeNs Policy::ready_at(TimeNs now) const {
   if (!introductions_.empty()) return now;
   TimeNs at = repair_.ready_at();
-  if (queue_.size() > 0 || !order_.symbols.empty() || history_.replaying() || push_.counting()) {
+  if (queue_.size() > 0 || !order_.symbols.empty() || history_.replaying()) {
     at = now;
+  } else if (push_.counting()) {
+    at = link_busy_ ? now + kLinkLook : now;
   }
   if (push_.running()) at = std::min(at, push_.starts());
   if (at != kNever) at = std::max(at, flow_.ready_at(now));

@@ -58,6 +58,7 @@ class Policy {
     Parity parity;
     uint8_t parities = 0;
     PageIndex position = 0;
+    uint32_t peers = 0;  // kAnnounce: heard lately
   };
   // What became of an item.
   enum class Outcome : uint8_t {
@@ -80,6 +81,14 @@ class Policy {
   void forget(uint32_t peer);
   // A server makes itself known to who does not know it: an announce, soon.
   void introduce(uint32_t peer, TimeNs now);
+
+  // The send buffer was full: the local link is the limit.
+  void waited() { flow_.waited(); }
+  // More than kIdleBytes of what was sent before has not left yet. To be said before next() if
+  // uses_idle_time(): what is pushed in idle time must not lie before a fault.
+  static constexpr uint64_t kIdleBytes = 16384;
+  bool uses_idle_time() const { return push_.counting(); }
+  void link_busy(bool busy) { link_busy_ = busy; }
 
   // What to send now; false: nothing, or the rate does not allow it yet.
   bool next(TimeNs now, Item* out);
@@ -119,6 +128,7 @@ class Policy {
   std::vector<uint64_t> unusual_;  // a bit a page: sent as zero or refused; no parity over it
   Repair::Order order_;            // under way: its symbols are sent page by page
   uint32_t turn_ = 0;
+  bool link_busy_ = false;
   unsigned symbols_ = 1;  // in a page, seen in reports
 
   TimeNs announce_at_ = kNever;  // to the group

@@ -55,10 +55,14 @@ struct PolicyConfig {
   uint32_t probe_windows_max = 50;
 
   // --- Lockstep (lockstep.h) ---
-  // A first request for a page sent less than this ago is ignored, up to so many times. One that
-  // lost the answer asks again after its time-out, so a window too long costs only that.
+  // A first request for a page sent less than this ago is ignored, up to so many times (or two a
+  // peer if that is more: with many peers many ask). One that lost the answer asks again after its
+  // time-out, so a window too long costs only that.
   TimeNs lockstep_window = 50 * kMillisecond;
   uint32_t lockstep_requests = 64;
+  // A request that shows that the answer was missed (a mask of fragments, or a peer that joined
+  // since) is ignored only if the page was sent less than this ago: a send buffer and a round trip.
+  TimeNs flight_window = 2 * kMillisecond;
   // A retry that crosses with the answer is ignored too. Just below the clients' shortest time-out:
   // a page sent later than that before its retry was sent late, and is most likely still on its
   // way.
@@ -83,9 +87,11 @@ struct PolicyConfig {
   TimeNs repair_gather = 3 * kMillisecond;
 
   // --- End-game: answers by unicast. A page that the group was not sent yet is always news. ---
-  double endgame_share = 0.9;            // of the pages sent to the group; above 1: never
-  TimeNs endgame_silence = 5 * kSecond;  // nobody else heard for so long; kNever: never
-  std::vector<PageRange> disjoint;       // not pushed, answered by unicast
+  double endgame_share = 0.9;  // of the pages sent to the group; above 1: never
+  // Nobody else heard for so long; kNever: never. Long, and longer once somebody came back after
+  // more: a clone that others' answers feed is silent as well, and would have to ask for all of it.
+  TimeNs endgame_silence = 30 * kSecond;
+  std::vector<PageRange> disjoint;  // not pushed, answered by unicast
 
   // --- Packing: a page that LZ4 makes fit one packet goes so. Off: it costs the server's one
   // thread more time for each page than the packets that are saved, unless the link is slow. ---

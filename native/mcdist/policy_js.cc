@@ -75,6 +75,7 @@ PolicyConfig policy_of(const Napi::Value& value) {
   config.probe_windows_max = count_of(options, "probeWindowsMax", config.probe_windows_max, 1);
   config.lockstep_window = milliseconds(options, "lockstepWindowMs", config.lockstep_window);
   config.lockstep_requests = count_of(options, "lockstepRequests", config.lockstep_requests, 0);
+  config.flight_window = milliseconds(options, "flightWindowMs", config.flight_window);
   config.retry_window = milliseconds(options, "retryWindowMs", config.retry_window);
   config.queue_pages = count_of(options, "queuePages", config.queue_pages, 1);
   config.peer_pages = count_of(options, "peerPages", config.peer_pages, 1);

@@ -60,8 +60,11 @@ bool Requester::want(PageIndex page, Urgency urgency, TimeNs now) {
     state.urgency = urgency;
     state.since = now;
     pages_.emplace(page, state);
-    if (urgency == Urgency::kFault) fault_since_.insert({now, page});
-    fresh_[static_cast<size_t>(urgency)].push_back(page);
+    if (urgency == Urgency::kFault) {
+      fault(page, &pages_.find(page)->second, now);
+    } else {
+      fresh_[1].push_back(page);
+    }
     return true;
   }
   Page& state = found->second;
@@ -73,9 +76,18 @@ bool Requester::want(PageIndex page, Urgency urgency, TimeNs now) {
   state.urgency = Urgency::kFault;
   state.since = now;
   set_due(page, &state, kNever);
-  fault_since_.insert({now, page});
-  fresh_[0].push_back(page);
+  fault(page, &state, now);
   return true;
+}
+
+void Requester::fault(PageIndex page, Page* state, TimeNs now) {
+  fault_since_.insert({now, page});
+  if (peers_ <= config_.crowd_peers) return fresh_[0].push_back(page);
+  random_ ^= random_ << 13;  // xorshift64
+  random_ ^= random_ >> 7;
+  random_ ^= random_ << 17;
+  const auto most = static_cast<uint64_t>(peers_ * config_.crowd_delay);
+  set_due(page, state, now + static_cast<TimeNs>(random_ % (most + 1)));
 }
 
 bool Requester::prefetch(PageIndex first, uint64_t count) {
@@ -200,13 +212,14 @@ void Requester::mark_asked(PageIndex page, Page* state, TimeNs now) {
 
 bool Requester::ask_now(PageIndex page, TimeNs now, Run* out) {
   auto found = pages_.find(page);
-  if (found == pages_.end() || found->second.asked) return false;
+  if (found == pages_.end() || found->second.asked || found->second.due != kNever) return false;
   const size_t kind = static_cast<size_t>(found->second.urgency);
   if (kind != 0 || in_flight_[kind] >= config_.fault_window) return false;
   mark_asked(page, &found->second, now);
   *out = Run{};
   out->first = page;
   out->urgent = true;
+  out->fragments = missing_(page);
   return true;
 }
 
@@ -235,6 +248,11 @@ void Requester::collect_timeouts(TimeNs now, size_t max_runs, std::vector<Run>* 
     Page& state = found->second;
     if (present_(page)) {  // by someone else than the network, e.g. a zero map
       erase(found);
+      continue;
+    }
+    if (!state.asked) {  // held back
+      set_due(page, &state, kNever);
+      fresh_[0].push_back(page);
       continue;
     }
     // After a negative answer nothing was lost: the question is simply put again.

@@ -4,6 +4,7 @@
 //
 // States of a page:
 //   (none) -> waiting (want) -> asked (collect) -> (none) (arrived)
+//   waiting -> held back (a fault among many peers: crowd()) -> waiting -> asked
 //   asked -> asked (time-out: collect again, flagged as a retry, doubled time-out)
 //   asked -> refused (negative answer) -> asked ... -> given up (negative answers used up)
 //   range (prefetch) -> asked; a range costs one entry however long it is
@@ -49,6 +50,12 @@ struct RequesterConfig {
   // queues, and the server's is the faults' too.
   TimeNs prefetch_delay = 4 * kMillisecond;
   uint32_t max_ranges = 65536;
+  // With more peers than these a fault is asked after a random wait, up to so long for each peer:
+  // thousands that touch the same page at the same time need one answer, not a question each.
+  uint32_t crowd_peers = 64;
+  // Above what a question costs the server, or it never catches up.
+  TimeNs crowd_delay = 4 * kMicrosecond;
+  uint64_t seed = 1;             // of these waits
   uint32_t negative_tries = 10;  // some 5 s in all: a source may itself wait for its source
   SubscriptionConfig subscription;
 };
@@ -66,6 +73,7 @@ class Requester {
         missing_(std::move(missing)),
         look_(look),
         subscription_(config.subscription, pages, std::move(look)),
+        random_(config.seed | 1),
         window_(config.prefetch_window_start) {}
 
   // True if there is something new to send.
@@ -85,6 +93,8 @@ class Requester {
   void announced(bool pushing, PageIndex position, TimeNs now) {
     subscription_.announced(pushing, position, now);
   }
+  // How many the server says to have heard lately.
+  void crowd(uint32_t peers) { peers_ = peers; }
   // Another server, or the same one restarted: it knows nothing of us.
   void new_server(TimeNs now);
   // A request was sent, of whatever kind.
@@ -107,7 +117,8 @@ class Requester {
   void collect(TimeNs now, bool drained, size_t max_runs, std::vector<Run>* out);
   // Likewise the reports of blocks. To be called before collect().
   void collect_reports(TimeNs now, size_t max, std::vector<BlockReport>* out);
-  // Asks for one page that was just wanted, ahead of collect(). False: leave it to collect().
+  // Asks for one page that was just wanted, ahead of collect(). False: leave it to collect(), by
+  // due_at().
   bool ask_now(PageIndex page, TimeNs now, Run* out);
   // True if collect() stopped early and is to be called again at once.
   bool more() const { return more_; }
@@ -151,6 +162,7 @@ class Requester {
     TimeNs backed_off_at = 0;
     void sample(TimeNs rtt);
   };
+  void fault(PageIndex page, Page* state, TimeNs now);
   void set_due(PageIndex page, Page* state, TimeNs due);
   void erase(Pages::iterator it);
   void mark_asked(PageIndex page, Page* state, TimeNs now);
@@ -174,6 +186,8 @@ class Requester {
   uint32_t in_flight_[2] = {0, 0};
   Rtt rtt_[2];
 
+  uint32_t peers_ = 1;
+  uint64_t random_;
   uint32_t window_;
   bool slow_start_ = true;
   bool more_ = false;

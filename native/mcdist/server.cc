@@ -185,7 +185,7 @@ void Server::handle(const uint8_t* data, size_t size, const sockaddr_in& from, T
   Served& served = *found->second;
   ServerCounters& counters = served.stats->counters;
   if (header.type != Type::kRequest) return count(counters.bad_packets);
-  Peer* peer = served.peers.find(header.boot);
+  Peer* peer = served.peers.find(header.boot, now);
   std::unique_ptr<SenderKey> fresh;
   if (peer == nullptr) {
     fresh = std::make_unique<SenderKey>(served.generation.id, served.generation.key, header.boot,
@@ -199,10 +199,11 @@ void Server::handle(const uint8_t* data, size_t size, const sockaddr_in& from, T
     return count(counters.bad_packets);
   }
   if (peer == nullptr) {
+    if (!served.peers.room(now)) return count(counters.peers_refused);
     uint64_t cookie;
     ::randombytes_buf(&cookie, sizeof cookie);
     uint32_t evicted;
-    peer = &served.peers.admit(std::move(fresh), cookie | 1, &evicted);  // 0 means "none yet"
+    peer = &served.peers.admit(std::move(fresh), cookie | 1, now, &evicted);  // 0 means "none yet"
     if (evicted != 0) served.policy.forget(evicted);
   }
   if (request_.cookie != peer->cookie) return welcome(served, *peer, header.counter, from);
@@ -294,8 +295,14 @@ TimeNs Server::pump() {
     Policy::Item item;
     size_t pages = 0;
     size_t cheap = 0;
+    const auto next = [&] {
+      if (served->policy.uses_idle_time()) {
+        served->policy.link_busy(unsent_bytes(socket_) > Policy::kIdleBytes || !batch_.empty());
+      }
+      return served->policy.next(now, &item);
+    };
     while (pages < kTurnPages && cheap < kTurnCheapPages && served->answers.size() < kTurnRuns &&
-           served->policy.next(now, &item)) {
+           next()) {
       (answer(*served, item) ? pages : cheap)++;
       now = now_ns();
     }
@@ -458,6 +465,7 @@ void Server::announce(Served& served, const Policy::Item& item, const sockaddr_i
   announce.pushing = item.pushed;
   announce.cursor = item.cursor;
   announce.position = item.position;
+  announce.peers = item.peers;
   encode_announce(announce, &body_);
   Header header;
   header.type = Type::kAnnounce;
@@ -516,7 +524,10 @@ void Server::flush() {
   if (batch_.empty()) return;
   const SendBatch::Result result = batch_.flush(socket_);
   if (result.failed > 0) count(batch_of_->stats->counters.send_errors, result.failed);
-  if (result.waits > 0) count(batch_of_->stats->counters.send_waits, result.waits);
+  if (result.waits > 0) {
+    count(batch_of_->stats->counters.send_waits, result.waits);
+    batch_of_->policy.waited();
+  }
 }
 
 }  // namespace sf::mcdist

@@ -222,7 +222,7 @@ void Simulation::deliver(Delivery delivery) {
     case Type::kNegative:
       return deliver_runs(answer, first, end);
     case Type::kAnnounce:
-      return clients_->announced(first, end, answer.pushing, answer.position, now_);
+      return clients_->announced(first, end, answer, now_);
     default:
       clients_->welcomed(answer.to, answer.cookie, now_);
   }

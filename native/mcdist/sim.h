@@ -43,6 +43,7 @@ struct SimAnswer {
   Parity parity;         // kParity: of the block that begins at `page`; bit i of `fragments`: one
   bool pushing = false;  // kAnnounce
   PageIndex position = 0;
+  uint32_t peers = 0;
   std::vector<Run> runs;  // kZero, kNegative
   uint64_t bytes = 0;     // of one packet, with UDP and IP headers
 };
@@ -90,6 +91,7 @@ class SimServer {
   struct Known {
     uint64_t cookie = 0;
     uint32_t id = 0;
+    TimeNs heard = 0;
     std::list<uint32_t>::iterator at;
   };
   struct Runs {
@@ -143,7 +145,7 @@ class SimClients {
   // A pushed answer reached all of the segment but for `losses`; `packets` of it.
   void pushed(uint32_t segment, PageIndex page, uint8_t packets, const std::vector<SimLoss>& losses,
               TimeNs now);
-  void announced(uint32_t first, uint32_t end, bool pushing, PageIndex position, TimeNs now);
+  void announced(uint32_t first, uint32_t end, const SimAnswer& answer, TimeNs now);
   void refused(PageIndex page, const Run& run, uint32_t first, uint32_t end, TimeNs now);
   void welcomed(uint32_t client, uint64_t cookie, TimeNs now);
   void heard(uint32_t client, TimeNs now);

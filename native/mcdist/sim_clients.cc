@@ -33,8 +33,10 @@ SimClients::SimClients(const SimConfig& config, SimNetwork* network, SimImage* i
   }
   clients_.reserve(segment_.size());
   for (uint32_t i = 0; i < segment_.size(); i++) {
+    RequesterConfig requester = config.requester;
+    requester.seed = mix64(mix64(config.seed + 1) ^ i);
     clients_.emplace_back(std::make_unique<Requester>(
-        config.requester, [image, i](PageIndex page) { return image->has(i, page); },
+        requester, [image, i](PageIndex page) { return image->has(i, page); },
         [image, i](PageIndex page) { return image->missing(i, page); }, config.pages,
         [image, i](BlockReport* report) { image->look(i, report); }));
     const double spread = 2 * unit_of(mix64(mix64(config.seed) ^ i)) - 1;
@@ -190,6 +192,8 @@ bool SimClients::group_heard(uint32_t client) const {
 // As Client::greet().
 void SimClients::greet(uint32_t client, TimeNs now) {
   Client& state = clients_[client];
+  // Given up while nobody wanted anything.
+  if (state.greet_due == kNever && !state.requester->idle()) state.greet_due = now;
   if (now < state.greet_due) return;
   if (state.greetings >= kGreetIdle && state.requester->idle()) {
     state.greet_due = kNever;
@@ -306,13 +310,13 @@ void SimClients::pushed(uint32_t segment, PageIndex page, uint8_t packets,
   }
 }
 
-void SimClients::announced(uint32_t first, uint32_t end, bool pushing, PageIndex position,
-                           TimeNs now) {
-  if (!config_.prefetch_all) return;
+void SimClients::announced(uint32_t first, uint32_t end, const SimAnswer& answer, TimeNs now) {
   for (uint32_t client = first; client < end; client++) {
     Client& state = clients_[client];
     if (state.cookie == 0 || state.state == State::kOver || !network_->reached(client)) continue;
-    state.requester->announced(pushing, position, now);
+    state.requester->crowd(answer.peers);
+    if (!config_.prefetch_all) continue;
+    state.requester->announced(answer.pushing, answer.position, now);
     step(client, now);
   }
 }

@@ -116,6 +116,7 @@ struct SimResult {
   uint64_t queue_dropped = 0;
   uint64_t welcomes = 0;
   uint64_t evicted_peers = 0;
+  uint64_t refused_peers = 0;  // packets of newcomers
   uint64_t cuts = 0;
   uint64_t cuts_undone = 0;
   uint64_t pages_pushed = 0;

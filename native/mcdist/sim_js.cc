@@ -161,6 +161,7 @@ Napi::Object to_js(Napi::Env env, const SimResult& result) {
   SF_NUMBER(queue_dropped)
   SF_NUMBER(welcomes)
   SF_NUMBER(evicted_peers)
+  SF_NUMBER(refused_peers)
   SF_NUMBER(cuts)
   SF_NUMBER(cuts_undone)
   SF_NUMBER(pages_pushed)

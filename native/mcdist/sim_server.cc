@@ -1,5 +1,6 @@
 // What server.cc does around Policy: a thread that takes requests in batches, then sends a turn.
 #include <algorithm>
+#include <bit>
 
 #include "mcdist/sim.h"
 
@@ -89,12 +90,17 @@ void SimServer::loop(TimeNs now) {
     Policy::Item item;
     size_t pages = 0;
     size_t cheap = 0;
+    const auto next = [&] {
+      policy_->link_busy(network_->server_backlog_bytes() > Policy::kIdleBytes);
+      return policy_->next(now, &item);
+    };
     while (pages < kTurnPages && cheap < kTurnCheapPages && runs_.size() < kTurnRuns && room() &&
-           policy_->next(now, &item)) {
+           next()) {
       (send(item, now) ? pages : cheap)++;
     }
     spent += static_cast<TimeNs>(pages) * config_.page_cpu;
     send_runs();
+    if (!room()) policy_->waited();
     ready = policy_->ready_at(now);
   }
   result_->max_queued = std::max<uint64_t>(result_->max_queued, queued());
@@ -123,6 +129,10 @@ void SimServer::handle(const SimRequest& request, TimeNs now) {
   if (found == peers_.end()) {
     if (peers_.size() >= config_.max_peers) {
       auto gone = peers_.find(order_.back());
+      if (now - gone->second.heard < PeerTable::kKeep) {
+        result_->refused_peers++;
+        return;
+      }
       order_.pop_back();
       policy_->forget(gone->second.id);
       client_of_.erase(gone->second.id);
@@ -131,10 +141,12 @@ void SimServer::handle(const SimRequest& request, TimeNs now) {
     }
     order_.push_front(request.client);
     ids_++;
-    found = peers_.emplace(request.client, Known{life_ << 32 | ids_, ids_, order_.begin()}).first;
+    found =
+        peers_.emplace(request.client, Known{life_ << 32 | ids_, ids_, now, order_.begin()}).first;
     client_of_[ids_] = request.client;
   } else {
     order_.splice(order_.begin(), order_, found->second.at);
+    found->second.heard = now;
   }
   const Known& peer = found->second;
   const Request& body = request.body;
@@ -294,6 +306,7 @@ void SimServer::announce(uint32_t to, const Policy::Item& item, TimeNs now) {
   answer.fragments = 1;
   answer.pushing = item.pushed;
   answer.position = item.position;
+  answer.peers = std::bit_ceil(std::max(1U, item.peers));  // as encode_announce()
   answer.bytes = kLongOverheadBytes + kAnnounceBody + kUdpIpBytes;
   policy_->sent(item, Policy::Outcome::kData, answer.bytes, now);
   network_->answer(std::move(answer));

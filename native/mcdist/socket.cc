@@ -1,8 +1,10 @@
 #include "mcdist/socket.h"
 
 #include <arpa/inet.h>
+#include <linux/sockios.h>
 #include <netinet/udp.h>
 #include <poll.h>
+#include <sys/ioctl.h>
 #include <time.h>
 
 #include <algorithm>
@@ -300,6 +302,11 @@ SendBatch::Result SendBatch::flush(const Fd& fd) {
 
 Status report_errors(const Fd& fd) {
   return option(fd, IPPROTO_IP, IP_RECVERR, int{1}, "IP_RECVERR");
+}
+
+uint64_t unsent_bytes(const Fd& fd) {
+  int bytes = 0;
+  return ::ioctl(fd.get(), SIOCOUTQ, &bytes) == 0 ? static_cast<uint64_t>(bytes) : 0;
 }
 
 size_t drain_errors(const Fd& fd) {

@@ -112,5 +112,7 @@ Status report_errors(const Fd& fd);
 // Reads away what the network reported about packets sent (IP_RECVERR): nobody else does, and the
 // socket would be readable for ever. Bounded; returns how many there were.
 size_t drain_errors(const Fd& fd);
+// Bytes sent that have not left the host's queues yet, with the system's own overhead.
+uint64_t unsent_bytes(const Fd& fd);
 
 }  // namespace sf::mcdist

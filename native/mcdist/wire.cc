@@ -6,6 +6,7 @@
 #include <sys/uio.h>
 
 #include <algorithm>
+#include <bit>
 
 namespace sf::mcdist {
 namespace {
@@ -36,6 +37,7 @@ constexpr uint64_t kUnused = ~((uint64_t{1} << 59) - 1);
 constexpr uint8_t kPushedFlag = 1;
 constexpr uint8_t kUnicastOnlyFlag = 1, kSubscribeFlag = 2, kHistoryFlag = 4;
 constexpr uint8_t kCompleteFlag = 1, kPushingFlag = 2;
+constexpr unsigned kPeersShift = 4, kMaxPeersLog = 15;
 constexpr size_t kNonceBytes = 12;
 constexpr size_t kCounterAt = 12;
 constexpr size_t kCounterBytes = 6;
@@ -225,7 +227,11 @@ void encode_announce(const Announce& announce, std::vector<uint8_t>* out) {
   out->clear();
   append(out, ntohl(announce.address.s_addr), 4);
   append(out, announce.port, 2);
-  append(out, (announce.complete ? kCompleteFlag : 0) | (announce.pushing ? kPushingFlag : 0), 1);
+  const unsigned log = announce.peers <= 1 ? 0 : std::bit_width(announce.peers - 1);
+  append(out,
+         (announce.complete ? kCompleteFlag : 0) | (announce.pushing ? kPushingFlag : 0) |
+             std::min(log, kMaxPeersLog) << kPeersShift,
+         1);
   append(out, announce.cursor, 1);
   append(out, announce.held, 8);
   append(out, announce.position, 8);
@@ -233,7 +239,9 @@ void encode_announce(const Announce& announce, std::vector<uint8_t>* out) {
 }
 
 bool decode_announce(const uint8_t* data, size_t size, uint64_t pages, Announce* out) {
-  if (size != kAnnounceBody || (data[6] & ~(kCompleteFlag | kPushingFlag)) != 0) return false;
+  constexpr uint8_t kFlags = kCompleteFlag | kPushingFlag | kMaxPeersLog << kPeersShift;
+  if (size != kAnnounceBody || (data[6] & ~kFlags) != 0) return false;
+  out->peers = 1U << (data[6] >> kPeersShift);
   out->address.s_addr = htonl(static_cast<uint32_t>(get(data, 4)));
   out->port = static_cast<uint16_t>(get(data + 4, 2));
   out->complete = (data[6] & kCompleteFlag) != 0;

@@ -134,6 +134,7 @@ struct Announce {
   bool complete = false;
   bool pushing = false;
   uint8_t cursor = 0;
+  uint32_t peers = 1;     // heard lately; rounded up to a power of two, 32768 at most
   uint64_t held = 0;      // pages
   uint64_t position = 0;  // the cursor's next page
   uint64_t pages = 0;

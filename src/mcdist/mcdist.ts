@@ -48,8 +48,10 @@ export interface McdistPolicyOptions {
   readonly probeWindowsMax?: number;
   /** A page asked again within this time, by whomever, is not sent again (unless a retry). */
   readonly lockstepWindowMs?: number;
-  /** ... up to so many times. */
+  /** ... up to so many times, or twice the clients known if that is more. */
   readonly lockstepRequests?: number;
+  /** ... but if the client lost part of it, or joined since, only within this time; default 2. */
+  readonly flightWindowMs?: number;
   readonly retryWindowMs?: number;
   readonly queuePages?: number;
   /** Pages one client may have queued, urgent and prefetch each. */
@@ -73,7 +75,7 @@ export interface McdistPolicyOptions {
   readonly repairGatherMs?: number;
   /** Once this share of the pages went to the group, they are sent again by unicast; above 1: never. */
   readonly endgameShare?: number;
-  /** ... and so while nobody else was heard for so long; default 5000. */
+  /** ... and so while nobody else was heard for so long; default 30000. */
   readonly endgameSilenceMs?: number;
   /** Regions whose pages each client needs for itself: not pushed, answered by unicast. */
   readonly disjoint?: readonly { readonly first: number; readonly count: number }[];
@@ -113,6 +115,8 @@ export interface McdistServerStats {
   readonly retries: number;
   readonly queueDropped: number;
   readonly welcomes: number;
+  /** Packets of newcomers while 16384 others were heard within 5 s. */
+  readonly peersRefused: number;
   readonly replays: number;
   readonly authFailures: number;
   readonly badPackets: number;

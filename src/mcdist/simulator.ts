@@ -115,6 +115,8 @@ export interface SimResult {
   readonly queueDropped: number;
   readonly welcomes: number;
   readonly evictedPeers: number;
+  /** Packets of newcomers while all places were taken by clients just heard. */
+  readonly refusedPeers: number;
   readonly cuts: number;
   readonly cutsUndone: number;
   readonly pagesPushed: number;

@@ -145,6 +145,13 @@ export async function giveUp(host: Host, fork: ForkRecord, sealed: boolean): Pro
   undo.add('disk server', () => call('generation.unserve', { generation: disk.generation }));
   undo.add('RAM server', () => call('generation.unserve', { generation: ram.generation }));
   await undo.run(host.log);
+  releaseGroups(host, fork);
+}
+
+function releaseGroups(host: Host, fork: ForkRecord): void {
+  for (const { source } of [fork.disk, fork.ram]) {
+    host.groups.release({ group: source.group, port: source.group_port });
+  }
 }
 
 /**
@@ -201,4 +208,5 @@ export async function closeFork(host: Host, fork: ForkRecord): Promise<void> {
     undo.add('server', () => call('generation.unserve', { generation }));
   }
   await undo.run(host.log);
+  releaseGroups(host, fork);
 }

@@ -8,6 +8,7 @@ import { asSnowflockError } from '../common/errors.js';
 import { readJson } from '../common/files.js';
 import type { Logger } from '../common/log.js';
 import { driverByName } from '../hypervisor/index.js';
+import { GroupReserve } from '../mcdist/groups.js';
 import { NetbackFilter } from '../netback-filter/filter.js';
 import { expectVm, fill, openDisk } from './bases.js';
 import { giveUp, serve } from './capture.js';
@@ -87,6 +88,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
     peers: new Peers([self, ...cluster.others().map((client) => new RemoteHost(client))]),
     vms,
     forks,
+    groups: new GroupReserve({ interfaceAddress: config.address }),
     live: new Map(),
     closing: false,
   };
@@ -152,6 +154,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
         live.vm.release();
       }
       cluster.close();
+      host.groups.close();
       await dataplane.close(endVms);
       await nat?.close(endVms);
       if (endVms) await host.filter.detach();

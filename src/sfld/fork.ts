@@ -18,7 +18,6 @@ import {
   newSecretId,
   newVmId,
 } from '../common/ids.js';
-import { groupFor } from '../mcdist/mcdist.js';
 import { addressOfVmid, wireMac } from '../network/addresses.js';
 import { captureVm, closeFork } from './capture.js';
 import type { Host, LiveVm } from './host.js';
@@ -230,7 +229,7 @@ function newFork(
 
 function newGeneration(host: Host, bytes: number): GenerationRef {
   const id = newGenerationId();
-  const { group, port } = groupFor(id);
+  const { group, port } = host.groups.take();
   return {
     generation: id,
     pages: Math.ceil(bytes / 4096),

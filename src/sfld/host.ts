@@ -11,6 +11,7 @@ import { nativePath } from '../common/native.js';
 import type { DhcpService } from '../dhcp/service.js';
 import type { HypervisorDriver, Vm } from '../hypervisor/driver.js';
 import type { BuiltImage } from '../image/manifest.js';
+import type { GroupReserve } from '../mcdist/groups.js';
 import type { NetbackFilter } from '../netback-filter/filter.js';
 import type { DataplaneSupervisor } from './dataplane.js';
 import type { NatKeeper } from './nat.js';
@@ -44,6 +45,8 @@ export interface Host {
   readonly resources: Resources;
   readonly tickets: TicketBook;
   readonly peers: Peers;
+  /** Multicast groups of generations made here, listened to before they are used. */
+  readonly groups: GroupReserve;
   readonly vms: Store<VmRecord>;
   readonly forks: Store<ForkRecord>;
   readonly live: Map<string, LiveVm>;

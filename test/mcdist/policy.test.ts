@@ -125,6 +125,38 @@ test('a retry is answered, unless it crossed with the answer', () => {
   expect(policy.next(7, wireBytes)).toMatchObject({ page: 1, fragments: 0 });
 });
 
+test('who has part of a page, or joined since it was sent, is answered all the same', () => {
+  const policy = new McdistPolicy({ flightWindowMs: 2 });
+  for (const peer of [1, 2]) policy.heard({ peer, nowMs: 0 });
+  policy.request({ peer: 1, page: 1, urgent: true, nowMs: 0 });
+  expect(drain(policy, 10)).toHaveLength(1);
+  const ask = (peer: number, fragments: number, nowMs: number) =>
+    policy.request({ peer, page: 1, urgent: true, fragments, nowMs });
+  expect(ask(2, 4, 11.9)).toBe('lockstep');
+  expect(ask(2, 0, 12.1)).toBe('lockstep');
+  expect(ask(2, 4, 12.1)).toBe('queued');
+  expect(drain(policy, 13)).toMatchObject([{ page: 1, fragments: 4 }]);
+
+  policy.request({ peer: 1, page: 2, urgent: true, nowMs: 20 });
+  drain(policy, 20);
+  policy.heard({ peer: 3, nowMs: 21 });
+  expect(policy.request({ peer: 3, page: 2, nowMs: 21.9 })).toBe('lockstep');
+  expect(policy.request({ peer: 2, page: 2, nowMs: 22.1 })).toBe('lockstep');
+  expect(policy.request({ peer: 3, page: 2, nowMs: 22.1 })).toBe('queued');
+});
+
+test('with many peers more requests in lockstep are ignored', () => {
+  const policy = new McdistPolicy({ lockstepRequests: 3 });
+  for (let peer = 1; peer <= 10; peer++) policy.heard({ peer, nowMs: 0 });
+  policy.request({ page: 1, nowMs: 1 });
+  expect(drain(policy, 1)).toHaveLength(1);
+  const verdicts = Array.from({ length: 21 }, (_, i) =>
+    policy.request({ peer: (i % 10) + 1, page: 1, nowMs: 2 }),
+  );
+  expect(verdicts.slice(0, 20)).toEqual(Array(20).fill('lockstep'));
+  expect(verdicts[20]).toBe('queued');
+});
+
 test('the queue and the share of each peer are bounded, urgent and prefetch apart', () => {
   const policy = new McdistPolicy({ queuePages: 10, peerPages: 4 });
   const verdicts = (peer: number, first: number, urgent: boolean) =>
