@@ -12,6 +12,8 @@ const TTL = 64;
 
 export interface ClientDatagram {
   sourceMac: string;
+  /** To an address rather than to 255.255.255.255. */
+  unicast: boolean;
   payload: Uint8Array;
 }
 
@@ -35,6 +37,7 @@ export function parseClientFrame(frame: Uint8Array): ClientDatagram | undefined 
   if (udpBytes < UDP_BYTES || udpBytes > ipBytes - headerBytes) return undefined;
   return {
     sourceMac: macText(view.getUint16(6) * 2 ** 32 + view.getUint32(8)),
+    unicast: view.getUint32(ETHERNET_BYTES + 16) !== 0xffff_ffff,
     payload: frame.subarray(udp + UDP_BYTES, udp + udpBytes),
   };
 }

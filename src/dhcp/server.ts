@@ -47,9 +47,12 @@ export interface DhcpIdentity {
 
 export type DhcpState = 'idle' | 'offered' | 'bound' | 'released' | 'declined';
 
-/** What became of a packet. */
+/** In which state a client sends this REQUEST (RFC 2131, 4.3.2). */
+export type ClientState = 'selecting' | 'init-reboot' | 'renewing' | 'rebinding';
+
+/** What became of a packet. `clientState` of a REQUEST that was answered. */
 export type DhcpOutcome =
-  | { kind: 'offer' | 'ack' | 'nak'; reply: DhcpReply }
+  | { kind: 'offer' | 'ack' | 'nak'; reply: DhcpReply; clientState?: ClientState }
   | { kind: 'released' | 'declined' | 'ignored' };
 
 export interface DhcpReply {
@@ -91,8 +94,11 @@ export class DhcpMachine {
     this.#state = 'idle';
   }
 
-  /** DhcpPacketError if an option has an impossible value. */
-  handle(packet: DhcpPacket, nowMs: number): DhcpOutcome {
+  /**
+   * `unicast`: the datagram was for the server alone, which tells renewing from rebinding.
+   * DhcpPacketError if an option has an impossible value.
+   */
+  handle(packet: DhcpPacket, nowMs: number, unicast = false): DhcpOutcome {
     const { options } = packet;
     if (
       packet.op !== 1 ||
@@ -115,12 +121,13 @@ export class DhcpMachine {
         // Renewing and rebinding clients say in ciaddr what the others say in option 50.
         const wanted = requested ?? packet.ciaddr;
         if (wanted === NONE) return { kind: 'ignored' };
+        const clientState = clientStateOf(packet, unicast);
         if (wanted !== address || (packet.ciaddr !== NONE && packet.ciaddr !== address)) {
-          return { kind: 'nak', reply: this.#nak(packet, wanted) };
+          return { kind: 'nak', reply: this.#nak(packet, wanted), clientState };
         }
         this.#state = 'bound';
         this.#leaseEndMs = nowMs + this.#leaseSeconds() * 1000;
-        return { kind: 'ack', reply: this.#reply(packet, MessageType.ACK) };
+        return { kind: 'ack', reply: this.#reply(packet, MessageType.ACK), clientState };
       }
       case MessageType.INFORM:
         if (packet.ciaddr !== address) return { kind: 'ignored' };
@@ -199,6 +206,11 @@ export class DhcpMachine {
     // RFC 2131, 4.3.2: the client must give the address up, so it is not spoken to there.
     return { bytes: encode(reply, maxBytes(packet)), broadcast: true, address };
   }
+}
+
+function clientStateOf(packet: DhcpPacket, unicast: boolean): ClientState {
+  if (packet.ciaddr !== NONE) return unicast ? 'renewing' : 'rebinding';
+  return packet.options.has(Option.SERVER_ID) ? 'selecting' : 'init-reboot';
 }
 
 function maxBytes(packet: DhcpPacket): number {
