@@ -12,7 +12,7 @@ import {
   readAddress,
   readU8,
   u8,
-} from '../../packages/dhcp-packet/src/index.js';
+} from '../src/index.js';
 
 const SEED = Number(process.env.SNOWFLOCK_SEED ?? Date.now() % 2 ** 31);
 console.log(`dhcp codec seed ${SEED} (SNOWFLOCK_SEED repeats it)`);
