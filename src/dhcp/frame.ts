@@ -55,10 +55,11 @@ export interface ServerDatagram {
   destinationMac: string;
   source: string;
   destination: string;
+  port: number;
   payload: Uint8Array;
 }
 
-/** UDP 67 to 68. */
+/** UDP from port 67. */
 export function serverFrame(datagram: ServerDatagram): Uint8Array {
   const { payload } = datagram;
   const udpBytes = UDP_BYTES + payload.length;
@@ -79,7 +80,7 @@ export function serverFrame(datagram: ServerDatagram): Uint8Array {
 
   const udp = ip + IP_BYTES;
   view.setUint16(udp, 67);
-  view.setUint16(udp + 2, 68);
+  view.setUint16(udp + 2, datagram.port);
   view.setUint16(udp + 4, udpBytes);
   frame.set(payload, udp + UDP_BYTES);
   // The pseudo header's addresses, protocol and length (RFC 768).

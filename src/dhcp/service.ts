@@ -25,6 +25,8 @@ export interface DhcpServiceOptions {
   /** For the gateway's MAC address, from which the server speaks. */
   family: number;
   identity: DhcpIdentity;
+  /** Answer relayed packets, which come from the relay's MAC address. For tests. Default false. */
+  relay?: boolean;
   /** After each packet (its answer is out): what became of it, and the state of a REQUEST. */
   onEvent?: (event: DhcpEvent, clientState?: ClientState) => void;
   /** The interface has gone; the service is stopped. */
@@ -45,7 +47,7 @@ export class DhcpService {
   /** E_NOT_FOUND (interface), E_NETWORK. */
   constructor(options: DhcpServiceOptions) {
     this.#options = options;
-    this.#machine = new DhcpMachine(options.identity);
+    this.#machine = new DhcpMachine(options.identity, { relay: options.relay ?? false });
     const onEnd = options.onEnd;
     this.#port = new FramePort(
       native(() => netback().openDhcpSocket(options.tap)),
@@ -93,7 +95,7 @@ export class DhcpService {
     const { guestMac } = this.#machine.identity;
     const datagram = parseClientFrame(frame);
     if (datagram === undefined) return ['malformed'];
-    if (datagram.sourceMac !== guestMac) return ['ignored'];
+    if (datagram.sourceMac !== guestMac && this.#options.relay !== true) return ['ignored'];
     let outcome: DhcpOutcome;
     try {
       outcome = this.#machine.handle(decode(datagram.payload), Date.now(), datagram.unicast);
@@ -105,9 +107,10 @@ export class DhcpService {
     const { reply } = outcome;
     const bytes = serverFrame({
       sourceMac: wireMac({ family: this.#options.family, vmid: VMID_GATEWAY }),
-      destinationMac: reply.broadcast ? EVERYBODY.mac : guestMac,
+      destinationMac: reply.broadcast ? EVERYBODY.mac : datagram.sourceMac,
       source: GATEWAY,
       destination: reply.broadcast ? EVERYBODY.address : reply.address,
+      port: reply.port,
       payload: reply.bytes,
     });
     try {
