@@ -50,7 +50,7 @@ export class DhcpService {
     this.#machine = new DhcpMachine(options.identity, { relay: options.relay ?? false });
     const onEnd = options.onEnd;
     this.#port = new FramePort(
-      native(() => netback().openDhcpSocket(options.tap)),
+      native(() => netback().openDhcpSocket(options.tap, options.relay ?? false)),
       { onFrame: (frame) => this.#receive(frame), ...(onEnd === undefined ? {} : { onEnd }) },
       { maxFrameBytes: 1514, framesPerSecond: FRAMES_PER_SECOND, burst: BURST },
     );
