@@ -120,21 +120,23 @@ Status OpenTap(const std::string& name, bool vnet_hdr, uint32_t mtu, Fd* out) {
   return status;
 }
 
-Status OpenDhcpSocket(const std::string& name, Fd* out) {
+Status OpenDhcpSocket(const std::string& name, bool relay, Fd* out) {
   constexpr uint32_t kAncillary = static_cast<uint32_t>(SKF_AD_OFF);
   constexpr uint32_t kIp = ETH_HLEN;
   sock_filter program[] = {
       BPF_STMT(BPF_LD | BPF_B | BPF_ABS, kAncillary + SKF_AD_VLAN_TAG_PRESENT),
-      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 12),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 13),
       BPF_STMT(BPF_LD | BPF_H | BPF_ABS, 12),  // EtherType
-      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, ETH_P_IP, 0, 10),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, ETH_P_IP, 0, 11),
       BPF_STMT(BPF_LD | BPF_B | BPF_ABS, kIp + 9),  // protocol
-      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, IPPROTO_UDP, 0, 8),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, IPPROTO_UDP, 0, 9),
       BPF_STMT(BPF_LD | BPF_H | BPF_ABS, kIp + 6),  // fragment offset and "more fragments"
-      BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, 0x3fff, 6, 0),
+      BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, 0x3fff, 7, 0),
       BPF_STMT(BPF_LDX | BPF_B | BPF_MSH, kIp),
       BPF_STMT(BPF_LD | BPF_H | BPF_IND, kIp),  // source port
-      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, 68, 0, 3),
+      // 68 for a client; 67 too for a relay. What is less wraps around.
+      BPF_STMT(BPF_ALU | BPF_SUB | BPF_K, relay ? 67u : 68u),
+      BPF_JUMP(BPF_JMP | BPF_JGT | BPF_K, relay ? 1u : 0u, 3, 0),
       BPF_STMT(BPF_LD | BPF_H | BPF_IND, kIp + 2),  // destination port
       BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, 67, 0, 1),
       BPF_STMT(BPF_RET | BPF_K, 0xffff),

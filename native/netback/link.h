@@ -26,6 +26,6 @@ Status OpenTap(const std::string& name, bool vnet_hdr, uint32_t mtu, Fd* out);
 // unfragmented IPv4, UDP 68 to 67) before tc sees it, and nothing the host sends. What is written
 // to it goes out of the interface with the mark that lets it pass the filter. E_NOT_FOUND,
 // E_NETWORK.
-Status OpenDhcpSocket(const std::string& name, Fd* out);
+Status OpenDhcpSocket(const std::string& name, bool relay, Fd* out);
 
 }  // namespace sf

@@ -189,10 +189,10 @@ Napi::Value OpenTapJs(const Napi::CallbackInfo& info) {
   return Napi::Number::New(info.Env(), tap.release());
 }
 
-// openDhcpSocket(interface): descriptor
+// openDhcpSocket(interface, relay): descriptor
 Napi::Value OpenDhcpSocketJs(const Napi::CallbackInfo& info) {
   Fd socket;
-  throw_if(info.Env(), OpenDhcpSocket(info[0].ToString(), &socket));
+  throw_if(info.Env(), OpenDhcpSocket(info[0].ToString(), info[1].ToBoolean(), &socket));
   return Napi::Number::New(info.Env(), socket.release());
 }
 

@@ -12,6 +12,8 @@ const TTL = 64;
 
 export interface ClientDatagram {
   sourceMac: string;
+  /** To an address rather than to 255.255.255.255. */
+  unicast: boolean;
   payload: Uint8Array;
 }
 
@@ -35,6 +37,7 @@ export function parseClientFrame(frame: Uint8Array): ClientDatagram | undefined 
   if (udpBytes < UDP_BYTES || udpBytes > ipBytes - headerBytes) return undefined;
   return {
     sourceMac: macText(view.getUint16(6) * 2 ** 32 + view.getUint32(8)),
+    unicast: view.getUint32(ETHERNET_BYTES + 16) !== 0xffff_ffff,
     payload: frame.subarray(udp + UDP_BYTES, udp + udpBytes),
   };
 }
@@ -52,10 +55,11 @@ export interface ServerDatagram {
   destinationMac: string;
   source: string;
   destination: string;
+  port: number;
   payload: Uint8Array;
 }
 
-/** UDP 67 to 68. */
+/** UDP from port 67. */
 export function serverFrame(datagram: ServerDatagram): Uint8Array {
   const { payload } = datagram;
   const udpBytes = UDP_BYTES + payload.length;
@@ -76,7 +80,7 @@ export function serverFrame(datagram: ServerDatagram): Uint8Array {
 
   const udp = ip + IP_BYTES;
   view.setUint16(udp, 67);
-  view.setUint16(udp + 2, 68);
+  view.setUint16(udp + 2, datagram.port);
   view.setUint16(udp + 4, udpBytes);
   frame.set(payload, udp + UDP_BYTES);
   // The pseudo header's addresses, protocol and length (RFC 768).

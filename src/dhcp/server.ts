@@ -12,16 +12,22 @@
  *   INFORM from the VM's address      ACK without a lease
  *   DECLINE, RELEASE                  noted
  *
- * Left out on purpose: relayed packets (giaddr) and BOOTP are ignored; there is no pool.
+ * Relayed packets (giaddr) are ignored but in the test mode `relay`: a real server's VM is on its own
+ * wire, where no relay can be. Then answers go to the relay, with its option 82 as it came.
+ *
+ * Left out on purpose: BOOTP is ignored; there is no pool.
  */
 import {
   addresses,
   type DhcpPacket,
   encode,
+  encodeRoutes,
+  encodeSearch,
   FLAG_BROADCAST,
   MAX_PACKET_BYTES,
   MessageType,
   Option,
+  type Route,
   readAddress,
   readU8,
   readU16,
@@ -41,15 +47,24 @@ export interface DhcpIdentity {
   /** Only if there is a gateway that forwards. */
   router?: string;
   dns?: readonly string[];
+  /** Time servers (option 42). */
+  ntp?: readonly string[];
+  /** Option 119. */
+  search?: readonly string[];
+  /** Option 121. Clients that take it ignore `router`: name the default route here too. */
+  routes?: readonly Route[];
   /** Default 3600. */
   leaseSeconds?: number;
 }
 
 export type DhcpState = 'idle' | 'offered' | 'bound' | 'released' | 'declined';
 
-/** What became of a packet. */
+/** In which state a client sends this REQUEST (RFC 2131, 4.3.2). */
+export type ClientState = 'selecting' | 'init-reboot' | 'renewing' | 'rebinding';
+
+/** What became of a packet. `clientState` of a REQUEST that was answered. */
 export type DhcpOutcome =
-  | { kind: 'offer' | 'ack' | 'nak'; reply: DhcpReply }
+  | { kind: 'offer' | 'ack' | 'nak'; reply: DhcpReply; clientState?: ClientState }
   | { kind: 'released' | 'declined' | 'ignored' };
 
 export interface DhcpReply {
@@ -58,11 +73,20 @@ export interface DhcpReply {
   broadcast: boolean;
   /** Of the unicast IP packet. */
   address: string;
+  /** 68, a client's; 67: to a relay. */
+  port: 67 | 68;
+}
+
+export interface DhcpMachineOptions {
+  /** Answer relayed packets. For tests. Default false. */
+  relay?: boolean;
 }
 
 const NONE = '0.0.0.0';
 const LEASE_SECONDS = 3600;
 const ETHERNET = 1;
+const CLIENT_PORT = 68;
+const RELAY_PORT = 67;
 /** RFC 2132, 9.10. */
 const MIN_MAX_MESSAGE_BYTES = 576;
 const IP_AND_UDP_BYTES = 28;
@@ -71,9 +95,11 @@ export class DhcpMachine {
   #identity: DhcpIdentity;
   #state: DhcpState = 'idle';
   #leaseEndMs = 0;
+  readonly #relay: boolean;
 
-  constructor(identity: DhcpIdentity) {
+  constructor(identity: DhcpIdentity, options: DhcpMachineOptions = {}) {
     this.#identity = identity;
+    this.#relay = options.relay ?? false;
   }
 
   get identity(): DhcpIdentity {
@@ -91,12 +117,15 @@ export class DhcpMachine {
     this.#state = 'idle';
   }
 
-  /** DhcpPacketError if an option has an impossible value. */
-  handle(packet: DhcpPacket, nowMs: number): DhcpOutcome {
+  /**
+   * `unicast`: the datagram was for the server alone, which tells renewing from rebinding.
+   * DhcpPacketError if an option has an impossible value.
+   */
+  handle(packet: DhcpPacket, nowMs: number, unicast = false): DhcpOutcome {
     const { options } = packet;
     if (
       packet.op !== 1 ||
-      packet.giaddr !== NONE ||
+      (packet.giaddr !== NONE && !this.#relay) ||
       packet.hardwareType !== ETHERNET ||
       packet.hardwareAddress.length !== 6 ||
       macText(Buffer.from(packet.hardwareAddress).readUIntBE(0, 6)) !== this.#identity.guestMac
@@ -115,12 +144,13 @@ export class DhcpMachine {
         // Renewing and rebinding clients say in ciaddr what the others say in option 50.
         const wanted = requested ?? packet.ciaddr;
         if (wanted === NONE) return { kind: 'ignored' };
+        const clientState = clientStateOf(packet, unicast);
         if (wanted !== address || (packet.ciaddr !== NONE && packet.ciaddr !== address)) {
-          return { kind: 'nak', reply: this.#nak(packet, wanted) };
+          return { kind: 'nak', reply: this.#nak(packet, wanted), clientState };
         }
         this.#state = 'bound';
         this.#leaseEndMs = nowMs + this.#leaseSeconds() * 1000;
-        return { kind: 'ack', reply: this.#reply(packet, MessageType.ACK) };
+        return { kind: 'ack', reply: this.#reply(packet, MessageType.ACK), clientState };
       }
       case MessageType.INFORM:
         if (packet.ciaddr !== address) return { kind: 'ignored' };
@@ -147,6 +177,9 @@ export class DhcpMachine {
     const clientId = packet.options.get(Option.CLIENT_ID);
     if (clientId !== undefined) options.set(Option.CLIENT_ID, clientId);
     options.set(Option.SERVER_ID, addresses(GATEWAY));
+    // RFC 3046, 2.2: as it came, behind all others. Without a relay it is the client's invention.
+    const relay = packet.options.get(Option.RELAY_AGENT);
+    if (relay !== undefined && packet.giaddr !== NONE) options.set(Option.RELAY_AGENT, relay);
     return {
       ...packet,
       op: 2,
@@ -160,7 +193,7 @@ export class DhcpMachine {
   }
 
   #reply(packet: DhcpPacket, type: number, lease = true): DhcpReply {
-    const { address, hostname, domain, router, dns } = this.#identity;
+    const { address, hostname, domain, router, dns, ntp, search, routes } = this.#identity;
     const seconds = this.#leaseSeconds();
     const options = new Map<number, Uint8Array>([
       [Option.MESSAGE_TYPE, u8(type)],
@@ -170,6 +203,13 @@ export class DhcpMachine {
     ]);
     if (router !== undefined) options.set(Option.ROUTER, addresses(router));
     if (dns !== undefined && dns.length > 0) options.set(Option.DNS, addresses(...dns));
+    if (ntp !== undefined && ntp.length > 0) options.set(Option.NTP, addresses(...ntp));
+    if (search !== undefined && search.length > 0) {
+      options.set(Option.DOMAIN_SEARCH, encodeSearch(search));
+    }
+    if (routes !== undefined && routes.length > 0) {
+      options.set(Option.CLASSLESS_ROUTES, encodeRoutes(routes));
+    }
     if (hostname !== undefined) options.set(Option.HOST_NAME, text(hostname));
     if (domain !== undefined) options.set(Option.DOMAIN_NAME, text(domain));
     if (lease) {
@@ -180,8 +220,11 @@ export class DhcpMachine {
     const reply = this.#header(packet, options);
     if (lease) reply.yiaddr = address;
     if (type === MessageType.ACK) reply.ciaddr = packet.ciaddr;
+    const bytes = encode(reply, maxBytes(packet));
+    if (packet.giaddr !== NONE) return toRelay(bytes, packet);
     return {
-      bytes: encode(reply, maxBytes(packet)),
+      bytes,
+      port: CLIENT_PORT,
       broadcast: packet.ciaddr === NONE && (packet.flags & FLAG_BROADCAST) !== 0,
       address: packet.ciaddr === NONE ? address : packet.ciaddr,
     };
@@ -197,8 +240,22 @@ export class DhcpMachine {
       ]),
     );
     // RFC 2131, 4.3.2: the client must give the address up, so it is not spoken to there.
-    return { bytes: encode(reply, maxBytes(packet)), broadcast: true, address };
+    // Through a relay that is the relay's part, which the flag tells it.
+    if (packet.giaddr !== NONE) reply.flags |= FLAG_BROADCAST;
+    const bytes = encode(reply, maxBytes(packet));
+    if (packet.giaddr !== NONE) return toRelay(bytes, packet);
+    return { bytes, broadcast: true, address, port: CLIENT_PORT };
   }
+}
+
+/** RFC 2131, 4.1. */
+function toRelay(bytes: Uint8Array, packet: DhcpPacket): DhcpReply {
+  return { bytes, broadcast: false, address: packet.giaddr, port: RELAY_PORT };
+}
+
+function clientStateOf(packet: DhcpPacket, unicast: boolean): ClientState {
+  if (packet.ciaddr !== NONE) return unicast ? 'renewing' : 'rebinding';
+  return packet.options.has(Option.SERVER_ID) ? 'selecting' : 'init-reboot';
 }
 
 function maxBytes(packet: DhcpPacket): number {

@@ -62,7 +62,8 @@ interface NetbackAddon {
   /** `existing`: the filter that is there, or E_NOT_FOUND; nothing is attached. */
   attach(objectPath: string, uplink: string, existing?: boolean): Promise<NativeFilter>;
   openTap(name: string, vnetHdr: boolean, mtu: number): number;
-  openDhcpSocket(name: string): number;
+  /** `relay`: packets from port 67 too. */
+  openDhcpSocket(name: string, relay: boolean): number;
   inNetns<T>(path: string, work: () => T): T;
   reasonNames: readonly string[];
   FramePort: new (

@@ -19,7 +19,7 @@ let lab: Lab;
 afterEach(() => lab?.destroy());
 
 /** The service of a VM, the events it has reported, and a way to await them. */
-function serve(host: Host, tap: string, vmid: number) {
+function serve(host: Host, tap: string, vmid: number, relay = false) {
   const events: DhcpEvent[] = [];
   let changed = () => {};
   const service = host.netns.do(
@@ -28,6 +28,7 @@ function serve(host: Host, tap: string, vmid: number) {
         tap,
         family: FAMILY,
         identity: { address: addressOfVmid(vmid), guestMac: GUEST_MAC, hostname: `vm-${vmid}` },
+        relay,
         onEvent: (event) => {
           events.push(event);
           changed();
@@ -219,4 +220,39 @@ test('the service ends with its interface', async () => {
   });
   guest.close();
   expect(await ended).toMatchObject({ code: 'E_NETWORK' });
+});
+
+/** A client's DISCOVER as a relay passes it on. */
+function fromRelay(giaddr: string, information: Uint8Array): Buffer {
+  const discover = fromClient(MessageType.DISCOVER, [[Option.RELAY_AGENT, information]]);
+  const payload = encode({ ...decode(discover.subarray(42)), giaddr, hops: 1 });
+  return ipv4({
+    to: BROADCAST_MAC,
+    from: RELAY_MAC,
+    sourceIp: giaddr,
+    destinationIp: '10.86.0.1',
+    protocol: 17,
+    payload: udp(67, 67, payload),
+  });
+}
+const RELAY_MAC = '02:00:00:00:09:09';
+
+test('relayed in the test mode: the answer goes to the relay; otherwise nothing is read', async () => {
+  lab = await Lab.create(1);
+  const host = lab.host(0);
+  const [relayed, without] = [host.guest(FAMILY, 1), host.guest(FAMILY, 2)];
+  serve(host, relayed.tap, 1, true);
+  const other = serve(host, without.tap, 2);
+  const information = Uint8Array.of(1, 2, 7, 7);
+  relayed.send(fromRelay('10.99.0.1', information));
+  without.send(fromRelay('10.99.0.1', information), fromClient(MessageType.DISCOVER, []));
+  const frame = await relayed.receive();
+  expect(frame.subarray(0, 6).toString('hex')).toBe('020000000909');
+  expect([...frame.subarray(30, 34)]).toEqual([10, 99, 0, 1]);
+  expect(frame.readUInt16BE(36)).toBe(67);
+  expect([...(decode(frame.subarray(42)).options.get(Option.RELAY_AGENT) ?? [])]).toEqual([
+    ...information,
+  ]);
+  await without.receive();
+  expect(other.events).toEqual(['offer']);
 });

@@ -3,9 +3,12 @@ import {
   addresses,
   type DhcpPacket,
   decode,
+  decodeRoutes,
+  decodeSearch,
   MessageType,
   Option,
   readAddress,
+  readAddresses,
   readU8,
   readU16,
   readU32,
@@ -168,4 +171,53 @@ test('an identifier too long for the answer the client takes refuses the packet'
   expect(answer(machine(), packet).kind).toBe('offer');
   const longer = ask(MessageType.DISCOVER, [[Option.CLIENT_ID, new Uint8Array(600)]]);
   expect(() => answer(machine(), longer)).toThrow(expect.objectContaining({ reason: 'long' }));
+});
+
+test('time servers, search list and routes are told', () => {
+  const routes = [{ destination: '0.0.0.0', prefixBits: 0, router: GATEWAY }];
+  const server = new DhcpMachine({
+    address: MINE,
+    guestMac: GUEST_MAC,
+    ntp: ['10.86.0.3', '10.86.0.4'],
+    search: ['a.flock', 'flock'],
+    routes,
+  });
+  const options = answer(server, ask(MessageType.DISCOVER)).packet?.options ?? new Map();
+  expect(readAddresses(options, Option.NTP)).toEqual(['10.86.0.3', '10.86.0.4']);
+  expect(decodeSearch(options.get(Option.DOMAIN_SEARCH))).toEqual(['a.flock', 'flock']);
+  expect(decodeRoutes(options.get(Option.CLASSLESS_ROUTES))).toEqual(routes);
+});
+
+test('relayed: answers go to the relay, its option 82 comes back; without the mode silence', () => {
+  const relayed = { giaddr: '10.99.0.1', hops: 1 };
+  const information: [number, Uint8Array] = [Option.RELAY_AGENT, Uint8Array.of(1, 2, 7, 7)];
+  const identity = { address: MINE, guestMac: GUEST_MAC };
+  const server = new DhcpMachine(identity, { relay: true });
+  const discover = ask(MessageType.DISCOVER, [information], relayed);
+  const { kind, reply, packet } = answer(server, discover);
+  expect(kind).toBe('offer');
+  expect(reply).toMatchObject({ broadcast: false, address: '10.99.0.1', port: 67 });
+  expect(packet).toMatchObject({ giaddr: '10.99.0.1', yiaddr: MINE, flags: 0 });
+  expect(packet?.options.get(Option.RELAY_AGENT)).toEqual(information[1]);
+  const nak = answer(server, ask(MessageType.REQUEST, [wants(PARENTS), information], relayed));
+  expect(nak.kind).toBe('nak');
+  expect(nak.reply).toMatchObject({ broadcast: false, address: '10.99.0.1', port: 67 });
+  expect(nak.packet?.flags).toBe(0x8000);
+  expect(nak.packet?.options.get(Option.RELAY_AGENT)).toEqual(information[1]);
+
+  expect(answer(new DhcpMachine(identity), discover).kind).toBe('ignored');
+  const direct = answer(server, ask(MessageType.DISCOVER, [information]));
+  expect(direct.reply?.port).toBe(68);
+  expect(direct.packet?.options.has(Option.RELAY_AGENT)).toBe(false);
+});
+
+test('a REQUEST tells the state of its client', () => {
+  const stateOf = (packet: DhcpPacket, unicast: boolean) => {
+    const outcome = machine().handle(packet, 0, unicast);
+    return 'clientState' in outcome ? outcome.clientState : undefined;
+  };
+  expect(stateOf(ask(MessageType.REQUEST, [wants(MINE), FROM_US]), false)).toBe('selecting');
+  expect(stateOf(ask(MessageType.REQUEST, [wants(MINE)]), false)).toBe('init-reboot');
+  expect(stateOf(ask(MessageType.REQUEST, [], { ciaddr: MINE }), true)).toBe('renewing');
+  expect(stateOf(ask(MessageType.REQUEST, [], { ciaddr: MINE }), false)).toBe('rebinding');
 });

@@ -121,7 +121,8 @@ export function decode(bytes: Uint8Array): DhcpPacket {
 }
 
 /**
- * The packet as bytes, options in ascending order but the message type first, padded to 300 bytes.
+ * The packet as bytes, options in ascending order but the message type first and relay agent
+ * information last (RFC 3046, 2.1), padded to 300 bytes.
  * Values longer than 255 bytes go in parts. DhcpPacketError `long` beyond `maxBytes`.
  */
 export function encode(packet: DhcpPacket, maxBytes = MAX_PACKET_BYTES): Uint8Array {
@@ -140,9 +141,10 @@ export function encode(packet: DhcpPacket, maxBytes = MAX_PACKET_BYTES): Uint8Ar
   fixed.set(packet.hardwareAddress, 28);
   view.setUint32(FIXED_BYTES, COOKIE);
 
-  const first = (code: number) => (code === Option.MESSAGE_TYPE ? -1 : code);
+  const place = (code: number) =>
+    code === Option.MESSAGE_TYPE ? -1 : code === Option.RELAY_AGENT ? Option.END : code;
   const parts: Uint8Array[] = [fixed];
-  for (const [code, value] of [...packet.options].sort(([a], [b]) => first(a) - first(b))) {
+  for (const [code, value] of [...packet.options].sort(([a], [b]) => place(a) - place(b))) {
     if (code <= Option.PAD || code >= Option.END || code === Option.OVERLOAD) {
       throw new DhcpPacketError('option-value', `option ${code} cannot be set`);
     }

@@ -1,4 +1,7 @@
-/** Option codes (RFC 2132, 3442, 4702) and their plain values. All numbers are big-endian. */
+/**
+ * Option codes and their plain values: RFC 2132 (most), 3046 (82), 3397 (119), 3442 (121). All
+ * numbers are big-endian. Options with a structure of their own: routes.ts, search.ts, relay.ts.
+ */
 import { DhcpPacketError } from './error.js';
 
 export const Option = {
@@ -69,6 +72,37 @@ export function u16(value: number): Uint8Array {
 }
 export function u32(value: number): Uint8Array {
   return Uint8Array.of(value >>> 24, (value >>> 16) & 0xff, (value >>> 8) & 0xff, value & 0xff);
+}
+
+/** Undefined if absent. DhcpPacketError `option-value` if not a positive multiple of 4 bytes. */
+export function readAddresses(options: Options, code: number): string[] | undefined {
+  const value = options.get(code);
+  if (value === undefined) return undefined;
+  if (value.length === 0 || value.length % 4 !== 0) {
+    throw new DhcpPacketError('option-value', `option ${code} has ${value.length} bytes`);
+  }
+  const view = new DataView(value.buffer, value.byteOffset, value.byteLength);
+  return Array.from({ length: value.length / 4 }, (_, i) => addressText(view.getUint32(4 * i)));
+}
+
+/**
+ * UTF-8 without the NULs at the end that some senders add (RFC 2132, 2). DhcpPacketError
+ * `option-value` if it is no UTF-8 or holds control characters.
+ */
+export function readText(options: Options, code: number): string | undefined {
+  const value = options.get(code);
+  if (value === undefined) return undefined;
+  let end = value.length;
+  while (end > 0 && value[end - 1] === 0) end--;
+  try {
+    const found = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(
+      value.subarray(0, end),
+    );
+    if (!/\p{Cc}/u.test(found)) return found;
+  } catch {
+    // Refused below like text with control characters.
+  }
+  throw new DhcpPacketError('option-value', `option ${code} is no text`);
 }
 
 /** One or more addresses in dotted form. */

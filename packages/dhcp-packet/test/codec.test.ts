@@ -12,7 +12,7 @@ import {
   readAddress,
   readU8,
   u8,
-} from '../../packages/dhcp-packet/src/index.js';
+} from '../src/index.js';
 
 const SEED = Number(process.env.SNOWFLOCK_SEED ?? Date.now() % 2 ** 31);
 console.log(`dhcp codec seed ${SEED} (SNOWFLOCK_SEED repeats it)`);
@@ -66,6 +66,12 @@ test('what is encoded is decoded, options longer than 255 bytes included', () =>
     expect(Buffer.from(received.options.get(code) ?? [0xbad])).toEqual(Buffer.from(value));
   }
   expect(readAddress(received.options, Option.SERVER_ID)).toBe('10.86.0.1');
+});
+
+test('the message type comes first and relay agent information last', () => {
+  const sent = [Option.RELAY_AGENT, 200, Option.MESSAGE_TYPE, Option.ROUTER];
+  const bytes = encode(packet(sent.map((code) => [code, Uint8Array.of(code)])));
+  expect([0, 3, 6, 9, 12].map((at) => bytes[240 + at])).toEqual([53, 3, 200, 82, 255]);
 });
 
 test('a packet is padded to 300 bytes and never longer than asked', () => {
