@@ -221,6 +221,20 @@ export class Lab {
     return lab;
   }
 
+  /** Another machine on the wire, with a stack and an interface eth0 without an address. */
+  strangeMachine(): Namespace {
+    const netns = this.namespace('strange');
+    this.#switch.exec(
+      ...'ip link add port-s address 02:00:00:00:02:99 type veth peer name eth0'.split(' '),
+      ...`address 02:00:00:00:09:09 netns ${netns.name}`.split(' '),
+    );
+    this.#switch.exec('ip', 'link', 'set', 'port-s', 'master', 'br0', 'up');
+    this.#switch.exec(...'bridge link set dev port-s learning off'.split(' '));
+    netns.exec('sysctl', '-qw', 'net.ipv6.conf.eth0.disable_ipv6=1');
+    netns.exec('ip', 'link', 'set', 'eth0', 'up');
+    return netns;
+  }
+
   host(index: number): Host {
     const host = this.hosts[index];
     if (host === undefined) throw new Error(`no host ${index}`);
