@@ -111,7 +111,7 @@ test('udhcpc renews by unicast, gives up its address at the NAK after a fork, an
   const { service, heard } = serve(host, guest.tap, 0);
   const script = '#!/bin/sh\n[ -z "$ip" ] || ip address replace "$ip/$mask" dev "$interface"\n';
   await withScript(script, async (path) => {
-    const words = `netns exec ${guest.netns.name} busybox udhcpc -i eth0 -f -R -t 5 -T 1 -s ${path}`;
+    const words = `netns exec ${guest.netns.name} busybox udhcpc -i eth0 -f -R -t 5 -T 10 -s ${path}`;
     const client = spawn('ip', words.split(' '), {
       stdio: ['ignore', 'ignore', 'pipe'],
     });
