@@ -35,7 +35,7 @@ function must<T>(value: T | null | undefined): T {
   return value;
 }
 
-/** docs/mcdist.md, apart from the native code: a product in GF(2^8) with 0x11d. */
+/** docs/mcdist-parity.md, apart from the native code: a product in GF(2^8) with 0x11d. */
 function product(a: number, b: number): number {
   let sum = 0;
   for (let bit = 0; bit < 8; bit++) {
