@@ -236,7 +236,11 @@ void Client::handle_zero(const std::vector<Run>& runs, TimeNs now) {
 
 void Client::handle_negative(const Sender* sender, const std::vector<Run>& runs, TimeNs now) {
   if (sender != current_) return;  // not an answer to us
-  const auto servers = static_cast<uint32_t>(senders_.usable(server_, options_.interface_address));
+  uint32_t servers;
+  {
+    std::lock_guard lock(mutex_);
+    servers = static_cast<uint32_t>(senders_.usable(server_, options_.interface_address, home_));
+  }
   bool elsewhere = false;
   for (const Run& run : runs) {
     for (PageIndex page = run.first; page < run.first + run.count; page++) {

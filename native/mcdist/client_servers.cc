@@ -31,8 +31,8 @@ void Client::watch_server(TimeNs now) {
 }
 
 bool Client::turn_to_other(TimeNs now, bool ask_again) {
-  Sender* other = senders_.other(server_, options_.interface_address);
   std::lock_guard lock(mutex_);
+  Sender* other = senders_.other(server_, options_.interface_address, home_);
   if (server_set_) return false;
   if (other != nullptr) {
     other->tried = now;

@@ -219,7 +219,6 @@ bool Requester::ask_now(PageIndex page, TimeNs now, Run* out) {
   *out = Run{};
   out->first = page;
   out->urgent = true;
-  out->fragments = missing_(page);
   return true;
 }
 

@@ -71,24 +71,25 @@ class SenderTable {
     });
   }
   // Whom to turn to instead of the server at `current`: one tried longest ago, of those one that is
-  // complete, or holds most. A server at `own` address serves this very host's replica: never.
+  // complete, or holds most. A server at `own` address serves this very host's replica: never, but
+  // for `home`, the one that was set, for a host's clone may be cloned on that host.
   // nullptr: nobody is left.
-  Sender* other(const sockaddr_in& current, const in_addr& own) {
+  Sender* other(const sockaddr_in& current, const in_addr& own, const sockaddr_in& home) {
     Sender* best = nullptr;
     for (auto& sender : senders_) {
       if (sender->address.sin_port == 0 || same_address(sender->address, current)) continue;
-      if (sender->address.sin_addr.s_addr == own.s_addr) continue;
+      if (excluded(*sender, own, home)) continue;
       if (sender->held == 0 && !sender->complete) continue;
       if (best == nullptr || better(*sender, *best)) best = sender.get();
     }
     return best;
   }
   // How many servers other() may choose from, the current one among them.
-  size_t usable(const sockaddr_in& current, const in_addr& own) const {
+  size_t usable(const sockaddr_in& current, const in_addr& own, const sockaddr_in& home) const {
     size_t others = 0;
     for (const auto& sender : senders_) {
       if (sender->address.sin_port == 0 || same_address(sender->address, current)) continue;
-      if (sender->address.sin_addr.s_addr == own.s_addr) continue;
+      if (excluded(*sender, own, home)) continue;
       others += sender->held > 0 || sender->complete ? 1 : 0;
     }
     return others + 1;
@@ -96,6 +97,9 @@ class SenderTable {
   size_t size() const { return senders_.size(); }
 
  private:
+  static bool excluded(const Sender& sender, const in_addr& own, const sockaddr_in& home) {
+    return sender.address.sin_addr.s_addr == own.s_addr && !same_address(sender.address, home);
+  }
   static bool better(const Sender& a, const Sender& b) {
     if (a.tried != b.tried) return a.tried < b.tried;
     if (a.complete != b.complete) return a.complete;

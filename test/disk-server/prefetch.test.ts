@@ -118,7 +118,7 @@ test('a paused prefetch asks for nothing until it is resumed; demand goes on', a
   expect(after.present).toBe(paused.present + 40);
   expect(after.prefetch?.askedBytes).toBe(paused.prefetch?.askedBytes);
   await host.call('resume', { name: 'remote' });
-  await host.call('prefetch', { name: 'remote', rate: UNLIMITED }); // the new rate of the same one
+  await host.call('prefetch', { name: 'remote', rate: 1 << 30 }); // the new rate of the same one
   await host.call('until', { name: 'remote', complete: true });
   await host.call('until', { name: 'remote', state: 'done' });
   // What was read meanwhile was not asked for again.
