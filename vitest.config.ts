@@ -4,7 +4,7 @@ import { defineConfig } from 'vitest/config';
 // wait for syncs and child processes. The others boot VMs and make network namespaces, one file
 // after another: two cores shared by several of them would measure only their own contention.
 // crash.test.ts kills at the nth sync of a thread, and which thread syncs depends on the load.
-const together = ['allocator', 'blktap', 'descriptor', 'dhcp', 'fuzz', 'pagestore'].map(
+const together = ['allocator', 'blktap', 'descriptor', 'fuzz', 'pagestore'].map(
   (folder) => `test/${folder}/**/*.test.ts`,
 );
 together.push('test/cow-disk/**/!(crash).test.ts', 'packages/**/*.test.ts');
