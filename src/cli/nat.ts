@@ -6,10 +6,10 @@ import { type Explanation, explain, type Flow } from '../nat/explain.js';
 import { loadPolicy, NatHost, type NatView } from '../nat/gateway.js';
 import { dnsNames, type NatPolicy, policyOf } from '../nat/policy.js';
 import { type Resolved, refresh } from '../nat/resolve.js';
-import { NetbackFilter } from '../netback-filter/filter.js';
 import { FAMILY_MAX, vmidOfAddress } from '../network/addresses.js';
 import { confirm } from './confirm.js';
 import { note, printJson, table } from './output.js';
+import { onUplink } from './uplink.js';
 
 /** Exit status of `explain` for a flow that is refused. */
 const REFUSED = 1;
@@ -18,22 +18,8 @@ interface Uplink {
   uplink: string;
 }
 
-async function onHost<T>({ uplink }: Uplink, work: (nat: NatHost) => Promise<T>): Promise<T> {
-  let filter: NetbackFilter;
-  try {
-    filter = await NetbackFilter.open({ uplink });
-  } catch (error) {
-    if (!(error instanceof SnowflockError) || error.code !== 'E_NOT_FOUND') throw error;
-    throw new SnowflockError(
-      'E_NOT_FOUND',
-      `${error.message}; \`snowflock net attach ${uplink}\` puts one there, --uplink names another`,
-    );
-  }
-  try {
-    return await work(new NatHost({ filter }));
-  } finally {
-    filter.close();
-  }
+function onHost<T>({ uplink }: Uplink, work: (nat: NatHost) => Promise<T>): Promise<T> {
+  return onUplink(uplink, (filter) => work(new NatHost({ filter })));
 }
 
 function warn(failed: Record<string, string>): void {

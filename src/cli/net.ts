@@ -1,10 +1,10 @@
 import { type Command, InvalidArgumentError } from 'commander';
-import { SnowflockError } from '../common/errors.js';
 import { NetbackFilter } from '../netback-filter/filter.js';
 import { REASONS } from '../netback-filter/reasons.js';
 import { addressOfVmid, FAMILY_MAX, GUEST_MAC, VMID_MAX, wireMac } from '../network/addresses.js';
 import { confirm } from './confirm.js';
 import { note, printJson, table } from './output.js';
+import { onUplink } from './uplink.js';
 
 function number(most: number): (text: string) => number {
   return (text) => {
@@ -14,25 +14,6 @@ function number(most: number): (text: string) => number {
     }
     return value;
   };
-}
-
-/** With the filter that is on the uplink; says what to do where there is none. */
-async function onUplink<T>(uplink: string, work: (filter: NetbackFilter) => T): Promise<T> {
-  let filter: NetbackFilter;
-  try {
-    filter = await NetbackFilter.open({ uplink });
-  } catch (error) {
-    if (!(error instanceof SnowflockError) || error.code !== 'E_NOT_FOUND') throw error;
-    throw new SnowflockError(
-      'E_NOT_FOUND',
-      `${error.message}; \`snowflock net attach ${uplink}\` puts one on an interface`,
-    );
-  }
-  try {
-    return work(filter);
-  } finally {
-    filter.close();
-  }
 }
 
 /** In the text format of Prometheus, for a collector that reads files or runs commands. */
