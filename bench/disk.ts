@@ -28,6 +28,7 @@ import {
   startWrite,
 } from './lib/disk-peers.js';
 import { type Load, type Measured, runFio } from './lib/fio.js';
+import { touchFreeMemory } from './lib/memory.js';
 import { type NbdProcess, OwnProcess } from './lib/nbd-process.js';
 import { quantile, summarize } from './lib/stats.js';
 import { figure, type Table } from './lib/table.js';
@@ -152,6 +153,7 @@ const bench: Bench = {
         `the disk is ${disk.path} (SNOWFLOCK_BENCH_DIR); cold: its files were taken out of the page cache before each measurement`,
         'ours at depth N: pages scattered one by one over N slices, so that 64 KiB are 16 pieces',
         `ratio: to nbdkit file, for first writes to nbdkit cow 4k; ${sizes.rounds} rounds`,
+        'before each load of writes as much free memory was written to: else the host may have to find it first (lib/memory.ts)',
         'first writes: ours, cow and qcow2 (64 KiB clusters) over what the disk holds; the raw files are empty',
       ],
     };
@@ -242,6 +244,8 @@ async function measureWrites(
           context.signal.throwIfAborted();
           const time = load.timed ? { runtime_ms: sizes.runtime_ms } : {};
           const all = { ...load, area_bytes: sizes.written_bytes, ...time };
+          // Twice what is written: file systems and the client take pages, too.
+          await touchFreeMemory(2 * sizes.written_bytes, context.signal);
           const got = await measure(process, all, context.signal);
           samples.push({ place: place.name, workload, server, round, ...got });
         }
