@@ -56,7 +56,9 @@ async function topOf(directory: string, disk: string): Promise<string> {
   let top = '';
   for (const line of (await readFile(join(directory, 'store.journal'), 'utf8')).split('\n')) {
     if (line === '') continue;
-    const { disks } = JSON.parse(line.slice(9)) as { disks?: Record<string, { top: string }> };
+    const { disks } = JSON.parse(line.slice(line.indexOf('{'))) as {
+      disks?: Record<string, { top: string }>;
+    };
     top = disks?.[disk]?.top ?? top;
   }
   expect(top).toMatch(/^[0-9a-f]{32}$/);
