@@ -147,7 +147,12 @@ export class Store implements StoreApi {
     const id = newGenerationId();
     await this.#disks.with(p.disk, async (disk) => {
       await disk.fork(id, p.name === undefined ? {} : { name: p.name });
-      await disk.prepareFork();
+      try {
+        await disk.journalled();
+      } catch (error) {
+        disk.giveUp(id); // what is told to have failed must not be there later
+        throw error;
+      }
     });
     return generationEntry(this.#parts.ledger.tree, id);
   }
