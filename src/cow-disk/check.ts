@@ -1,6 +1,6 @@
 import { stat } from 'node:fs/promises';
 import { join } from 'node:path';
-import { asSnowflockError } from '../common/errors.js';
+import { asSnowflockError, SnowflockError } from '../common/errors.js';
 import { readSourceFile } from '../disk-server/source-file.js';
 import { JOURNAL, Journal } from './journal.js';
 import { readJournal } from './journal-read.js';
@@ -29,8 +29,9 @@ import { Tree } from './tree.js';
  * instead of the first thing. It changes nothing.
  *
  * The repair does what needs no guess: it cuts a torn last line, removes files that provably hold
- * nothing anybody could miss, and gives back space in data files that no map speaks of. It does
- * nothing at all if the journal or the tree is damaged, and never touches a slice with an error.
+ * nothing anybody could miss, and gives back space in data files that no map speaks of. Pages of another
+ * host's generation stay, also if no disk lies on them: nobody here knows whether that host still has
+ * them. It does nothing at all if the journal or the tree is damaged, and never touches a slice with an error.
  *
  * Left out: page data has no checksums, so a page altered on the device is not found.
  */
@@ -100,7 +101,7 @@ async function look(directory: string): Promise<Found[]> {
     await lookAtSlices(looking);
     await lookAtBases(looking);
     await lookAtStrays(looking);
-    lookAtOthers(looking);
+    await lookAtOthers(looking);
   }
   // What could be removed is what the journal does not name: no repair on the word of a bad one.
   if (damaged) for (const each of found) delete each.repair;
@@ -373,35 +374,53 @@ async function lookAtStray(
   });
 }
 
+/** Never finished: a journal written anew, a source file being replaced. */
+const UNFINISHED =
+  /^store\.journal(\.[0-9a-f]{16})?\.new$|^[\w.-]+@[\w.-]+\.source\.[0-9a-f]{8}\.tmp$/;
 const ORDINARY =
   /^(store\.(lock|sock|journal)|[0-9a-f]{32}\.(replica|replica\.map|source)|[A-Za-z0-9_][\w.-]*@[A-Za-z0-9_][\w.-]*\.source|.*\.sock)$/;
+const OF_REPLICA = /^[0-9a-f]{32}\.(replica|replica\.map|source)$/;
 
-function lookAtOthers({ directory, tree, folder, found }: Look): void {
+async function lookAtOthers({ directory, tree, folder, found }: Look): Promise<void> {
   const bases = new Set<string>();
   for (const { base } of tree.slices.values()) {
     if (base?.kind === 'replica') bases.add(base.generation);
   }
   for (const name of folder.others) {
     const file = join(directory, name);
-    if (/^store\.journal(\.[0-9a-f]{16})?\.new$/.test(name)) {
-      const repair = () => removeFiles(directory, [name]);
+    const say = (severity: 'leak' | 'note', message: string, provable: boolean) =>
       found.push({
-        severity: 'note',
+        severity,
         file,
-        message: 'was never finished',
+        message,
         repaired: false,
-        repair,
+        ...(provable ? { repair: () => removeFiles(directory, [name]) } : {}),
       });
+    const generation = name.slice(0, 32);
+    if (UNFINISHED.test(name)) {
+      say('note', 'was never finished', true);
     } else if (!ORDINARY.test(name)) {
-      found.push({ severity: 'note', file, message: 'is nothing of a store', repaired: false });
-    } else if (/\.(replica|map|source)$/.test(name) && !bases.has(name.slice(0, 32))) {
-      // It may hold pages whose source is gone: a person decides.
-      found.push({
-        severity: 'leak',
-        file,
-        message: 'no disk lies on this replica',
-        repaired: false,
-      });
+      say('note', 'is nothing of a store', false);
+    } else if (OF_REPLICA.test(name) && !bases.has(generation)) {
+      const held = await replicaBytes(join(directory, replicaFiles(generation)[0]));
+      if (held === 0) {
+        say('leak', 'is of a replica that no disk lies on, and that holds nothing', true);
+      } else {
+        // Its source may be gone: a person decides.
+        const advice = 'remove it by hand if its source has them or nobody needs them';
+        say('leak', `no disk lies on this replica, which holds ${held} bytes; ${advice}`, false);
+      }
     }
+  }
+}
+
+/** What its pages take; 0 as well if there is none. E_IO. */
+async function replicaBytes(path: string): Promise<number> {
+  try {
+    return 512 * (await stat(path)).blocks;
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException;
+    if (code === 'ENOENT') return 0;
+    throw new SnowflockError('E_IO', `cannot look at ${path}: ${code}`, { cause: error });
   }
 }

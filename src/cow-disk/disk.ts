@@ -66,6 +66,8 @@ interface Pending {
   /** The slice sealed by it. */
   slice: string;
   created_ms: number;
+  /** False: whoever forked was told that it failed, so it gets no entry. */
+  wanted: boolean;
   release(): void;
 }
 
@@ -98,6 +100,8 @@ export class Disk {
   readonly #native: NativeDisk;
   #pending: Pending | undefined;
   #renewing = false;
+  /** All forks so far are durable and in the journal; a spare may be lacking. */
+  #settled = true;
   /** A spare made, but not named by the journal yet. */
   #made: string | undefined;
   /** Settled when a spare is attached and the journal up to date; rejected if that failed. */
@@ -202,7 +206,19 @@ export class Disk {
 
   /** Waits until the journal tells of every fork so far. Needs no spare. */
   async journalled(): Promise<void> {
-    if (this.#pending !== undefined) await this.prepareFork();
+    if (this.#pending === undefined) return;
+    try {
+      await this.prepareFork();
+    } catch (error) {
+      if (!this.#settled) throw error;
+    }
+  }
+
+  /** A fork that the journal could not be told of: once it can, the generation gets no entry. */
+  giveUp(generation: string): void {
+    if (this.#pending?.generation !== generation) return;
+    this.#pending.wanted = false;
+    this.#pending.release();
   }
 
   /**
@@ -220,7 +236,16 @@ export class Disk {
         await this.prepareFork();
         const done = await native(() => this.#native.fork(generation));
         const { release } = reserved;
-        this.#pending = { generation, name, slice: done.slice, created_ms: Date.now(), release };
+        const { slice } = done;
+        this.#pending = {
+          generation,
+          name,
+          slice,
+          created_ms: Date.now(),
+          wanted: true,
+          release,
+        };
+        this.#settled = false;
         this.#renewLater();
         return { generation, slice: done.slice, durationUs: done.durationUs };
       } catch (error) {
@@ -356,7 +381,7 @@ export class Disk {
     } finally {
       await this.#owner.closed(this);
     }
-    if (renewed !== undefined) throw renewed.error;
+    if (renewed !== undefined && !this.#settled) throw renewed.error;
   }
 
   #check(): void {
@@ -393,6 +418,7 @@ export class Disk {
   /** The order matters: nothing is named in the journal before it is durable. */
   async #renew(): Promise<void> {
     const { ledger } = this.#owner.parts;
+    this.#settled = false;
     await native(() => this.#native.settle());
     const { top, spare } = diskOf(ledger.tree, this.name);
     if ((this.#pending !== undefined || spare === null) && this.#made === undefined) {
@@ -402,6 +428,7 @@ export class Disk {
       this.#made = id;
     }
     await this.#journal();
+    this.#settled = true;
     if (!this.#native.info().spare) {
       const attach = diskOf(ledger.tree, this.name).spare;
       if (attach === null) throw new SnowflockError('E_INTERNAL', `disk ${this.name} has no spare`);
@@ -421,10 +448,11 @@ export class Disk {
         throw new SnowflockError('E_INTERNAL', `disk ${this.name} forked without a spare`);
       }
       const { size_bytes } = sliceOf(tree, disk.top);
-      const { slice, generation, name, created_ms } = pending;
+      const { slice, generation, name, created_ms, wanted } = pending;
+      const entry = { slice, disk: this.name, name, created_ms };
       return {
         slices: { [disk.spare]: { parent: disk.top, size_bytes, map: 0 } },
-        generations: { [generation]: { slice, disk: this.name, name, created_ms } },
+        ...(wanted ? { generations: { [generation]: entry } } : {}),
         disks: { [this.name]: { ...disk, top: disk.spare, spare: made } },
       };
     });
@@ -440,7 +468,8 @@ export class Disk {
     if (generation === '') return;
     const { top } = diskOf(this.#owner.parts.ledger.tree, this.name);
     const release = () => undefined;
-    this.#pending = { generation, name: null, slice: top, created_ms: Date.now(), release };
+    const created_ms = Date.now();
+    this.#pending = { generation, name: null, slice: top, created_ms, wanted: true, release };
     await this.#renew();
   }
 

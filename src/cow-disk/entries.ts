@@ -7,6 +7,8 @@ export const ID = /^[0-9a-f]{32}$/;
 /** Of a disk or a generation. A generation's name must not look like an id besides. */
 export const NAME = /^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$/;
 
+/** Of the journal; maps have their own. */
+export const VERSION = 3;
 export const MAX_DISKS = 4096;
 /** Of one store; about 1 KiB of memory each. */
 export const MAX_GENERATIONS = 262_144;
@@ -75,7 +77,7 @@ const Transaction = Type.Object(
 const Header = Type.Object(
   {
     format: Type.Literal('snowflock-store'),
-    version: Type.Literal(2),
+    version: Type.Literal(VERSION),
     page_bytes: Type.Literal(4096),
     id: Id,
   },
@@ -106,7 +108,13 @@ function misfit(schema: typeof transactions | typeof headers, value: unknown): s
   return `${first?.instancePath ?? ''} ${first?.message ?? 'is not known'}`.trim();
 }
 export const transactionMisfit = (value: unknown) => misfit(transactions, value);
-export const headerMisfit = (value: unknown) => misfit(headers, value);
+export function headerMisfit(value: unknown): string | undefined {
+  const { version } = (value ?? {}) as { version?: unknown };
+  if (typeof version === 'number' && version !== VERSION) {
+    return `the store is of version ${version}, and this program reads version ${VERSION}`;
+  }
+  return misfit(headers, value);
+}
 
 /** E_ARGUMENT unless `name` can be the name of a disk. */
 export function checkDiskName(name: string): void {

@@ -10,42 +10,62 @@ import { type Header, headerMisfit, type Transaction, transactionMisfit } from '
  * the last line, and whatever is wrong elsewhere is damage of another kind: E_CORRUPT. What looks
  * like a torn last line is refused as well if a whole line is at its beginning: then the line feed
  * between two lines is damaged, and cutting would lose a transaction that somebody counted on.
+ *
+ * Each line names the checksum of the one before it. So whole lines that are missing, there twice, in
+ * another order or from elsewhere are found; at the end of the file, lines that are missing are not.
  */
 export const MAX_LINE_BYTES = 64 * 2 ** 20;
 export const MAX_JOURNAL_BYTES = 2 ** 30;
 const CHUNK_BYTES = 2 ** 20;
-const PREFIX_BYTES = 9; // the checksum and a space
+const PREFIX_BYTES = 9; // a checksum and a space
+const PREFIX = /^[0-9a-f]{8} $/;
 
 export interface JournalText {
   header: Header;
   /** The last whole line, line feed included. */
   lastLine: Buffer;
+  /** Its checksum, for the line after it. */
+  lastSum: string;
   /** Where the next line belongs. */
   validBytes: number;
   /** Behind that: a last line cut short by a power cut. */
   tornBytes: number;
 }
 
-/** One line of the journal, line feed included. */
-export function journalLine(value: object): Buffer {
-  const text = Buffer.from(JSON.stringify(value));
+/** One line of the journal, line feed included. `after`: lineSum() of the one before; none: a header. */
+export function journalLine(value: object, after?: string): Buffer {
+  return sealed(Buffer.from(`${after === undefined ? '' : `${after} `}${JSON.stringify(value)}`));
+}
+
+/** The same transaction after another line. */
+export function movedLine(line: Buffer, after: string): Buffer {
+  const json = line.subarray(2 * PREFIX_BYTES, line.length - 1);
+  return sealed(Buffer.concat([Buffer.from(`${after} `), json]));
+}
+
+/** The checksum that a line begins with. */
+export function lineSum(line: Buffer): string {
+  return line.toString('latin1', 0, PREFIX_BYTES - 1);
+}
+
+function sealed(text: Buffer): Buffer {
   const sum = crc32c(text).toString(16).padStart(8, '0');
   return Buffer.concat([Buffer.from(`${sum} `), text, Buffer.from('\n')]);
 }
 
-/** The JSON text of a line (without its line feed), or why it is none. */
-function lineText(line: Buffer): { text: string } | { damage: string } {
+/** What stands behind a line's checksum (without its line feed), or why it cannot be used. */
+function lineText(line: Buffer): { text: Buffer } | { damage: string } {
   const prefix = line.subarray(0, PREFIX_BYTES).toString('latin1');
-  if (!/^[0-9a-f]{8} $/.test(prefix)) return { damage: 'does not begin with a checksum' };
+  if (!PREFIX.test(prefix)) return { damage: 'does not begin with a checksum' };
   const text = line.subarray(PREFIX_BYTES);
   if (crc32c(text) !== Number.parseInt(prefix, 16)) return { damage: 'fails its checksum' };
-  return { text: text.toString('utf8') };
+  return { text };
 }
 
 /** True if `line` begins with a whole line, followed by something that is no padding of zeros. */
 function holdsWholeLine(line: Buffer): boolean {
   const prefix = line.subarray(0, PREFIX_BYTES).toString('latin1');
-  if (!/^[0-9a-f]{8} $/.test(prefix)) return false;
+  if (!PREFIX.test(prefix)) return false;
   const wanted = Number.parseInt(prefix, 16);
   let end = line.length;
   while (end > PREFIX_BYTES && line[end - 1] === 0) end--;
@@ -104,9 +124,18 @@ async function readLines(
       bad = { damage: checked.damage, line };
       return;
     }
+    let json = checked.text;
+    if (header !== undefined) {
+      const after = json.subarray(0, PREFIX_BYTES).toString('latin1');
+      if (!PREFIX.test(after)) throw corrupt(lines, 'does not say what it follows');
+      if (after !== `${lineSum(lastLine)} `) {
+        throw corrupt(lines, 'does not follow the one before it: lines are missing or moved');
+      }
+      json = json.subarray(PREFIX_BYTES);
+    }
     let value: unknown;
     try {
-      value = JSON.parse(checked.text);
+      value = JSON.parse(json.toString('utf8'));
     } catch {
       throw corrupt(lines, 'is not JSON');
     }
@@ -161,6 +190,7 @@ async function readLines(
   return {
     header,
     lastLine: Buffer.concat([lastLine, Buffer.from('\n')]),
+    lastSum: lineSum(lastLine),
     validBytes,
     tornBytes: size - validBytes,
   };

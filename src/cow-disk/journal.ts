@@ -2,8 +2,15 @@ import { randomBytes } from 'node:crypto';
 import { access, type FileHandle, link, mkdir, open, rename, rm } from 'node:fs/promises';
 import { dirname, join, resolve } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
-import type { Header, Transaction } from './entries.js';
-import { journalLine, MAX_JOURNAL_BYTES, MAX_LINE_BYTES, readJournal } from './journal-read.js';
+import { type Header, type Transaction, VERSION } from './entries.js';
+import {
+  journalLine,
+  lineSum,
+  MAX_JOURNAL_BYTES,
+  MAX_LINE_BYTES,
+  movedLine,
+  readJournal,
+} from './journal-read.js';
 
 /**
  * store.journal: a line for each transaction, replayed when the store is opened.
@@ -18,10 +25,13 @@ import { journalLine, MAX_JOURNAL_BYTES, MAX_LINE_BYTES, readJournal } from './j
  * - A rewrite goes on beside appends. It writes entries while they change, then the lines appended
  *   since it began: each sets whole entries, so the last word on each is the right one. It ends with
  *   an empty transaction, so that a damaged last line costs none of what was there before.
+ * - `#last` is the checksum of the last line, which the next one names.
  */
 export const JOURNAL = 'store.journal';
 const REWRITE_BYTES = 64 * 1024;
 const REWRITE_FACTOR = 4;
+/** Of lines appended during one rewrite, which are kept in memory; more, and it is given up. */
+const MAX_KEPT_BYTES = MAX_LINE_BYTES;
 
 /** The entries as they are now, as transactions, and about how many bytes they take. */
 export interface Entries {
@@ -35,18 +45,26 @@ export class Journal {
   readonly #directory: string;
   #file: FileHandle;
   #length: number;
+  #last: string;
+  /** While it is rewritten: the lines appended since that began. */
+  #kept: { lines: Buffer[]; bytes: number } | undefined;
   #broken: SnowflockError | undefined;
   #rewriting: Promise<void> | undefined;
   /** No rewrite before the journal is this long: the last one failed. */
   #notBefore = 0;
   #closed = false;
 
-  private constructor(directory: string, file: FileHandle, header: Header, length: number) {
+  private constructor(
+    directory: string,
+    file: FileHandle,
+    read: { header: Header; validBytes: number; lastSum: string },
+  ) {
     this.#directory = directory;
     this.path = join(directory, JOURNAL);
     this.#file = file;
-    this.header = header;
-    this.#length = length;
+    this.header = read.header;
+    this.#length = read.validBytes;
+    this.#last = read.lastSum;
   }
 
   /** Makes an empty journal. E_EXISTS, E_NO_SPACE, E_IO. */
@@ -55,7 +73,7 @@ export class Journal {
     const fresh = `${path}.${randomBytes(8).toString('hex')}.new`;
     const header: Header = {
       format: 'snowflock-store',
-      version: 2,
+      version: VERSION,
       page_bytes: 4096,
       id: randomBytes(16).toString('hex'),
     };
@@ -97,7 +115,8 @@ export class Journal {
    */
   static async open(directory: string, take: (transaction: Transaction) => void): Promise<Journal> {
     const path = join(directory, JOURNAL);
-    const { header, lastLine, validBytes, tornBytes } = await readJournal(path, take);
+    const read = await readJournal(path, take);
+    const { lastLine, validBytes, tornBytes } = read;
     let file: FileHandle | undefined;
     try {
       file = await open(path, 'r+');
@@ -108,7 +127,7 @@ export class Journal {
       await writeAll(file, lastLine, validBytes - lastLine.length);
       await file.datasync();
       await syncFolder(directory);
-      return new Journal(directory, file, header, validBytes);
+      return new Journal(directory, file, read);
     } catch (error) {
       await file?.close();
       throw fault('write', path, error);
@@ -133,7 +152,7 @@ export class Journal {
   async append(transaction: Transaction): Promise<void> {
     if (this.#closed) throw new SnowflockError('E_CLOSED', `${this.path} is closed`);
     if (this.#broken !== undefined) throw this.#broken;
-    const line = journalLine(transaction);
+    const line = journalLine(transaction, this.#last);
     if (line.length > MAX_LINE_BYTES || this.#length + line.length > MAX_JOURNAL_BYTES) {
       throw new SnowflockError('E_CAPACITY', `${this.path} would grow beyond its limit`);
     }
@@ -156,6 +175,10 @@ export class Journal {
       throw reason;
     }
     this.#length += line.length;
+    this.#last = lineSum(line);
+    if (this.#kept === undefined) return;
+    this.#kept.lines.push(line);
+    this.#kept.bytes += line.length;
   }
 
   /**
@@ -166,12 +189,15 @@ export class Journal {
     const due =
       this.#length > Math.max(REWRITE_BYTES, REWRITE_FACTOR * entries.bytes(), this.#notBefore);
     if (!due || this.#rewriting !== undefined || this.#closed || this.#broken) return;
-    this.#rewriting = this.#rewrite(entries, inTurn)
+    const kept = { lines: [], bytes: 0 };
+    this.#kept = kept;
+    this.#rewriting = this.#rewrite(entries, kept, inTurn)
       .catch((error: unknown) => {
         this.#notBefore = 2 * this.#length;
         process.emitWarning(`${this.path} could not be rewritten: ${(error as Error).message}`);
       })
       .finally(() => {
+        this.#kept = undefined;
         this.#rewriting = undefined;
       });
   }
@@ -184,41 +210,38 @@ export class Journal {
 
   async #rewrite(
     entries: Entries,
+    kept: { lines: Buffer[]; bytes: number },
     inTurn: (work: () => Promise<void>) => Promise<void>,
   ): Promise<void> {
     const fresh = `${this.path}.new`;
-    const from = this.#length;
     const file = await open(fresh, 'w+', 0o600);
     let adopted = false;
     try {
       let length = 0;
-      const write = async (data: Buffer) => {
-        await writeAll(file, data, length);
-        length += data.length;
+      let last = '';
+      const write = async (line: Buffer) => {
+        await writeAll(file, line, length);
+        length += line.length;
+        last = lineSum(line);
       };
       await write(journalLine(this.header));
       for (const transaction of entries.transactions()) {
         if (this.#closed) return;
-        await write(journalLine(transaction));
+        if (kept.bytes > MAX_KEPT_BYTES) throw new Error('too much was appended meanwhile');
+        await write(journalLine(transaction, last));
       }
       await file.datasync(); // the most of it while appends go on
       await inTurn(async () => {
         if (this.#closed || this.#broken !== undefined) return;
-        const chunk = Buffer.alloc(Math.min(this.#length - from, 2 ** 20));
-        for (let at = from; at < this.#length; ) {
-          const want = Math.min(chunk.length, this.#length - at);
-          const { bytesRead } = await this.#file.read(chunk, 0, want, at);
-          if (bytesRead === 0) throw new Error('the journal ends early');
-          await write(chunk.subarray(0, bytesRead));
-          at += bytesRead;
-        }
-        await write(journalLine({}));
+        for (const line of kept.lines) await write(movedLine(line, last));
+        await write(journalLine({}, last));
         await file.sync();
         await rename(fresh, this.path);
         adopted = true;
         const old = this.#file;
         this.#file = file;
         this.#length = length;
+        this.#last = last;
         await old.close();
         try {
           await syncFolder(this.#directory);

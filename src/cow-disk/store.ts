@@ -2,17 +2,18 @@ import { SnowflockError } from '../common/errors.js';
 import { newGenerationId } from '../common/ids.js';
 import { Cleaner } from './cleaner.js';
 import { describeDisk } from './create.js';
-import { Disk, type DiskOwner } from './disk.js';
+import type { Disk } from './disk.js';
 import { checkDiskName, ID, MAX_GENERATIONS, MAX_SLICES } from './entries.js';
 import { type FileCacheStats, fileCacheStats, setFileCacheCapacity } from './file-cache.js';
 import { flatten } from './flatten.js';
 import { Gate } from './gate.js';
 import { Journal, makeFolder } from './journal.js';
 import { Ledger } from './ledger.js';
-import { diskEntry, errorsOf, generationEntry } from './listing.js';
+import { diskEntry, generationEntry } from './listing.js';
 import { addon, native } from './native.js';
+import { OpenDisks } from './open-disks.js';
 import { diskOf, type ReplicaHandle, type StoreParts, sliceOf } from './parts.js';
-import { checkNamedFiles, removeStrays, unrecovered } from './recover.js';
+import { checkNamedFiles, removeStrays } from './recover.js';
 import { commitClone, removedDisk, renamedDisk, rolledBack } from './reshape.js';
 import { newSliceId, removeFiles } from './slice-files.js';
 import type {
@@ -43,16 +44,6 @@ export interface StoreOptions {
   closeWithDisk?: boolean;
 }
 
-/** A disk that is open, for a caller of openDisk() or just for a while. */
-interface OpenEntry {
-  disk: Promise<Disk>;
-  /** A caller of openDisk() has it; else it is closed when nobody uses it any more. */
-  owned: boolean;
-  users: number;
-  /** Once it is. */
-  opened: Disk | undefined;
-}
-
 /** What disks and generations of a store read of a replica. */
 export interface ReplicaUse {
   size_bytes: number;
@@ -73,12 +64,10 @@ export class Store implements StoreApi {
   readonly #parts: StoreParts;
   readonly #options: StoreOptions;
   readonly #cleaner: Cleaner;
-  readonly #open = new Map<string, OpenEntry>();
+  readonly #disks: OpenDisks;
   readonly #flattening = new Map<string, StoreTask>();
   /** Generations being made: id, and `DISK@NAME` if it has one. */
   readonly #reserved = new Map<string, string | null>();
-  /** Disks with a fork that the journal does not tell of, and that were not opened since. */
-  readonly #unrecovered = new Set<string>();
   #closing: Promise<void> | undefined;
 
   private constructor(parts: Omit<StoreParts, 'changed'>, options: StoreOptions) {
@@ -86,6 +75,12 @@ export class Store implements StoreApi {
     this.#parts = { ...parts, changed: () => this.#cleaner.wake() };
     this.#options = options;
     this.#cleaner = new Cleaner(this.#parts, options.gc_bytes_per_s ?? 64 * 2 ** 20);
+    this.#disks = new OpenDisks(this.#parts, {
+      replicaBelow: (slice) => this.#replicaBelow(slice),
+      reserve: (disk, generation, name) => this.#reserve(disk, generation, name),
+      removeGeneration: (disk, generation) => this.removeGeneration({ disk, generation }),
+      closed: (owned) => this.#diskClosed(owned),
+    });
   }
 
   /** Makes an empty store in `directory`, which is created if missing. E_EXISTS, E_NO_SPACE, E_IO. */
@@ -112,7 +107,7 @@ export class Store implements StoreApi {
       await removeStrays(directory, strays);
       const gate = new Gate();
       const store = new Store({ directory, ledger, native: opened, gate }, options);
-      await store.#recover();
+      await store.#disks.recover();
       store.#cleaner.wake();
       return store;
     } catch (error) {
@@ -138,7 +133,7 @@ export class Store implements StoreApi {
   async clone(p: { disk: string; generation: string; name: string }): Promise<DiskEntry> {
     this.#check();
     checkDiskName(p.name);
-    await this.#journalled(p.disk);
+    await this.#disks.journalled(p.disk);
     const { tree } = this.#parts.ledger;
     const { slice } = this.#generation(tree, p.disk, p.generation);
     const { size_bytes } = sliceOf(tree, slice);
@@ -150,16 +145,21 @@ export class Store implements StoreApi {
   async snapshot(p: { disk: string; name?: string }): Promise<GenerationEntry> {
     this.#check();
     const id = newGenerationId();
-    await this.#with(p.disk, async (disk) => {
+    await this.#disks.with(p.disk, async (disk) => {
       await disk.fork(id, p.name === undefined ? {} : { name: p.name });
-      await disk.prepareFork();
+      try {
+        await disk.journalled();
+      } catch (error) {
+        disk.giveUp(id); // what is told to have failed must not be there later
+        throw error;
+      }
     });
     return generationEntry(this.#parts.ledger.tree, id);
   }
 
   async removeGeneration(p: { disk: string; generation: string }): Promise<void> {
     this.#check();
-    await this.#journalled(p.disk);
+    await this.#disks.journalled(p.disk);
     await this.#parts.ledger.commit((tree) => {
       const { id } = this.#generation(tree, p.disk, p.generation);
       return { generations: { [id]: null } };
@@ -170,10 +170,10 @@ export class Store implements StoreApi {
   async removeDisk(p: { disk: string }): Promise<void> {
     this.#check();
     await this.#parts.ledger.commit((tree) => {
-      this.#checkUnused(p.disk);
+      this.#disks.checkUnused(p.disk);
       return removedDisk(tree, p.disk);
     });
-    this.#unrecovered.delete(p.disk);
+    this.#disks.removed(p.disk);
     this.#parts.changed();
   }
 
@@ -181,9 +181,9 @@ export class Store implements StoreApi {
   async renameDisk(p: { disk: string; name: string }): Promise<DiskEntry> {
     this.#check();
     checkDiskName(p.name);
-    await this.#journalled(p.disk);
+    await this.#disks.journalled(p.disk);
     await this.#parts.ledger.commit((tree) => {
-      this.#checkUnused(p.disk);
+      this.#disks.checkUnused(p.disk);
       this.#checkFree(tree, p.name);
       return renamedDisk(tree, p.disk, p.name);
     });
@@ -192,13 +192,13 @@ export class Store implements StoreApi {
 
   async rollback(p: { disk: string; generation: string }): Promise<void> {
     this.#check();
-    this.#checkUnused(p.disk);
-    await this.#journalled(p.disk);
+    this.#disks.checkUnused(p.disk);
+    await this.#disks.journalled(p.disk);
     const { tree } = this.#parts.ledger;
     const { size_bytes } = sliceOf(tree, this.#generation(tree, p.disk, p.generation).slice);
     await this.#withNewSlice(size_bytes, (top) =>
       this.#parts.ledger.commit((now) => {
-        this.#checkUnused(p.disk);
+        this.#disks.checkUnused(p.disk);
         return rolledBack(now, p.disk, this.#generation(now, p.disk, p.generation).slice, top);
       }),
     );
@@ -223,7 +223,7 @@ export class Store implements StoreApi {
     };
     this.#flattening.set(p.disk, task);
     try {
-      await this.#with(p.disk, (disk) =>
+      await this.#disks.with(p.disk, (disk) =>
         flatten(
           this.#parts,
           disk,
@@ -240,9 +240,9 @@ export class Store implements StoreApi {
 
   async commit(p: { disk: string; discard?: boolean }): Promise<{ origin: string }> {
     this.#check();
-    await this.#journalled(p.disk);
+    await this.#disks.journalled(p.disk);
     const origin = await commitClone(this.#parts, p.disk, p.discard === true, (name) =>
-      this.#checkUnused(name),
+      this.#disks.checkUnused(name),
     );
     this.#parts.changed();
     return { origin };
@@ -295,18 +295,7 @@ export class Store implements StoreApi {
    */
   async openDisk(name: string, options: { replica?: ReplicaHandle } = {}): Promise<Disk> {
     this.#check();
-    const known = this.#open.get(name);
-    if (known?.owned === true) {
-      throw new SnowflockError('E_IN_USE', `disk ${name} of ${this.directory} is open already`);
-    }
-    const entry = known ?? this.#start(name, options.replica);
-    entry.owned = true;
-    try {
-      return await entry.disk;
-    } catch (error) {
-      entry.owned = false;
-      throw error;
-    }
+    return this.#disks.take(name, options.replica);
   }
 
   /** Opens a generation for reading; to be closed by the caller. E_NOT_FOUND. */
@@ -316,7 +305,7 @@ export class Store implements StoreApi {
     options: { replica?: ReplicaHandle } = {},
   ): Promise<OpenGeneration> {
     this.#check();
-    await this.#journalled(disk);
+    await this.#disks.journalled(disk);
     const { tree } = this.#parts.ledger;
     const { slice } = this.#generation(tree, disk, generation);
     return openView(
@@ -328,18 +317,15 @@ export class Store implements StoreApi {
 
   /** Of the disks that are open, what their clients met. */
   errors(): { disk: string; errors: DiskErrors }[] {
-    return [...this.#open].flatMap(([disk, { opened }]) => {
-      const { errors } = errorsOf(opened);
-      return errors === undefined ? [] : [{ disk, errors }];
-    });
+    return this.#disks.errors();
   }
 
   /** The replicas that slices lie on, by generation. */
   replicas(): Map<string, ReplicaUse> {
     const { tree } = this.#parts.ledger;
     const told = new Set<string>();
-    for (const [name, { opened }] of this.#open) {
-      const top = opened !== undefined ? tree.disks.get(name)?.top : undefined;
+    for (const name of this.#disks.opened()) {
+      const top = tree.disks.get(name)?.top;
       let root: string | undefined;
       if (top !== undefined) for (const [id] of tree.down(top)) root = id;
       if (root !== undefined) told.add(root);
@@ -363,10 +349,7 @@ export class Store implements StoreApi {
     const errors: unknown[] = [];
     const note = (error: unknown) => errors.push(error);
     await this.#cleaner.close();
-    for (const entry of [...this.#open.values()]) {
-      const disk = await entry.disk.catch(() => undefined); // its opener has the error
-      await disk?.close().catch(note);
-    }
+    await this.#disks.close(note);
     await this.#shut().catch(note);
     if (errors.length > 0) throw errors[0];
   }
@@ -384,18 +367,13 @@ export class Store implements StoreApi {
     throw new SnowflockError('E_CLOSED', `store ${this.directory} is closed`);
   }
 
-  #checkUnused(name: string): void {
-    if (!this.#open.has(name)) return;
-    throw new SnowflockError('E_IN_USE', `disk ${name} of ${this.directory} is open or served`);
-  }
-
   #checkFree(tree: Tree, name: string): void {
     if (!tree.disks.has(name)) return;
     throw new SnowflockError('E_EXISTS', `${this.directory} has a disk ${name} already`);
   }
 
   #entry(name: string): Promise<DiskEntry> {
-    return diskEntry(this.#parts.ledger.tree, name, this.#open.get(name)?.disk);
+    return diskEntry(this.#parts.ledger.tree, name, this.#disks.get(name));
   }
 
   /** The generation that `ref` means for a disk: an id of one of its own or below it, or a name. */
@@ -448,75 +426,10 @@ export class Store implements StoreApi {
     return this.#entry(name);
   }
 
-  /** Waits until the journal tells all of a disk's forks. */
-  async #journalled(name: string): Promise<void> {
-    const entry = this.#open.get(name);
-    if (entry !== undefined) await (await entry.disk).journalled();
-    else if (this.#unrecovered.has(name)) await this.#with(name, async () => undefined);
-  }
-
-  /** Uses a disk, opening it for as long as that takes if nobody has. */
-  async #with<T>(name: string, work: (disk: Disk) => Promise<T>): Promise<T> {
-    const entry = this.#open.get(name) ?? this.#start(name, undefined);
-    entry.users++;
-    try {
-      return await work(await entry.disk);
-    } finally {
-      entry.users--;
-      if (entry.users === 0 && !entry.owned) {
-        await entry.disk.then(
-          (disk) => disk.close(),
-          () => undefined,
-        );
-      }
-    }
-  }
-
-  #start(name: string, replica: ReplicaHandle | undefined): OpenEntry {
-    const disk = this.#openDisk(name, replica);
-    const entry: OpenEntry = { disk, owned: false, users: 0, opened: undefined };
-    this.#open.set(name, entry);
-    disk.then(
-      (opened) => {
-        entry.opened = opened;
-      },
-      () => this.#open.delete(name),
-    );
-    return entry;
-  }
-
-  async #openDisk(name: string, given: ReplicaHandle | undefined): Promise<Disk> {
-    const { ledger, gate } = this.#parts;
-    const replica = given ?? (await this.#replicaBelow(diskOf(ledger.tree, name).top));
-    const opened = await gate.shared(() =>
-      native(() => this.#parts.native.openDisk(Disk.chain(this.#parts, name), replica)),
-    );
-    const disk = new Disk(name, this.#owner(replica), opened);
-    try {
-      await disk.recover();
-      this.#unrecovered.delete(name);
-      return disk;
-    } catch (error) {
-      await native(() => opened.close()).catch(() => undefined);
-      throw error;
-    }
-  }
-
-  #owner(replica: ReplicaHandle | undefined): DiskOwner {
-    return {
-      parts: this.#parts,
-      replica,
-      reserve: (disk, generation, name) => this.#reserve(disk, generation, name),
-      removeGeneration: (disk, generation) => this.removeGeneration({ disk, generation }),
-      closed: async (disk) => {
-        const owned = this.#open.get(disk.name)?.owned === true;
-        this.#open.delete(disk.name);
-        this.#parts.changed();
-        if (!owned || this.#options.closeWithDisk !== true || this.#closing !== undefined) return;
-        this.#closing = this.#cleaner.close().then(() => this.#shut());
-        await this.#closing;
-      },
-    };
+  async #diskClosed(owned: boolean): Promise<void> {
+    if (!owned || this.#options.closeWithDisk !== true || this.#closing !== undefined) return;
+    this.#closing = this.#cleaner.close().then(() => this.#shut());
+    await this.#closing;
   }
 
   #reserve(disk: string, generation: string, name: string | null): { release(): void } {
@@ -534,17 +447,5 @@ export class Store implements StoreApi {
     }
     this.#reserved.set(generation, full);
     return { release: () => this.#reserved.delete(generation) };
-  }
-
-  /**
-   * Forks of a former owner that the journal does not tell of. One that cannot be taken up now (its
-   * replica is not at hand, a file is damaged) is when its disk is opened, or that says why not.
-   * Until then nothing else touches the disk's top.
-   */
-  async #recover(): Promise<void> {
-    for (const name of await unrecovered(this.directory, this.#parts.ledger.tree)) {
-      this.#unrecovered.add(name);
-      await this.#with(name, async () => undefined).catch(() => undefined);
-    }
   }
 }

@@ -13,7 +13,7 @@ export type ServeStoreOptions = Omit<ServePlan, 'socketPath'> & {
   /** Default: `nbd.sock` in the store. */
   socketPath?: string;
   gc_bytes_per_s?: number;
-  /** Of sealed slices; default 256. */
+  /** Files of sealed slices open at once (StoreOptions). */
   max_open_files?: number;
   replicas?: Omit<ReplicasOptions, 'warn'>;
   /** Generations offered to other hosts, each by a source file. */

@@ -85,12 +85,13 @@ export class StoreServer implements StoreService {
   /** E_IN_USE, E_NOT_FOUND, E_CORRUPT. */
   static async open(
     directory: string,
-    options: Pick<StoreOptions, 'gc_bytes_per_s'> & ReplicasOptions = {},
+    options: Pick<StoreOptions, 'gc_bytes_per_s' | 'max_open_files'> & ReplicasOptions = {},
   ): Promise<StoreServer> {
-    const { gc_bytes_per_s, ...others } = options;
+    const { gc_bytes_per_s, max_open_files, ...others } = options;
     const replicas = new Replicas(directory, others);
     const store = await Store.open(directory, {
       ...(gc_bytes_per_s === undefined ? {} : { gc_bytes_per_s }),
+      ...(max_open_files === undefined ? {} : { max_open_files }),
       replica: (generation, size_bytes) => replicas.handle(generation, size_bytes),
     });
     replicas.watch(() => store.replicas());

@@ -1,7 +1,7 @@
 import { spawn } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
-import { existsSync, readdirSync, watch } from 'node:fs';
+import { existsSync, readdirSync, readlinkSync, watch } from 'node:fs';
 import { chmod, mkdir, readFile, stat, truncate, writeFile } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import { setTimeout as pause } from 'node:timers/promises';
@@ -332,6 +332,39 @@ test('Ctrl-C of a flatten ends it also in the process that serves the store', as
   expect((await serving.ended).status).toBe(0);
   const { bytes } = await snowflock(['disk', 'export', `${store}/copy`, '-']);
   expect(bytes.equals(held)).toBe(true);
+});
+
+test('--max-open-files bounds the sealed slices that serve keeps open', async () => {
+  const store = await newStore();
+  const SLICES = 24;
+  await snowflock(['disk', 'create', `${store}/web`, '--size', '1M']);
+  const making = await serve([store], 1);
+  const uri = making.uris.get('web') ?? '';
+  const remote = await RemoteStore.connect(store);
+  cleanup(() => remote.close());
+  for (let n = 0; n < SLICES; n++) {
+    await execute('qemu-io', ['-f', 'raw', '-c', `write -P ${n + 1} ${4 * n}k 4k`, uri]);
+    await remote.snapshot({ disk: 'web' });
+  }
+  making.kill('SIGTERM');
+  expect((await making.ended).status).toBe(0);
+  const openWith = async (args: string[]): Promise<number> => {
+    const serving = await serve([store, ...args], 1);
+    await execute('nbdcopy', [serving.uris.get('web') ?? '', 'null:']);
+    const links = readdirSync(`/proc/${serving.pid}/fd`).map((fd) => {
+      try {
+        return readlinkSync(`/proc/${serving.pid}/fd/${fd}`);
+      } catch {
+        return '';
+      }
+    });
+    serving.kill('SIGTERM');
+    expect((await serving.ended).status).toBe(0);
+    return new Set(links.filter((path) => path.endsWith('.data'))).size;
+  };
+  const OWN = 2; // of the top and its spare
+  expect(await openWith([])).toBeGreaterThan(SLICES - 1);
+  expect(await openWith(['--max-open-files', '4'])).toBeLessThanOrEqual(4 + OWN);
 });
 
 test('a generation is served read-only', async () => {

@@ -198,6 +198,28 @@ test('files that are nothing of a store are mentioned and kept', async () => {
   expect(await readFile(join(directory, 'notes.txt'), 'utf8')).toBe('mine');
 });
 
+test('a replica that no disk lies on goes if it holds no page, and stays if it does', async () => {
+  const { directory } = await sample();
+  const [empty, unused, full] = [newGeneration(), newGeneration(), newGeneration()];
+  const put = (name: string, data: string) => writeFile(join(directory, name), data);
+  await put(`${unused}.source`, '{}'); // as of a clone that was killed before there was a disk
+  for (const generation of [empty, full]) {
+    await put(`${generation}.replica`, '');
+    await truncate(join(directory, `${generation}.replica`), BYTES);
+    await put(`${generation}.replica.map`, 'map');
+    await put(`${generation}.source`, '{}');
+  }
+  await writeFile(join(directory, `${full}.replica`), Buffer.alloc(BYTES, 7));
+  await put(`web@one.source.${'0'.repeat(8)}.tmp`, 'not finished');
+  const found = await repairStore(directory);
+  expect(found.filter((each) => each.severity === 'error')).toEqual([]);
+  const left = (await readdir(directory)).filter((name) => /replica|source/.test(name));
+  expect(left.sort()).toEqual([`${full}.replica`, `${full}.replica.map`, `${full}.source`]);
+  const still = (await checkStore(directory)).filter((each) => each.severity === 'leak');
+  expect(summary(still).join('\n')).toMatch(/holds \d+ bytes; remove it by hand/);
+  expect(still).toHaveLength(3);
+});
+
 test('any byte of any metadata altered: found or harmless, never a crash, never wrong pages', async () => {
   const { directory, folder, slices } = await sample();
   const rand = random(newSeed('alter'));

@@ -1,6 +1,6 @@
 // What fails below a disk is an error to the client and the operator, never a wrong byte; the rest,
 // also of the same store, keeps working.
-import { readdir, readFile, truncate, unlink, writeFile } from 'node:fs/promises';
+import { readdir, readFile, stat, truncate, unlink, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { expect, test } from 'vitest';
 import { checkStore } from '../../src/cow-disk/check.js';
@@ -56,7 +56,9 @@ async function topOf(directory: string, disk: string): Promise<string> {
   let top = '';
   for (const line of (await readFile(join(directory, 'store.journal'), 'utf8')).split('\n')) {
     if (line === '') continue;
-    const { disks } = JSON.parse(line.slice(9)) as { disks?: Record<string, { top: string }> };
+    const { disks } = JSON.parse(line.slice(line.indexOf('{'))) as {
+      disks?: Record<string, { top: string }>;
+    };
     top = disks?.[disk]?.top ?? top;
   }
   expect(top).toMatch(/^[0-9a-f]{32}$/);
@@ -311,6 +313,58 @@ test('a fork on a full file system is E_NO_SPACE; with room again all goes on', 
   const expected = Buffer.concat([filled(1), filled(forked ? 0 : 2)]);
   expect(await firstPages(store, first, 2)).toEqual(expected);
   expect(await firstPages(store, second, 2)).toEqual(Buffer.concat([filled(1), filled(2)]));
+});
+
+/** The code of its error, or '' if there is none. */
+const answer = (work: Promise<unknown>) =>
+  work.then(
+    () => '',
+    (error: { code: string }) => error.code,
+  );
+
+test('a snapshot on a file system that is full is there if and only if that was answered', async () => {
+  const { memory, store, client, empty } = await smallStore('2m');
+  await client.write(0, filled(1));
+  const ballast = join(memory, 'ballast');
+  await expect(writeFile(ballast, Buffer.alloc(32 * 2 ** 20))).rejects.toMatchObject({
+    code: 'ENOSPC',
+  });
+  const { size } = await stat(ballast);
+  const named = async () => (await store.list()).generations.map(({ name }) => name);
+  const answered: string[] = [];
+  let refused = 0;
+  // A page more of room each time: it fails at one file after the other, at last at none.
+  for (let pages = 0; refused === pages; pages++) {
+    await truncate(ballast, size - pages * PAGE);
+    const code = await answer(store.snapshot({ disk: 'web', name: 'same' }));
+    if (code === '') answered.push('same');
+    else refused++;
+    expect(code, `${pages} pages`).toMatch(/^(E_NO_SPACE)?$/);
+    expect(await named(), `${pages} pages`).toEqual(answered);
+  }
+  expect(refused).toBeGreaterThan(0);
+  await empty();
+  await store.snapshot({ disk: 'web', name: 'next' });
+  expect(await named()).toEqual(['same', 'next']);
+  expect(await client.read(0, PAGE)).toEqual(filled(1));
+});
+
+test('a snapshot of a disk that nobody has open is there if and only if that was answered', async () => {
+  const { memory, store, disk, client, fill, directory } = await smallStore('2m');
+  await client.close();
+  await disk.close();
+  await fill();
+  const ballast = join(memory, 'ballast');
+  const { size } = await stat(ballast);
+  for (let pages = 0, code = '?'; code !== ''; pages++) {
+    await truncate(ballast, size - pages * PAGE);
+    code = await answer(store.snapshot({ disk: 'web', name: 'one' }));
+    expect(code).toMatch(/^(E_NO_SPACE)?$/);
+    expect((await store.list()).generations).toHaveLength(code === '' ? 1 : 0);
+  }
+  expect((await store.list()).generations.map(({ name }) => name)).toEqual(['one']);
+  await store.close();
+  expect((await checkStore(directory)).filter(({ severity }) => severity === 'error')).toEqual([]);
 });
 
 test('a merge on a full file system is given up, loses nothing, and goes on when there is room', async () => {

@@ -119,32 +119,60 @@ test('what is no journal is refused', async () => {
   const folder = await temporary();
   const path = join(folder, JOURNAL);
   expect(await codeOf(Journal.open(folder, () => undefined))).toBe('E_NOT_FOUND');
-  const line = (value: unknown) => {
-    const text = Buffer.from(JSON.stringify(value));
-    return `${crc32c(text).toString(16).padStart(8, '0')} ${text}\n`;
+  const line = (value: unknown, after?: string) => {
+    const text = `${after === undefined ? '' : `${after.slice(0, 8)} `}${JSON.stringify(value)}`;
+    return `${crc32c(Buffer.from(text)).toString(16).padStart(8, '0')} ${text}\n`;
   };
-  const header = line({
-    format: 'snowflock-store',
-    version: 2,
-    page_bytes: 4096,
-    id: id(1),
-  });
+  const named = (version: number) =>
+    line({ format: 'snowflock-store', version, page_bytes: 4096, id: id(1) });
+  const header = named(3);
   for (const text of [
     '',
     '\n',
     header.slice(0, 50),
-    line({ format: 'snowflock-store', version: 3, page_bytes: 4096, id: id(1) }),
-    header + line({ disks: { '../etc': null } }),
-    header + line({ slices: { [id(1)]: { parent: null, size_bytes: 0, map: 0 } } }),
-    header + line({ unknown: {} }),
-    header + line([]),
-    `${header}\n${line({})}`,
+    named(2),
+    named(4),
+    header + line({ disks: { '../etc': null } }, header),
+    header + line({ slices: { [id(1)]: { parent: null, size_bytes: 0, map: 0 } } }, header),
+    header + line({ unknown: {} }, header),
+    header + line([], header),
+    header + line({}), // names none before it
+    header + line({}, '00000000'),
+    `${header}\n${line({}, header)}`,
   ]) {
     await writeFile(path, text);
     expect(await codeOf(Journal.open(folder, () => undefined)), text).toBe('E_CORRUPT');
   }
-  await writeFile(path, header + line({}));
+  await writeFile(path, named(2));
+  await expect(Journal.open(folder, () => undefined)).rejects.toThrow(/version 2.*version 3/);
+  await writeFile(path, header + line({}, header));
   expect(await replay(folder)).toEqual([{}]);
+});
+
+test('a whole line missing, moved, twice or of another store is found, wherever it is', async () => {
+  const made = [disk(1), disk(2), disk(3), { disks: { disk1: null } }];
+  const { folder, text } = await newJournal(made);
+  const other = await newJournal(made);
+  const lines = text.toString().split(/(?<=\n)/);
+  const foreign = other.text.toString().split(/(?<=\n)/);
+  const path = join(folder, JOURNAL);
+  const refused = async (what: string, bad: string[]) => {
+    await writeFile(path, bad.join(''));
+    const error = await Journal.open(folder, () => undefined).catch((each: Error) => each);
+    expect(error, what).toMatchObject({ code: 'E_CORRUPT' });
+    expect((error as Error).message, what).toMatch(/line \d does not follow the one before it/);
+    expect(await readFile(path, 'utf8'), what).toBe(bad.join(''));
+  };
+  for (let n = 1; n < lines.length; n++) {
+    const line = lines[n] as string;
+    // The last one missing is as if it had never been written; moved behind itself it is there twice.
+    if (n < lines.length - 1) {
+      await refused(`${n} missing`, lines.toSpliced(n, 1));
+      await refused(`${n} later`, lines.toSpliced(n, 1).toSpliced(n + 1, 0, line));
+    }
+    await refused(`${n} twice`, lines.toSpliced(n, 0, line));
+    await refused(`${n} of another store`, lines.toSpliced(n, 1, foreign[n] as string));
+  }
 });
 
 test('an append that fails never happened', async () => {
@@ -224,6 +252,7 @@ test('a journal much larger than its entries is rewritten while appends go on', 
   }
   expect(shrunk).toBeGreaterThan(2);
   await ledger.close();
+  expect((await replay(folder)).length).toBeGreaterThan(0); // lines were moved, and follow each other
   const again = await Ledger.open(folder);
   expect(new Map(again.tree.slices)).toEqual(new Map(ledger.tree.slices));
   expect(again.tree.bytes()).toBe(ledger.tree.bytes());

@@ -3,9 +3,9 @@
 // interleave; CUTS and ROUNDS make it longer; KEEP names a folder that gets the log and the state
 // that failed.
 import { expect, test } from 'vitest';
-import { journalLine } from '../../src/cow-disk/journal-read.js';
+import { journalLine, lineSum } from '../../src/cow-disk/journal-read.js';
 import { newSeed, random } from '../blktap/support.js';
-import { appended } from './power/folders.js';
+import { appended, contentOf } from './power/folders.js';
 import { Kind } from './power/log.js';
 import { Recording, type Survivor } from './power/recording.js';
 import { cutPoint, LOST, sample } from './power/sampler.js';
@@ -50,9 +50,17 @@ test('at any power cut: what was acknowledged is there, no page is mixed, genera
 
 /** Lines that change nothing, as many as have the journal rewritten after the next one. */
 function longJournal({ state, ...rest }: Survivor): Survivor {
-  const line = journalLine({ removed: { ['0'.repeat(32)]: null } });
-  const lines = Buffer.concat(Array<Buffer>(Math.ceil((64 * 1024) / line.length)).fill(line));
-  return { state: appended(state, 'store/store.journal', lines), ...rest };
+  const path = 'store/store.journal';
+  const text = contentOf(state, path);
+  let last = lineSum(text.subarray(text.lastIndexOf(10, text.length - 2) + 1));
+  const lines: Buffer[] = [];
+  for (let bytes = 0; bytes < 64 * 1024; ) {
+    const line = journalLine({ removed: { ['0'.repeat(32)]: null } }, last);
+    lines.push(line);
+    last = lineSum(line);
+    bytes += line.length;
+  }
+  return { state: appended(state, path, Buffer.concat(lines)), ...rest };
 }
 
 const OPERATIONS: [string, (work: Workload) => Promise<unknown>][] = [

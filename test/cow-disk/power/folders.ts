@@ -35,6 +35,15 @@ function writeFile(path: string, file: FileState): void {
   }
 }
 
+/** All that a file of a state holds. */
+export function contentOf(state: FolderState, path: string): Buffer {
+  const file = state.get(path);
+  if (file === undefined || file === null) throw new Error(`no file ${path}`);
+  const data = Buffer.alloc(file.size);
+  for (const [page, bytes] of file.pages) bytes.copy(data, page * PAGE);
+  return data;
+}
+
 /** The state with more at the end of one of its files. */
 export function appended(state: FolderState, path: string, data: Buffer): FolderState {
   const file = state.get(path);
