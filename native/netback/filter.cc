@@ -12,6 +12,7 @@
 #include "common/fd.h"
 #include "kernel/netback/reasons.h"
 #include "netback/link.h"
+#include "netback/lock.h"
 
 namespace sf {
 namespace {
@@ -96,6 +97,13 @@ std::string PortName(const netback_port& port) {
   return std::string(port.name, strnlen(port.name, sizeof port.name));
 }
 
+// For messages.
+std::string PlaceText(uint64_t wire_mac) {
+  const std::string family = " of family " + std::to_string(wire_mac >> 16 & 0xffffff);
+  const uint64_t vmid = wire_mac & 0xffff;
+  return (vmid == NETBACK_VMID_GATEWAY ? "the gateway" : "VM " + std::to_string(vmid)) + family;
+}
+
 bool IsThere(const netback_port& port) { return NameOf(port.ifindex) == PortName(port); }
 
 // Takes the programs off. Down first: between a guest and the host's stack there is nothing else.
@@ -130,8 +138,11 @@ NetbackFilter::~NetbackFilter() {
 Status NetbackFilter::Attach(const std::string& object, const std::string& uplink,
                              std::unique_ptr<NetbackFilter>* out) {
   libbpf_set_print(Remember);
+  NetbackLock lock;
+  Status status = lock.Take();
+  if (!status.ok()) return status;
   std::unique_ptr<NetbackFilter> filter(new NetbackFilter());
-  Status status = filter->AttachUplink(object, uplink);
+  status = filter->AttachUplink(object, uplink);
   if (status.ok()) *out = std::move(filter);
   return status;
 }
@@ -293,23 +304,80 @@ Status NetbackFilter::AttachTap(uint32_t ifindex, const std::string& name) {
 }
 
 Status NetbackFilter::AddVm(const Vm& vm) {
+  NetbackLock lock;
+  Status status = lock.Take();
+  if (!status.ok()) return status;
   const uint32_t ifindex = if_nametoindex(vm.interface.c_str());
   if (ifindex == 0) return Status::Error("E_NOT_FOUND", "no interface " + vm.interface);
   if (ifindex == uplink_) {
     return Status::Error("E_ARGUMENT", vm.interface + " is the uplink, no VM's interface");
   }
-  netback_port holder;
-  if (bpf_map_lookup_elem(by_wire_, &vm.wire_mac, &holder) == 0 && holder.ifindex != ifindex) {
-    if (IsThere(holder)) {
-      return Status::Error("E_EXISTS", "the identity for " + vm.interface + " belongs to " +
-                                           PortName(holder) + " already");
-    }
-    Status status = DropPort(holder);
-    if (!status.ok()) return status;
-  }
-  Status status = AttachTap(ifindex, vm.interface);
+  status = CheckPlace(ifindex, vm);
+  if (status.ok()) status = AttachTap(ifindex, vm.interface);
   if (status.ok()) status = PutIdentity(ifindex, vm);
   return status.ok() ? SetLinkFlags(vm.interface, IFF_UP, true) : status;
+}
+
+// Under the lock: that neither the interface nor the identity is anybody else's. What interfaces
+// that have gone left behind is removed.
+Status NetbackFilter::CheckPlace(uint32_t ifindex, const Vm& vm) {
+  netback_port holder;
+  if (bpf_map_lookup_elem(ports_, &ifindex, &holder) == 0) {
+    if (!IsThere(holder)) {
+      Status status = DropPort(holder);
+      if (!status.ok()) return status;
+    } else if (holder.wire_mac != vm.wire_mac && holder.wire_mac != vm.replaces) {
+      return Status::Error("E_EXISTS", vm.interface + " is " + PlaceText(holder.wire_mac) +
+                                           " already; take that away first");
+    }
+  }
+  if (bpf_map_lookup_elem(by_wire_, &vm.wire_mac, &holder) == 0 && holder.ifindex != ifindex) {
+    netback_port owner;
+    const bool owned =
+        bpf_map_lookup_elem(ports_, &holder.ifindex, &owner) == 0 && owner.wire_mac == vm.wire_mac;
+    if (owned && IsThere(holder)) {
+      return Status::Error("E_EXISTS", "the identity for " + vm.interface + ", " +
+                                           PlaceText(vm.wire_mac) + ", belongs to " +
+                                           PortName(holder) + " already");
+    }
+    Status status = owned ? DropPort(holder) : Status::Ok();
+    if (!status.ok()) return status;
+    // A claim of one who died before it had the interface; else it has gone already.
+    bpf_map_delete_elem(by_wire_, &vm.wire_mac);
+  }
+  for (const bpf_tc_attach_point point : {BPF_TC_INGRESS, BPF_TC_EGRESS}) {
+    const uint32_t program = AttachedProgram(ifindex, point);
+    if (program == 0) continue;
+    bool ours = false;
+    Status status = UsesOurMaps(program, &ours);
+    if (!status.ok()) return status;
+    if (!ours) {
+      return Status::Error("E_EXISTS", vm.interface +
+                                           " belongs to the filter of another uplink, or another "
+                                           "program has the filter's place on it");
+    }
+  }
+  return Status::Ok();
+}
+
+// Whether a program counts in this filter's sf_stats, which all of its programs do.
+Status NetbackFilter::UsesOurMaps(uint32_t program_id, bool* ours) const {
+  *ours = false;
+  bpf_map_info stats = {};
+  uint32_t size = sizeof stats;
+  int error = bpf_obj_get_info_by_fd(stats_, &stats, &size);
+  if (error != 0) return BpfError("look at map sf_stats", error);
+  Fd program(bpf_prog_get_fd_by_id(program_id));
+  if (!program.valid()) return BpfError("open the program of an interface", errno);
+  std::array<uint32_t, 16> ids = {};
+  bpf_prog_info info = {};
+  info.nr_map_ids = ids.size();
+  info.map_ids = reinterpret_cast<uint64_t>(ids.data());
+  size = sizeof info;
+  error = bpf_obj_get_info_by_fd(program.get(), &info, &size);
+  if (error != 0) return BpfError("look at the program of an interface", error);
+  for (uint32_t i = 0; i < info.nr_map_ids && i < ids.size(); ++i) *ours |= ids[i] == stats.id;
+  return Status::Ok();
 }
 
 Status NetbackFilter::PutIdentity(uint32_t ifindex, const Vm& vm) {
@@ -322,34 +390,48 @@ Status NetbackFilter::PutIdentity(uint32_t ifindex, const Vm& vm) {
   port.ip = vm.ip;
   port.ifindex = ifindex;
   vm.interface.copy(port.name, sizeof port.name - 1);
-  // Frames for the old identity end before frames from the new one begin.
   netback_port before;
-  if (bpf_map_lookup_elem(ports_, &ifindex, &before) == 0 && before.wire_mac != port.wire_mac) {
-    bpf_map_delete_elem(by_wire_, &before.wire_mac);
+  const bool has = bpf_map_lookup_elem(ports_, &ifindex, &before) == 0;
+  const bool same = has && before.wire_mac == port.wire_mac;
+  // Frames from and for the old identity end before those of the new one begin.
+  if (has && !same) {
+    Status status = DropPort(before);
+    if (!status.ok()) return status;
   }
-  int error = bpf_map_update_elem(ports_, &ifindex, &port, BPF_ANY);
-  if (error != 0) return UpdateFailed("sf_ports", error);
-  error = bpf_map_update_elem(by_wire_, &port.wire_mac, &port, BPF_ANY);
-  if (error != 0) {
-    bpf_map_delete_elem(ports_, &ifindex);
-    return UpdateFailed("sf_by_wire", error);
+  // The kernel refuses a second claim, whatever anybody believed before.
+  const uint64_t flags = same ? BPF_ANY : BPF_NOEXIST;
+  int error = bpf_map_update_elem(by_wire_, &port.wire_mac, &port, flags);
+  if (error == -EEXIST) {
+    return Status::Error("E_EXISTS", "the identity for " + vm.interface + ", " +
+                                         PlaceText(port.wire_mac) + ", is in use already");
   }
-  return Status::Ok();
+  if (error != 0) return UpdateFailed("sf_by_wire", error);
+  error = bpf_map_update_elem(ports_, &ifindex, &port, flags);
+  if (error == 0) return Status::Ok();
+  if (!same) bpf_map_delete_elem(by_wire_, &port.wire_mac);
+  if (error == -EEXIST) return Status::Error("E_EXISTS", vm.interface + " has an identity already");
+  return UpdateFailed("sf_ports", error);
 }
 
+// sf_ports first: an identity that nobody else may claim yet can be left over, one that two
+// interfaces send with cannot.
 Status NetbackFilter::DropPort(const netback_port& port) {
+  const int error = bpf_map_delete_elem(ports_, &port.ifindex);
+  if (error != 0 && error != -ENOENT) return UpdateFailed("sf_ports", error);
   netback_port holder;
   if (bpf_map_lookup_elem(by_wire_, &port.wire_mac, &holder) == 0 &&
       holder.ifindex == port.ifindex) {
     bpf_map_delete_elem(by_wire_, &port.wire_mac);
   }
-  const int error = bpf_map_delete_elem(ports_, &port.ifindex);
-  return error == 0 || error == -ENOENT ? Status::Ok() : UpdateFailed("sf_ports", error);
+  return Status::Ok();
 }
 
 Status NetbackFilter::RemoveVm(const std::string& interface) {
+  NetbackLock lock;
+  Status status = lock.Take();
+  if (!status.ok()) return status;
   std::vector<netback_port> ports;
-  Status status = Ports(&ports);
+  status = Ports(&ports);
   if (!status.ok()) return status;
   bool found = false;
   for (const netback_port& port : ports) {
@@ -406,8 +488,11 @@ Status NetbackFilter::Stats(std::vector<uint64_t>* out) const {
 }
 
 Status NetbackFilter::Detach() {
+  NetbackLock lock;
+  Status status = lock.Take();
+  if (!status.ok()) return status;
   std::vector<netback_port> ports;
-  Status status = Ports(&ports);
+  status = Ports(&ports);
   if (!status.ok()) return status;
   for (const netback_port& port : ports) {
     status = DropPort(port);

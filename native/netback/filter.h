@@ -6,9 +6,13 @@
 // and without a moment in which none is there.
 //
 // Invariants:
-//   - sf_ports is the truth; sf_by_wire is derived from it and repaired by Attach();
 //   - an interface gets the programs before it gets an identity: without one all is dropped;
-//   - two interfaces never have the same wire MAC.
+//   - two interfaces never have the same wire MAC, no interface has two: an identity is claimed in
+//     sf_by_wire first, where the kernel lets only one claim be (BPF_NOEXIST), then used by
+//     sf_ports, and given up in the other order, so that one who dies between leaves a claim and no
+//     user;
+//   - sf_ports is the truth; claims that it does not know are nobody's, and Attach() removes them;
+//   - one process at a time changes anything in a network namespace (lock.h).
 //
 // Works in the network namespace of the calling thread. Not thread-safe.
 #pragma once
@@ -31,6 +35,8 @@ struct Vm {
   uint64_t wire_mac = 0;
   uint64_t guest_mac = 0;
   uint32_t ip = 0;  // host order
+  // The identity that the interface has now and that this one takes the place of; 0: none.
+  uint64_t replaces = 0;
 };
 
 struct TestRun {
@@ -53,8 +59,10 @@ class NetbackFilter {
   NetbackFilter(const NetbackFilter&) = delete;
   NetbackFilter& operator=(const NetbackFilter&) = delete;
 
-  // Also sets the interface up. A second call for the same interface gives it a new identity.
-  // E_EXISTS: the wire MAC belongs to another interface.
+  // Also sets the interface up. Again for an interface that is this VM's already: nothing changes
+  // but the guest's MAC.
+  // E_EXISTS: the wire MAC belongs to another interface, or the interface to another VM (but for
+  // the one named as `replaces`) or another uplink's filter. E_IN_USE, E_NOT_FOUND, E_ARGUMENT.
   Status AddVm(const Vm& vm);
   // By name, which works after the interface has gone too; if it is there it is set down.
   // E_NOT_FOUND.
@@ -83,6 +91,8 @@ class NetbackFilter {
   Status TakeOver(uint32_t program_id);
   Status Repair();
   Status AttachTap(uint32_t ifindex, const std::string& name);
+  Status CheckPlace(uint32_t ifindex, const Vm& vm);
+  Status UsesOurMaps(uint32_t program_id, bool* ours) const;
   Status Ports(std::vector<netback_port>* out) const;
   Status DropPort(const netback_port& port);
 

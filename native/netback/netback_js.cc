@@ -23,6 +23,7 @@ Vm VmOf(const Napi::Value& value) {
   vm.wire_mac = Mac(from.Get("wireMac"));
   vm.guest_mac = Mac(from.Get("guestMac"));
   vm.ip = from.Get("ip").ToNumber().Uint32Value();
+  if (from.Has("replaces")) vm.replaces = Mac(from.Get("replaces"));
   return vm;
 }
 

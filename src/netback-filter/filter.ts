@@ -8,6 +8,7 @@ import {
   ipText,
   macNumber,
   macText,
+  type Place,
   placeOfWireMac,
   VMID_GATEWAY,
   wireMac,
@@ -91,11 +92,15 @@ export class NetbackFilter {
 
   /**
    * From here on the interface, which is set up, can send and receive as this VM and nothing else.
-   * For an interface that has an identity: replaces it.
-   * E_NOT_FOUND (interface), E_EXISTS (another interface has this identity), E_ARGUMENT, E_BPF.
+   * Again for the same VM: only its guest's MAC may change. Any number of processes may try at once;
+   * one of them gets an identity, and one an interface.
+   * @param replaces the VM that the interface is now and is no longer then
+   * E_NOT_FOUND (interface), E_EXISTS (another interface has this identity, or this interface has
+   * another identity or another uplink's filter), E_IN_USE, E_ARGUMENT, E_BPF.
    */
-  addVm(vm: FilteredVm): void {
+  addVm(vm: FilteredVm, replaces?: Place): void {
     const identity = toNative(vm);
+    if (replaces !== undefined) identity.replaces = macNumber(wireMac(replaces));
     native(() => this.#filter.addVm(identity));
   }
 

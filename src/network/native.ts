@@ -8,6 +8,8 @@ export interface NativeVm {
   wireMac: number;
   guestMac: number;
   ip: number;
+  /** The wire MAC that the interface has now and this one takes the place of. */
+  replaces?: number;
 }
 
 export interface NativeRun {

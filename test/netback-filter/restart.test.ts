@@ -84,7 +84,13 @@ test('a new identity for a tap replaces the old one at once', async () => {
   const host = lab.host(0);
   const peer = host.guest(9, 0);
   const before = host.guest(9, 1);
-  host.netns.do(() => host.attached.addVm({ tap: before.tap, family: 9, vmid: 5 }));
+  const next = { tap: before.tap, family: 9, vmid: 5 };
+  const refused = expect.objectContaining({ code: 'E_EXISTS' });
+  host.netns.do(() => {
+    expect(() => host.attached.addVm(next)).toThrow(refused);
+    expect(() => host.attached.addVm(next, { family: 9, vmid: 2 })).toThrow(refused);
+    host.attached.addVm(next, { family: 9, vmid: 1 });
+  });
   before.send(before.frameTo(peer, 'old address'));
   const now = ['5e:00:00:09:00:05', '10.86.0.7'] as const;
   peer.send(
