@@ -12,6 +12,10 @@
  *   INFORM from the VM's address      ACK without a lease
  *   DECLINE, RELEASE                  noted
  *
+ * Options: the lease's own and the mask always; of the others those that the client lists (option 55),
+ * in its order, or all if it lists none. What does not fit even with overload is left out, the least
+ * wanted first; without a lease's own options there is no answer.
+ *
  * Relayed packets (giaddr) are ignored but in the test mode `relay`: a real server's VM is on its own
  * wire, where no relay can be. Then answers go to the relay, with its option 82 as it came.
  *
@@ -20,6 +24,7 @@
 import {
   addresses,
   type DhcpPacket,
+  DhcpPacketError,
   encode,
   encodeRoutes,
   encodeSearch,
@@ -55,6 +60,8 @@ export interface DhcpIdentity {
   routes?: readonly Route[];
   /** Default 3600. */
   leaseSeconds?: number;
+  /** When clients first ask for more time (T1). Default half of the lease. */
+  renewSeconds?: number;
 }
 
 export type DhcpState = 'idle' | 'offered' | 'bound' | 'released' | 'declined';
@@ -75,6 +82,10 @@ export interface DhcpReply {
   address: string;
   /** 68, a client's; 67: to a relay. */
   port: 67 | 68;
+  /** OFFER, ACK or NAK. */
+  type: number;
+  /** Options for which there was no room. */
+  omitted: readonly number[];
 }
 
 export interface DhcpMachineOptions {
@@ -96,6 +107,7 @@ export class DhcpMachine {
   #state: DhcpState = 'idle';
   #leaseEndMs = 0;
   readonly #relay: boolean;
+  #parameters: ReadonlyMap<number, Uint8Array> | undefined;
 
   constructor(identity: DhcpIdentity, options: DhcpMachineOptions = {}) {
     this.#identity = identity;
@@ -114,6 +126,7 @@ export class DhcpMachine {
   /** From now on this address and no other: a client that renews the old one gets a NAK. */
   setIdentity(identity: DhcpIdentity): void {
     this.#identity = identity;
+    this.#parameters = undefined;
     this.#state = 'idle';
   }
 
@@ -172,61 +185,88 @@ export class DhcpMachine {
     return this.#identity.leaseSeconds ?? LEASE_SECONDS;
   }
 
+  /** What every answer has; `options` first, then what comes back as it came. */
   #header(packet: DhcpPacket, options: Map<number, Uint8Array>): DhcpPacket {
     // RFC 6842: the client's identifier comes back in every answer.
     const clientId = packet.options.get(Option.CLIENT_ID);
     if (clientId !== undefined) options.set(Option.CLIENT_ID, clientId);
-    options.set(Option.SERVER_ID, addresses(GATEWAY));
     // RFC 3046, 2.2: as it came, behind all others. Without a relay it is the client's invention.
     const relay = packet.options.get(Option.RELAY_AGENT);
     if (relay !== undefined && packet.giaddr !== NONE) options.set(Option.RELAY_AGENT, relay);
     return {
-      ...packet,
       op: 2,
+      hardwareType: packet.hardwareType,
       hops: 0,
+      xid: packet.xid,
       secs: 0,
+      flags: packet.flags,
       ciaddr: NONE,
       yiaddr: NONE,
       siaddr: NONE,
+      giaddr: packet.giaddr,
+      hardwareAddress: packet.hardwareAddress,
       options,
     };
   }
 
-  #reply(packet: DhcpPacket, type: number, lease = true): DhcpReply {
-    const { address, hostname, domain, router, dns, ntp, search, routes } = this.#identity;
-    const seconds = this.#leaseSeconds();
-    const options = new Map<number, Uint8Array>([
-      [Option.MESSAGE_TYPE, u8(type)],
-      [Option.SUBNET_MASK, addresses(NETMASK)],
-      [Option.BROADCAST_ADDRESS, addresses(BROADCAST)],
-      [Option.INTERFACE_MTU, u16(MTU)],
-    ]);
-    if (router !== undefined) options.set(Option.ROUTER, addresses(router));
-    if (dns !== undefined && dns.length > 0) options.set(Option.DNS, addresses(...dns));
-    if (ntp !== undefined && ntp.length > 0) options.set(Option.NTP, addresses(...ntp));
+  /** What a client may ask for; made once for an identity. Ascending: the order without a list. */
+  #offered(): ReadonlyMap<number, Uint8Array> {
+    if (this.#parameters !== undefined) return this.#parameters;
+    const { hostname, domain, router, dns, ntp, search, routes } = this.#identity;
+    const made = new Map<number, Uint8Array>();
+    if (router !== undefined) made.set(Option.ROUTER, addresses(router));
+    if (dns !== undefined && dns.length > 0) made.set(Option.DNS, addresses(...dns));
+    if (hostname !== undefined) made.set(Option.HOST_NAME, text(hostname));
+    if (domain !== undefined) made.set(Option.DOMAIN_NAME, text(domain));
+    made.set(Option.INTERFACE_MTU, u16(MTU));
+    made.set(Option.BROADCAST_ADDRESS, addresses(BROADCAST));
+    if (ntp !== undefined && ntp.length > 0) made.set(Option.NTP, addresses(...ntp));
     if (search !== undefined && search.length > 0) {
-      options.set(Option.DOMAIN_SEARCH, encodeSearch(search));
+      made.set(Option.DOMAIN_SEARCH, encodeSearch(search));
     }
     if (routes !== undefined && routes.length > 0) {
-      options.set(Option.CLASSLESS_ROUTES, encodeRoutes(routes));
+      made.set(Option.CLASSLESS_ROUTES, encodeRoutes(routes));
     }
-    if (hostname !== undefined) options.set(Option.HOST_NAME, text(hostname));
-    if (domain !== undefined) options.set(Option.DOMAIN_NAME, text(domain));
+    this.#parameters = made;
+    return made;
+  }
+
+  #reply(packet: DhcpPacket, type: number, lease = true): DhcpReply {
+    const { address } = this.#identity;
+    const options = new Map<number, Uint8Array>([
+      [Option.MESSAGE_TYPE, u8(type)],
+      [Option.SERVER_ID, addresses(GATEWAY)],
+    ]);
     if (lease) {
+      const seconds = this.#leaseSeconds();
+      const rebind = Math.floor((seconds * 7) / 8);
+      const renew = this.#identity.renewSeconds ?? Math.floor(seconds / 2);
       options.set(Option.LEASE_SECONDS, u32(seconds));
-      options.set(Option.RENEWAL_SECONDS, u32(Math.floor(seconds / 2)));
-      options.set(Option.REBINDING_SECONDS, u32(Math.floor((seconds * 7) / 8)));
+      options.set(Option.RENEWAL_SECONDS, u32(Math.min(renew, rebind)));
+      options.set(Option.REBINDING_SECONDS, u32(rebind));
     }
+    // Before the router, also where a client lists it behind (RFC 2132, 3.3).
+    options.set(Option.SUBNET_MASK, addresses(NETMASK));
     const reply = this.#header(packet, options);
+    const optional: number[] = [];
+    const offered = this.#offered();
+    for (const code of packet.options.get(Option.PARAMETER_LIST) ?? offered.keys()) {
+      const value = offered.get(code);
+      if (value === undefined || options.has(code)) continue;
+      options.set(code, value);
+      optional.push(code);
+    }
     if (lease) reply.yiaddr = address;
     if (type === MessageType.ACK) reply.ciaddr = packet.ciaddr;
-    const bytes = encode(reply, maxBytes(packet));
-    if (packet.giaddr !== NONE) return toRelay(bytes, packet);
+    const { bytes, omitted } = encodeWithout(reply, options, optional, maxBytes(packet));
+    if (packet.giaddr !== NONE) return toRelay(bytes, packet, type, omitted);
     return {
       bytes,
       port: CLIENT_PORT,
       broadcast: packet.ciaddr === NONE && (packet.flags & FLAG_BROADCAST) !== 0,
       address: packet.ciaddr === NONE ? address : packet.ciaddr,
+      type,
+      omitted,
     };
   }
 
@@ -236,6 +276,7 @@ export class DhcpMachine {
       packet,
       new Map([
         [Option.MESSAGE_TYPE, u8(MessageType.NAK)],
+        [Option.SERVER_ID, addresses(GATEWAY)],
         [Option.MESSAGE, text(`this VM has ${address}, not ${wanted}`)],
       ]),
     );
@@ -243,14 +284,48 @@ export class DhcpMachine {
     // Through a relay that is the relay's part, which the flag tells it.
     if (packet.giaddr !== NONE) reply.flags |= FLAG_BROADCAST;
     const bytes = encode(reply, maxBytes(packet));
-    if (packet.giaddr !== NONE) return toRelay(bytes, packet);
-    return { bytes, broadcast: true, address, port: CLIENT_PORT };
+    if (packet.giaddr !== NONE) return toRelay(bytes, packet, MessageType.NAK, []);
+    return {
+      bytes,
+      broadcast: true,
+      address,
+      port: CLIENT_PORT,
+      type: MessageType.NAK,
+      omitted: [],
+    };
+  }
+}
+
+/** The packet, without the last of `optional` as long as it does not fit. */
+function encodeWithout(
+  reply: DhcpPacket,
+  options: Map<number, Uint8Array>,
+  optional: number[],
+  bytes: number,
+): { bytes: Uint8Array; omitted: number[] } {
+  const omitted: number[] = [];
+  for (;;) {
+    try {
+      return { bytes: encode(reply, bytes), omitted };
+    } catch (error) {
+      if (!(error instanceof DhcpPacketError) || error.reason !== 'long') throw error;
+      const least = optional.pop();
+      if (least === undefined) throw error;
+      options.delete(least);
+      omitted.push(least);
+    }
   }
 }
 
 /** RFC 2131, 4.1. */
-function toRelay(bytes: Uint8Array, packet: DhcpPacket): DhcpReply {
-  return { bytes, broadcast: false, address: packet.giaddr, port: RELAY_PORT };
+function toRelay(
+  bytes: Uint8Array,
+  packet: DhcpPacket,
+  type: number,
+  omitted: readonly number[],
+): DhcpReply {
+  const { giaddr: address } = packet;
+  return { bytes, broadcast: false, address, port: RELAY_PORT, type, omitted };
 }
 
 function clientStateOf(packet: DhcpPacket, unicast: boolean): ClientState {

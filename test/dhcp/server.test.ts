@@ -221,3 +221,51 @@ test('a REQUEST tells the state of its client', () => {
   expect(stateOf(ask(MessageType.REQUEST, [], { ciaddr: MINE }), true)).toBe('renewing');
   expect(stateOf(ask(MessageType.REQUEST, [], { ciaddr: MINE }), false)).toBe('rebinding');
 });
+
+test('options are those the client lists, in its order; the lease and the mask always', () => {
+  const server = new DhcpMachine({
+    address: MINE,
+    guestMac: GUEST_MAC,
+    hostname: 'vm-7',
+    router: GATEWAY,
+    dns: ['192.0.2.53'],
+    ntp: ['10.86.0.3'],
+    renewSeconds: 5,
+  });
+  const wanted = [Option.DNS, 250, Option.ROUTER, Option.SUBNET_MASK, Option.DNS];
+  const list: [number, Uint8Array] = [Option.PARAMETER_LIST, Uint8Array.from(wanted)];
+  const { packet } = answer(server, ask(MessageType.DISCOVER, [list]));
+  expect([...(packet?.options.keys() ?? [])]).toEqual([53, 54, 51, 58, 59, 1, 6, 3]);
+  expect(readU32(packet?.options ?? new Map(), Option.RENEWAL_SECONDS)).toBe(5);
+  const none: [number, Uint8Array] = [Option.PARAMETER_LIST, new Uint8Array()];
+  const bare = answer(server, ask(MessageType.DISCOVER, [none])).packet;
+  expect([...(bare?.options.keys() ?? [])]).toEqual([53, 54, 51, 58, 59, 1]);
+});
+
+test('an answer that is too long goes into file and sname, then leaves out what is wanted least', () => {
+  const label = 'a'.repeat(60);
+  const server = new DhcpMachine({
+    address: MINE,
+    guestMac: GUEST_MAC,
+    hostname: 'h'.repeat(63),
+    dns: Array.from({ length: 50 }, (_, i) => `192.0.2.${i}`),
+    search: [`${label}.${label}.one`, `${label}.${label}.two`],
+  });
+  const small: [number, Uint8Array] = [Option.MAX_MESSAGE_BYTES, u16(576)];
+  const whole = answer(server, ask(MessageType.DISCOVER, [small]));
+  expect(whole.reply?.bytes.length).toBeLessThanOrEqual(548);
+  expect(whole.reply?.omitted).toEqual([Option.DOMAIN_SEARCH]);
+  expect(readAddresses(whole.packet?.options ?? new Map(), Option.DNS)).toHaveLength(50);
+  const list: [number, Uint8Array] = [
+    Option.PARAMETER_LIST,
+    Uint8Array.of(Option.DOMAIN_SEARCH, Option.DNS, Option.HOST_NAME),
+  ];
+  const other = answer(server, ask(MessageType.DISCOVER, [small, list]));
+  expect(other.reply?.omitted).toEqual([Option.HOST_NAME, Option.DNS]);
+  expect(decodeSearch(other.packet?.options.get(Option.DOMAIN_SEARCH) ?? bytes())).toHaveLength(2);
+  // Room for all of it where the client takes a whole frame.
+  const large: [number, Uint8Array] = [Option.MAX_MESSAGE_BYTES, u16(1500)];
+  expect(answer(server, ask(MessageType.DISCOVER, [large])).reply?.omitted).toEqual([]);
+});
+
+const bytes = () => new Uint8Array();

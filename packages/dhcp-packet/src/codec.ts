@@ -6,9 +6,13 @@
  * whole. Tolerated, because real clients do it and nothing is ambiguous: a missing END where a field
  * is full or the packet ends exactly behind an option, and bytes behind END. An overload option
  * inside an overloaded field is refused.
+ *
+ * Encoding: options in the order of the map. What does not fit the options field goes to `file` and
+ * then `sname` (overload), whole if it can and in parts if not; parts are in the order in which
+ * readers join them. Left out on purpose: server name and boot file in these two fields.
  */
 import { DhcpPacketError } from './error.js';
-import { addressNumber, addressText, Option, type Options, u32 } from './options.js';
+import { addressNumber, addressText, Option, type Options, u8 } from './options.js';
 
 export interface DhcpPacket {
   /** 1: client to server; 2: server to client. */
@@ -120,51 +124,126 @@ export function decode(bytes: Uint8Array): DhcpPacket {
   };
 }
 
+interface Field {
+  readonly parts: Uint8Array[];
+  /** Left for options; its END is counted already. */
+  room: number;
+}
+
+const field = (bytes: number): Field => ({ parts: [], room: bytes - 1 });
+
+function put(into: Field, code: number, value: Uint8Array): void {
+  into.parts.push(Uint8Array.of(code, value.length), value);
+  into.room -= 2 + value.length;
+}
+
+/** Puts an option into the first field that takes it whole, or in parts where there is room. */
+function place(fields: readonly Field[], code: number, value: Uint8Array): boolean {
+  const whole =
+    value.length <= 255 ? fields.find(({ room }) => room >= 2 + value.length) : undefined;
+  if (whole !== undefined) {
+    put(whole, code, value);
+    return true;
+  }
+  // Looked at first: a value that is there in half is worse than one that is not.
+  const capacity = fields.reduce((sum, { room }) => {
+    const parts = Math.ceil(room / 257);
+    return sum + Math.max(0, room - 2 * parts);
+  }, 0);
+  if (capacity < value.length) return false;
+  let at = 0;
+  for (const into of fields) {
+    while (at < value.length && into.room > 2) {
+      const part = value.subarray(at, at + Math.min(255, into.room - 2));
+      put(into, code, part);
+      at += part.length;
+    }
+  }
+  return at === value.length;
+}
+
+/** Undefined: they do not fit. `fields` are, in this order, options, file, sname. */
+function placeAll(options: Options, fields: readonly [Field, ...Field[]]): boolean {
+  const [main] = fields;
+  const type = options.get(Option.MESSAGE_TYPE);
+  if (type !== undefined && !place([main], Option.MESSAGE_TYPE, type)) return false;
+  if (fields.length > 1 && !place([main], Option.OVERLOAD, u8(fields.length === 2 ? 1 : 3))) {
+    return false;
+  }
+  // Relay agents look for theirs at the end of the options field (RFC 3046, 2.1).
+  const last = field(main.room + 1);
+  const relay = options.get(Option.RELAY_AGENT);
+  if (relay !== undefined && !place([last], Option.RELAY_AGENT, relay)) return false;
+  main.room = last.room;
+  for (const [code, value] of options) {
+    if (code === Option.MESSAGE_TYPE || code === Option.RELAY_AGENT) continue;
+    if (!place(fields, code, value)) return false;
+  }
+  main.parts.push(...last.parts);
+  return true;
+}
+
+function checkOptions(options: Options): void {
+  for (const code of options.keys()) {
+    if (!(code > Option.PAD && code < Option.END) || code === Option.OVERLOAD) {
+      throw new DhcpPacketError('option-value', `option ${code} cannot be set`);
+    }
+  }
+}
+
+function write(out: Uint8Array, start: number, { parts }: Field): number {
+  let at = start;
+  for (const part of parts) {
+    out.set(part, at);
+    at += part.length;
+  }
+  out[at] = Option.END;
+  return at + 1;
+}
+
 /**
- * The packet as bytes, options in ascending order but the message type first and relay agent
- * information last (RFC 3046, 2.1), padded to 300 bytes.
- * Values longer than 255 bytes go in parts. DhcpPacketError `long` beyond `maxBytes`.
+ * The packet as bytes, padded to 300; options in the map's order, but the message type first and
+ * relay agent information last. Values longer than 255 bytes go in parts (RFC 3396); what
+ * does not fit `maxBytes` goes to `file` and `sname` (overload).
+ * DhcpPacketError `long` if that is not enough, `option-value` for a code out of 1..254 or 52.
  */
 export function encode(packet: DhcpPacket, maxBytes = MAX_PACKET_BYTES): Uint8Array {
   if (packet.hardwareAddress.length > 16) {
     throw new DhcpPacketError('hardware-length', 'hardware address longer than 16 bytes');
   }
-  const fixed = new Uint8Array(OPTIONS_AT);
-  const view = new DataView(fixed.buffer);
-  fixed.set([packet.op, packet.hardwareType, packet.hardwareAddress.length, packet.hops]);
+  checkOptions(packet.options);
+  let fields: [Field, ...Field[]] | undefined;
+  for (const more of [[], [FILE], [FILE, SNAME]]) {
+    const tried: [Field, ...Field[]] = [
+      field(maxBytes - OPTIONS_AT),
+      ...more.map(({ bytes }) => field(bytes)),
+    ];
+    if (!placeAll(packet.options, tried)) continue;
+    fields = tried;
+    break;
+  }
+  if (fields === undefined) {
+    throw new DhcpPacketError('long', `the options do not fit a packet of ${maxBytes} bytes`);
+  }
+  const [main, file, sname] = fields;
+  const bytes = OPTIONS_AT + 1 + main.parts.reduce((sum, part) => sum + part.length, 0);
+  const out = new Uint8Array(Math.max(bytes, MIN_ENCODED_BYTES));
+  const view = new DataView(out.buffer);
+  out[0] = packet.op;
+  out[1] = packet.hardwareType;
+  out[2] = packet.hardwareAddress.length;
+  out[3] = packet.hops;
   view.setUint32(4, packet.xid);
   view.setUint16(8, packet.secs);
   view.setUint16(10, packet.flags);
-  [packet.ciaddr, packet.yiaddr, packet.siaddr, packet.giaddr].forEach((address, i) => {
-    fixed.set(u32(addressNumber(address)), 12 + 4 * i);
-  });
-  fixed.set(packet.hardwareAddress, 28);
+  view.setUint32(12, addressNumber(packet.ciaddr));
+  view.setUint32(16, addressNumber(packet.yiaddr));
+  view.setUint32(20, addressNumber(packet.siaddr));
+  view.setUint32(24, addressNumber(packet.giaddr));
+  out.set(packet.hardwareAddress, 28);
   view.setUint32(FIXED_BYTES, COOKIE);
-
-  const place = (code: number) =>
-    code === Option.MESSAGE_TYPE ? -1 : code === Option.RELAY_AGENT ? Option.END : code;
-  const parts: Uint8Array[] = [fixed];
-  for (const [code, value] of [...packet.options].sort(([a], [b]) => place(a) - place(b))) {
-    if (code <= Option.PAD || code >= Option.END || code === Option.OVERLOAD) {
-      throw new DhcpPacketError('option-value', `option ${code} cannot be set`);
-    }
-    let at = 0;
-    do {
-      const part = value.subarray(at, at + 255);
-      parts.push(Uint8Array.of(code, part.length), part);
-      at += part.length;
-    } while (at < value.length);
-  }
-  parts.push(Uint8Array.of(Option.END));
-  const bytes = parts.reduce((sum, part) => sum + part.length, 0);
-  if (bytes > maxBytes) {
-    throw new DhcpPacketError('long', `the packet has ${bytes} bytes, ${maxBytes} are allowed`);
-  }
-  const out = new Uint8Array(Math.max(bytes, MIN_ENCODED_BYTES));
-  let at = 0;
-  for (const part of parts) {
-    out.set(part, at);
-    at += part.length;
-  }
+  write(out, OPTIONS_AT, main);
+  if (file !== undefined) write(out, FILE.at, file);
+  if (sname !== undefined) write(out, SNAME.at, sname);
   return out;
 }

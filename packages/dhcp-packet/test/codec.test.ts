@@ -68,15 +68,47 @@ test('what is encoded is decoded, options longer than 255 bytes included', () =>
   expect(readAddress(received.options, Option.SERVER_ID)).toBe('10.86.0.1');
 });
 
-test('the message type comes first and relay agent information last', () => {
+test('options keep their order, but the message type comes first and 82 last', () => {
   const sent = [Option.RELAY_AGENT, 200, Option.MESSAGE_TYPE, Option.ROUTER];
   const bytes = encode(packet(sent.map((code) => [code, Uint8Array.of(code)])));
-  expect([0, 3, 6, 9, 12].map((at) => bytes[240 + at])).toEqual([53, 3, 200, 82, 255]);
+  expect([0, 3, 6, 9, 12].map((at) => bytes[240 + at])).toEqual([53, 200, 3, 82, 255]);
+});
+
+test('what does not fit goes to file, then to sname; the relay information stays', () => {
+  const relay: [number, Uint8Array] = [Option.RELAY_AGENT, Uint8Array.of(1, 1, 7)];
+  const type: [number, Uint8Array] = [Option.MESSAGE_TYPE, u8(MessageType.ACK)];
+  const big = (code: number, bytes: number): [number, Uint8Array] => [
+    code,
+    new Uint8Array(bytes).fill(code),
+  ];
+  // 276 bytes leave 35 for options and END: 53, 52 and 82 take 11 of them.
+  const intoFile = packet([relay, big(12, 100), type, big(6, 4)]);
+  const one = encode(intoFile, 276);
+  expect([...one.subarray(240, 246)]).toEqual([53, 1, 5, 52, 1, 1]);
+  expect([...one.subarray(246, 257)]).toEqual([6, 4, 6, 6, 6, 6, 82, 3, 1, 1, 7]);
+  expect(one[257]).toBe(255);
+  expect([...one.subarray(108, 110), one[210]]).toEqual([12, 100, 255]);
+  expect(decode(one).options).toEqual(
+    new Map([type, big(6, 4), relay, big(12, 100)].map(([code, value]) => [code, value])),
+  );
+  const intoBoth = packet([type, big(12, 100), big(15, 60), big(6, 4)]);
+  const two = encode(intoBoth, 276);
+  expect(two[245]).toBe(3);
+  expect([two[44], two[108]]).toEqual([15, 12]);
+  expect(decode(two).options).toEqual(new Map(intoBoth.options));
+  // One value in parts through all three fields.
+  const parts = packet([type, big(121, 200)]);
+  expect(Buffer.from(decode(encode(parts, 276)).options.get(121) ?? [])).toEqual(
+    Buffer.alloc(200, 121),
+  );
+  expect(() => encode(packet([type, big(121, 230)]), 276)).toThrow(
+    expect.objectContaining({ reason: 'long' }),
+  );
 });
 
 test('a packet is padded to 300 bytes and never longer than asked', () => {
   expect(encode(packet([]))).toHaveLength(300);
-  const long = packet([[Option.MESSAGE, new Uint8Array(400)]]);
+  const long = packet([[Option.MESSAGE, new Uint8Array(600)]]);
   expect(() => encode(long, 576)).toThrow(expect.objectContaining({ reason: 'long' }));
 });
 
@@ -138,20 +170,39 @@ test('any bytes are decoded or refused with a reason', () => {
   );
 });
 
-test('any options survive encoding and decoding', () => {
+test('any options survive encoding and decoding, or are refused as too long', () => {
   const option = fc.tuple(
     fc.integer({ min: 1, max: 254 }).filter((code) => code !== Option.OVERLOAD),
     fc.uint8Array({ maxLength: 300 }),
   );
+  let overloaded = 0;
   fc.assert(
-    fc.property(fc.array(option, { maxLength: 4 }), (options) => {
-      const sent = packet(options);
-      const received = decode(encode(sent)).options;
-      expect(received.size).toBe(sent.options.size);
-      for (const [code, value] of sent.options) {
-        expect(Buffer.compare(received.get(code) ?? Buffer.from('absent'), value)).toBe(0);
-      }
-    }),
+    fc.property(
+      fc.array(option, { maxLength: 4 }),
+      fc.integer({ min: 260, max: MAX_PACKET_BYTES }),
+      (options, maxBytes) => {
+        const sent = packet(options);
+        let bytes: Uint8Array;
+        try {
+          bytes = encode(sent, maxBytes);
+        } catch (error) {
+          if (!(error instanceof DhcpPacketError)) throw error;
+          expect(error.reason).toBe('long');
+          // Refused only where even three fields without splits have too little room.
+          const least = [...sent.options.values()].reduce((sum, value) => sum + value.length, 0);
+          expect(least).toBeGreaterThan(maxBytes - 300);
+          return;
+        }
+        expect(bytes.length).toBeLessThanOrEqual(Math.max(300, maxBytes));
+        if (bytes[108] !== 0) overloaded++;
+        const received = decode(bytes).options;
+        expect(received.size).toBe(sent.options.size);
+        for (const [code, value] of sent.options) {
+          expect(Buffer.compare(received.get(code) ?? Buffer.from('absent'), value)).toBe(0);
+        }
+      },
+    ),
     { ...RUNS, numRuns: 2000 },
   );
+  expect(overloaded).toBeGreaterThan(0);
 });
