@@ -19,8 +19,10 @@
  * end routes in a namespace of its own. It differs from a guest in two rules: it sends with any
  * IPv4 source outside the family's network (or its own address), and only to VMs of this host; and
  * a guest reaches through it any unicast address outside. No gateway is reached over the wire, and
- * none sends there: each host has its own. ARP for it is answered whether it is there or not, so
- * that DHCP clients can renew by unicast.
+ * none sends there: each host has its own. Unless one host is the router for all: there gateways
+ * are reached from the wire and send to it (NETBACK_GATEWAY_SHARED), on the others guests reach
+ * them and are reached by them over the wire (NETBACK_GATEWAY_ELSEWHERE). ARP for a gateway is
+ * answered whether it is there or not, so that DHCP clients can renew by unicast.
  *
  * Left out on purpose: IPv6 (dropped and counted), and any authentication of the wire: who can put
  * frames on it can pretend to be a remote VM.
@@ -151,6 +153,15 @@ static __always_inline int is_gateway(__u64 wire_mac)
 	return vmid_of(wire_mac) == NETBACK_VMID_GATEWAY;
 }
 
+/* The bits of NETBACK_GATEWAY_MODE. Asked only about frames to or from a gateway. */
+static __always_inline __u32 gateway_mode(void)
+{
+	__u32 zero = 0;
+	const struct netback_config *config = bpf_map_lookup_elem(&sf_config, &zero);
+
+	return config ? config->flags & NETBACK_GATEWAY_MODE : 0;
+}
+
 /* A unicast address that is not the family's: what may be on the far side of a gateway. */
 static __always_inline int is_outside(__u32 address)
 {
@@ -158,6 +169,11 @@ static __always_inline int is_outside(__u32 address)
 
 	return (address & NETBACK_NETWORK_MASK) != NETBACK_NETWORK && top != 0 && top != 127 &&
 	       top < 224;
+}
+
+static __always_inline __u32 ip_of_gateway(void)
+{
+	return NETBACK_NETWORK + ((NETBACK_VMID_GATEWAY + NETBACK_FIRST_HOST) & 0xffff);
 }
 
 /* Makes the first `bytes` of the frame readable in one piece; 0 if it is shorter. */
@@ -202,8 +218,8 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct ipv4 *out)
 	return 1;
 }
 
-static __always_inline int deliver(struct __sk_buff *skb, __u64 destination, __u64 source,
-				   __u32 ifindex, __u32 reason)
+static __always_inline int send(struct __sk_buff *skb, __u64 destination, __u64 source,
+				__u32 ifindex, __u32 mark, __u32 reason)
 {
 	__u8 macs[12];
 
@@ -211,10 +227,28 @@ static __always_inline int deliver(struct __sk_buff *skb, __u64 destination, __u
 	put_mac(macs + 6, source);
 	if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
 		return drop(NETBACK_helper_failed);
-	if (reason != NETBACK_guest_to_wire)
-		skb->mark = NETBACK_MARK;
+	if (mark)
+		skb->mark = mark;
 	count(reason);
 	return bpf_redirect(ifindex, 0);
+}
+
+/* To an interface of this host that has a port. */
+static __always_inline int deliver(struct __sk_buff *skb, const struct netback_port *to,
+				   __u64 source, __u32 reason)
+{
+	return send(skb, to->guest_mac, source, to->ifindex, NETBACK_MARK, reason);
+}
+
+static __always_inline int to_wire(struct __sk_buff *skb, __u64 destination, __u64 source,
+				   __u32 reason)
+{
+	__u32 zero = 0;
+	const struct netback_config *config = bpf_map_lookup_elem(&sf_config, &zero);
+
+	if (!config)
+		return drop(NETBACK_helper_failed);
+	return send(skb, destination, source, config->uplink, 0, reason);
 }
 
 /*
@@ -272,9 +306,8 @@ static __always_inline int ipv4_from_guest(struct __sk_buff *skb, const struct n
 					   __u64 destination)
 {
 	const struct netback_port *local;
-	const struct netback_config *config;
 	struct ipv4 ip;
-	__u32 vmid, zero = 0;
+	__u32 vmid;
 
 	if (!parse_ipv4(skb, &ip))
 		return drop(NETBACK_guest_malformed_ip);
@@ -307,12 +340,14 @@ static __always_inline int ipv4_from_guest(struct __sk_buff *skb, const struct n
 		return drop(NETBACK_guest_no_such_vm);
 	local = bpf_map_lookup_elem(&sf_by_wire, &destination);
 	if (vmid == NETBACK_VMID_GATEWAY) {
-		if (!local)
+		if (!local && !(gateway_mode() & NETBACK_GATEWAY_ELSEWHERE))
 			return drop(NETBACK_guest_to_gateway);
-		if (ip.destination != local->ip && !is_outside(ip.destination))
+		if (ip.destination != ip_of_gateway() && !is_outside(ip.destination))
 			return drop(NETBACK_guest_destination_ip);
-		return deliver(skb, local->guest_mac, port->wire_mac, local->ifindex,
-			       NETBACK_gateway_from_guest);
+		if (!local)
+			return to_wire(skb, destination, port->wire_mac,
+				       NETBACK_guest_to_wire_gateway);
+		return deliver(skb, local, port->wire_mac, NETBACK_gateway_from_guest);
 	}
 	if (vmid > NETBACK_VMID_LAST)
 		return drop(NETBACK_guest_no_such_vm);
@@ -321,18 +356,15 @@ static __always_inline int ipv4_from_guest(struct __sk_buff *skb, const struct n
 		return drop(NETBACK_guest_destination_ip);
 
 	if (is_gateway(port->wire_mac)) {
-		if (!local)
+		if (local)
+			return deliver(skb, local, port->wire_mac, NETBACK_gateway_to_guest);
+		if (!(gateway_mode() & NETBACK_GATEWAY_SHARED))
 			return drop(NETBACK_gateway_no_such_vm);
-		return deliver(skb, local->guest_mac, port->wire_mac, local->ifindex,
-			       NETBACK_gateway_to_guest);
+		return to_wire(skb, destination, port->wire_mac, NETBACK_gateway_to_wire);
 	}
 	if (local)
-		return deliver(skb, local->guest_mac, port->wire_mac, local->ifindex,
-			       NETBACK_guest_to_local);
-	config = bpf_map_lookup_elem(&sf_config, &zero);
-	if (!config)
-		return drop(NETBACK_helper_failed);
-	return deliver(skb, destination, port->wire_mac, config->uplink, NETBACK_guest_to_wire);
+		return deliver(skb, local, port->wire_mac, NETBACK_guest_to_local);
+	return to_wire(skb, destination, port->wire_mac, NETBACK_guest_to_wire);
 }
 
 SEC("tc")
@@ -378,7 +410,7 @@ int from_wire(struct __sk_buff *skb)
 	const struct netback_port *port;
 	__u64 destination, source;
 	struct ipv4 ip;
-	__u32 vmid;
+	int right, to_gateway, from_gateway;
 
 	/* An Ethernet driver has always pulled the Ethernet header into the linear part. */
 	if ((void *)(eth + 1) > (void *)(long)skb->data_end)
@@ -393,23 +425,36 @@ int from_wire(struct __sk_buff *skb)
 	if (skb->vlan_present)
 		return drop(NETBACK_wire_vlan);
 	port = bpf_map_lookup_elem(&sf_by_wire, &destination);
-	if (!port || is_gateway(destination)) /* a gateway is for the guests of its host */
+	to_gateway = is_gateway(destination);
+	if (!port || (to_gateway && !(gateway_mode() & NETBACK_GATEWAY_SHARED)))
 		return drop(NETBACK_wire_unknown_destination);
 	if (!same_family(source, destination))
 		return drop(NETBACK_wire_foreign_source);
-	/* A VM of this host never sends from the wire. */
-	vmid = vmid_of(source);
-	if (vmid > NETBACK_VMID_LAST || bpf_map_lookup_elem(&sf_by_wire, &source))
+	/* A VM or gateway of this host never sends from the wire; gateways do not speak together.
+	 */
+	from_gateway = is_gateway(source);
+	if (from_gateway)
+		right = !to_gateway && gateway_mode() & NETBACK_GATEWAY_ELSEWHERE;
+	else
+		right = vmid_of(source) <= NETBACK_VMID_LAST;
+	if (!right || bpf_map_lookup_elem(&sf_by_wire, &source))
 		return drop(NETBACK_wire_impossible_source);
 	if (eth->h_proto != bpf_htons(ETH_P_IP))
 		return drop(NETBACK_wire_ethertype);
 	if (!parse_ipv4(skb, &ip))
 		return drop(NETBACK_wire_malformed_ip);
-	if (ip.source != ip_of(vmid))
+	if (from_gateway)
+		right = ip.source == ip_of_gateway() || is_outside(ip.source);
+	else
+		right = ip.source == ip_of(vmid_of(source));
+	if (!right)
 		return drop(NETBACK_wire_source_ip);
-	if (ip.destination != port->ip)
+	if (ip.destination != port->ip && !(to_gateway && is_outside(ip.destination)))
 		return drop(NETBACK_wire_destination_ip);
-	return deliver(skb, port->guest_mac, source, port->ifindex, NETBACK_wire_to_guest);
+	if (to_gateway)
+		return deliver(skb, port, source, NETBACK_wire_to_gateway);
+	return deliver(skb, port, source,
+		       from_gateway ? NETBACK_gateway_from_wire : NETBACK_wire_to_guest);
 }
 
 SEC("tc")

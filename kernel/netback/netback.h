@@ -38,10 +38,14 @@ struct netback_port {
 /* What the filter changed on the uplink and undoes when it goes. */
 #define NETBACK_OWNS_QDISC 1U   /* made clsact */
 #define NETBACK_OWNS_PROMISC 2U /* set promiscuous */
+/* Where gateways are; neither: each host has its own, and nothing for them crosses the wire. */
+#define NETBACK_GATEWAY_ELSEWHERE 4U /* on another host, over the wire */
+#define NETBACK_GATEWAY_SHARED 8U    /* here, for the guests of all hosts */
+#define NETBACK_GATEWAY_MODE (NETBACK_GATEWAY_ELSEWHERE | NETBACK_GATEWAY_SHARED)
 
 struct netback_config {
 	__u32 uplink; /* ifindex */
-	__u32 owned;
+	__u32 flags;
 };
 
 #endif

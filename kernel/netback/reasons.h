@@ -47,7 +47,11 @@
 	X(36, helper_failed)                                                                       \
 	X(37, gateway_from_guest)                                                                  \
 	X(38, gateway_to_guest)                                                                    \
-	X(39, gateway_no_such_vm)
+	X(39, gateway_no_such_vm)                                                                  \
+	X(40, guest_to_wire_gateway)                                                               \
+	X(41, gateway_to_wire)                                                                     \
+	X(42, wire_to_gateway)                                                                     \
+	X(43, gateway_from_wire)
 
 enum netback_reason {
 #define NETBACK_REASON_ENUM(number, name) NETBACK_##name = number,

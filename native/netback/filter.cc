@@ -119,8 +119,8 @@ Status Bare(const netback_port& port) {
 Status Release(const netback_config& config) {
   const std::string name = NameOf(config.uplink);
   if (name.empty()) return Status::Ok();
-  if ((config.owned & NETBACK_OWNS_QDISC) != 0) RemoveQdisc(config.uplink);
-  return (config.owned & NETBACK_OWNS_PROMISC) == 0 ? Status::Ok()
+  if ((config.flags & NETBACK_OWNS_QDISC) != 0) RemoveQdisc(config.uplink);
+  return (config.flags & NETBACK_OWNS_PROMISC) == 0 ? Status::Ok()
                                                     : SetLinkFlags(name, IFF_PROMISC, false);
 }
 
@@ -204,12 +204,12 @@ Status NetbackFilter::AttachUplink(const std::string& object, const std::string&
   config.uplink = uplink_;
   bool made = false;
   status = MakeQdisc(uplink_, uplink, &made);
-  if (made) config.owned |= NETBACK_OWNS_QDISC;
+  if (made) config.flags |= NETBACK_OWNS_QDISC;
   if (status.ok()) {
     // A network card passes on only what is for its own address, and wire MACs are not.
     bool changed = false;
     status = SetLinkFlags(uplink, IFF_PROMISC, true, &changed);
-    if (changed) config.owned |= NETBACK_OWNS_PROMISC;
+    if (changed) config.flags |= NETBACK_OWNS_PROMISC;
   }
   if (status.ok()) {
     const int error = bpf_map_update_elem(config_, &zero, &config, BPF_ANY);
@@ -411,6 +411,24 @@ Status NetbackFilter::PutIdentity(uint32_t ifindex, const Vm& vm) {
   if (!same) bpf_map_delete_elem(by_wire_, &port.wire_mac);
   if (error == -EEXIST) return Status::Error("E_EXISTS", vm.interface + " has an identity already");
   return UpdateFailed("sf_ports", error);
+}
+
+Status NetbackFilter::SetGatewayMode(uint32_t mode) {
+  const uint32_t zero = 0;
+  netback_config config = {};
+  int error = bpf_map_lookup_elem(config_, &zero, &config);
+  if (error != 0) return BpfError("read map sf_config", error);
+  config.flags = (config.flags & ~NETBACK_GATEWAY_MODE) | (mode & NETBACK_GATEWAY_MODE);
+  error = bpf_map_update_elem(config_, &zero, &config, BPF_ANY);
+  return error == 0 ? Status::Ok() : UpdateFailed("sf_config", error);
+}
+
+Status NetbackFilter::GatewayMode(uint32_t* out) const {
+  const uint32_t zero = 0;
+  netback_config config = {};
+  const int error = bpf_map_lookup_elem(config_, &zero, &config);
+  *out = config.flags & NETBACK_GATEWAY_MODE;
+  return error == 0 ? Status::Ok() : BpfError("read map sf_config", error);
 }
 
 // sf_ports first: an identity that nobody else may claim yet can be left over, one that two

@@ -68,6 +68,9 @@ class NetbackFilter {
   // E_NOT_FOUND.
   Status RemoveVm(const std::string& interface);
   Status Vms(std::vector<Vm>* out) const;
+  // Where gateways are: bits of NETBACK_GATEWAY_MODE. Holds until it is changed or Detach().
+  Status SetGatewayMode(uint32_t mode);
+  Status GatewayMode(uint32_t* out) const;
   // One sum over all CPUs for each reason of kernel/netback/reasons.h.
   Status Stats(std::vector<uint64_t>* out) const;
   // Removes all of it from all interfaces; those of VMs are set down.

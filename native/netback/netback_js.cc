@@ -36,6 +36,8 @@ class Netback : public Napi::ObjectWrap<Netback> {
                         InstanceMethod("addVm", &Netback::AddVm),
                         InstanceMethod("removeVm", &Netback::RemoveVm),
                         InstanceMethod("vms", &Netback::Vms),
+                        InstanceMethod("setGatewayMode", &Netback::SetGatewayMode),
+                        InstanceMethod("gatewayMode", &Netback::GatewayMode),
                         InstanceMethod("stats", &Netback::Stats),
                         InstanceMethod("detach", &Netback::Detach),
                         InstanceMethod("close", &Netback::Close),
@@ -129,6 +131,14 @@ class Netback : public Napi::ObjectWrap<Netback> {
       out.Set(i, vm);
     }
     return out;
+  }
+  void SetGatewayMode(const Napi::CallbackInfo& info) {
+    throw_if(info.Env(), filter(info.Env()).SetGatewayMode(info[0].ToNumber().Uint32Value()));
+  }
+  Napi::Value GatewayMode(const Napi::CallbackInfo& info) {
+    uint32_t mode = 0;
+    throw_if(info.Env(), filter(info.Env()).GatewayMode(&mode));
+    return Napi::Number::New(info.Env(), mode);
   }
   Napi::Value Stats(const Napi::CallbackInfo& info) {
     std::vector<uint64_t> counts;

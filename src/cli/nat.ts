@@ -16,10 +16,22 @@ const REFUSED = 1;
 
 interface Uplink {
   uplink: string;
+  hostName?: string;
 }
 
-function onHost<T>({ uplink }: Uplink, work: (nat: NatHost) => Promise<T>): Promise<T> {
-  return onUplink(uplink, (filter) => work(new NatHost({ filter })));
+function onHost<T>(options: Uplink, work: (nat: NatHost) => Promise<T>): Promise<T> {
+  const { hostName } = options;
+  return onUplink(options.uplink, (filter) =>
+    work(new NatHost({ filter, ...(hostName !== undefined && { hostName }) })),
+  );
+}
+
+/** What is to be known of a policy with a router; '' without one. */
+function routing({ router, host_name: self }: Pick<NatView, 'router' | 'host_name'>): string {
+  if (router === null) return '';
+  return router === self
+    ? `this host (${self}) is the router for all hosts`
+    : `host ${router} is the router: gateways are there, and none on this host (${self})`;
 }
 
 function warn(failed: Record<string, string>): void {
@@ -43,6 +55,7 @@ function show(view: NatView): void {
     it.connections,
   ]);
   if (!view.applied) note('no policy is in force; `snowflock nat apply FILE` puts one in force');
+  if (view.router !== null) note(routing(view));
   const header = ['family', 'namespace', 'address', 'parent', 'connections'];
   process.stdout.write(`${table(header, gateways)}\n`);
   if (rows.length === 0) return;
@@ -69,6 +82,8 @@ interface Known {
   resolved: Resolved;
   /** With the parent here or not; undefined where only a file is known. */
   families?: Map<number, boolean>;
+  /** Another host that is the router. */
+  router?: string;
 }
 
 async function known(options: ExplainOptions): Promise<Known> {
@@ -86,13 +101,16 @@ async function known(options: ExplainOptions): Promise<Known> {
         'no policy is in force; apply one, or name one to look at with --file',
       );
     }
-    const { gateways } = await nat.view();
-    return { ...state, families: new Map(gateways.map((it) => [it.family, it.parent_here])) };
+    const { gateways, router, host_name: self } = await nat.view();
+    const here = gateways.map((it): [number, boolean] => [it.family, it.parent_here]);
+    if (router === null || router === self) return { ...state, families: new Map(here) };
+    const guests = nat.localFamilies().map((family): [number, boolean] => [family, false]);
+    return { ...state, families: new Map(guests), router };
   });
 }
 
 async function explainFlow(source: string, destination: string, options: ExplainOptions) {
-  const { policy, resolved, families } = await known(options);
+  const { policy, resolved, families, router } = await known(options);
   const to = endpoint(destination);
   const inward = to.host === 'host';
   if (!isIPv4(source) || (!inward && vmidOfAddress(source) === undefined)) {
@@ -117,8 +135,10 @@ async function explainFlow(source: string, destination: string, options: Explain
   const context = {
     policy: family === undefined ? {} : policyOf(policy, family),
     resolved,
-    hostAddresses: families === undefined ? [] : hostAddresses,
+    // Those of another host are not known here.
+    hostAddresses: families === undefined || router !== undefined ? [] : hostAddresses,
     parentHere: families === undefined || families.get(family ?? -1) === true,
+    ...(router !== undefined && { router }),
   };
   const addresses =
     inward || isIPv4(to.host)
@@ -159,16 +179,24 @@ Exit status: 0; of \`explain\` 1 for a flow that is refused; 2 an argument or po
     nat
       .command(name)
       .description(description)
-      .option('--uplink <interface>', 'interface that has the filter', 'eth0');
+      .option('--uplink <interface>', 'interface that has the filter', 'eth0')
+      .option(
+        '--host-name <name>',
+        'as the policy names this host, if it is the router (remembered; default: its hostname)',
+      );
 
   command('apply', 'put a policy in force, at once, without cutting flows that it allows')
     .argument('<file>', 'the policy')
     .action(async (file: string, options: Uplink) => {
       const policy = loadPolicy(file);
-      const done = await onHost(options, (host) => host.apply(policy));
+      const { view, ...done } = await onHost(options, async (host) => ({
+        ...(await host.apply(policy)),
+        view: await host.view(),
+      }));
       if (json()) return printJson(done);
       warn(done.failed);
       note(`in force; families with a gateway here: ${done.families.join(', ') || 'none'}`);
+      if (view.router !== null) note(routing(view));
     });
 
   command('sync', 'gateways for the families that have VMs here now, none for others').action(

@@ -34,8 +34,10 @@ export interface ExplainContext {
   resolved: Resolved;
   /** IPv4 addresses of the host itself. */
   hostAddresses: readonly string[];
-  /** The parent runs on this host. */
+  /** Ports of this host lead to the parent: it runs here, or this host is the router. */
   parentHere: boolean;
+  /** Another host that is the router. */
+  router?: string;
 }
 
 /** The addresses that lead to gateways of families on a host: 100.86.0.0/16 (RFC 6598). */
@@ -114,7 +116,11 @@ function explainIn(flow: Flow, context: ExplainContext): Explanation {
   if (rule === undefined)
     return refuse('host', 'no rule leads this port of the host to the parent');
   if (!context.parentHere) {
-    return refuse('host', 'the parent runs on another host', rule.name);
+    const where =
+      context.router === undefined
+        ? 'the parent runs on another host'
+        : `ports of host ${context.router}, which is the router, lead to the parent`;
+    return refuse('host', where, rule.name);
   }
   const source = ipNumber(flow.source);
   if (rule.from !== undefined && !rule.from.some((block) => within(block, source))) {

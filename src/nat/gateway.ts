@@ -1,7 +1,9 @@
 /**
  * The NAT gateways of one host: a namespace for each family that has a VM here. The state is in the
  * kernel, and beside it one file with the policy in force; any process with the same host namespace
- * goes on with it. `sync` makes what is there equal to what should be, whoever made it.
+ * goes on with it. `sync` makes what is there equal to what should be, whoever made it. Where the
+ * policy names a router, that host has gateways for the families of all hosts, the others have none
+ * and their filters lead to it.
  *
  *   filter --- sfgFFFFFF | guests (10.86.0.1)  namespace  uplink | sfnFFFFFF --- the host's routes
  *
@@ -14,10 +16,12 @@
 import { spawn } from 'node:child_process';
 import { closeSync, mkdirSync, openSync, readFileSync } from 'node:fs';
 import { rm } from 'node:fs/promises';
+import { hostname } from 'node:os';
 import { join } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
 import { readJson, writeJson } from '../common/files.js';
 import type { NetbackFilter } from '../netback-filter/filter.js';
+import type { GatewayMode } from '../netback-filter/policy.js';
 import { GATEWAY, ipNumber, ipText, MTU, VMID_GATEWAY, wireMac } from '../network/addresses.js';
 import {
   command,
@@ -56,6 +60,13 @@ export interface NatHostOptions {
   resolver?: Resolver;
   /** Names of families' root parents, for policies that go by them. */
   nameOf?: (family: number) => string | undefined;
+  /** As policies name this host if it is the router. Default: what a daemon said, or its hostname. */
+  hostName?: string;
+  /**
+   * For the router: families with VMs on other hosts, and their names where they are known. Default:
+   * what a daemon said, or those that the policy has by number.
+   */
+  elsewhere?: () => ReadonlyMap<number, string | undefined>;
 }
 
 /** The policy in force. */
@@ -65,6 +76,9 @@ interface State {
   resolved: Resolved;
   /** By family number: names of root parents, as a daemon has told them. */
   names: Record<string, string>;
+  /** As a daemon has told them: this host's name, families of other hosts. */
+  host?: string;
+  elsewhere?: number[];
 }
 
 export interface Counts {
@@ -77,6 +91,7 @@ export interface GatewayView {
   namespace: string;
   /** On the link to the host. */
   address: string;
+  /** Ports of this host lead to the parent: it is here, or this host is the router. */
   parent_here: boolean;
   connections: number;
   counters: Record<string, Counts>;
@@ -84,8 +99,19 @@ export interface GatewayView {
 
 export interface NatView {
   applied: boolean;
+  /** This host, as policies name it. */
+  host_name: string;
+  /** The host that is the way out for all; null: each host is its own. */
+  router: string | null;
   gateways: GatewayView[];
   host: Record<string, Counts>;
+}
+
+/** What a host has to do with gateways under a policy. */
+interface Part {
+  mode: GatewayMode;
+  /** Families that have a gateway here; true where ports lead to the parent. */
+  families: Map<number, boolean>;
 }
 
 interface Link {
@@ -104,6 +130,8 @@ export class NatHost {
   readonly #runDir: string;
   readonly #resolver: Resolver | undefined;
   readonly #nameOf: (family: number) => string | undefined;
+  readonly #hostName: string | undefined;
+  readonly #elsewhere: NatHostOptions['elsewhere'];
 
   constructor(options: NatHostOptions) {
     this.#filter = options.filter;
@@ -112,6 +140,8 @@ export class NatHost {
     this.#runDir = options.runDir ?? NAT_RUN_DIR;
     this.#resolver = options.resolver;
     this.#nameOf = options.nameOf ?? (() => undefined);
+    this.#hostName = options.hostName;
+    this.#elsewhere = options.elsewhere;
   }
 
   namespaceOf(family: number): string {
@@ -126,8 +156,9 @@ export class NatHost {
     return this.#locked(async () => {
       const before = await this.#state();
       const found = await this.#resolve(policy, before?.resolved ?? {});
-      const names = before?.names ?? {};
-      const state: State = { version: 1, policy, resolved: found.resolved, names };
+      const { names = {}, host, elsewhere } = before ?? {};
+      const told = { ...(host && { host }), ...(elsewhere && { elsewhere }) };
+      const state: State = { version: 1, policy, resolved: found.resolved, names, ...told };
       const families = await this.#sync(state);
       return { families, failed: found.failed };
     });
@@ -157,6 +188,7 @@ export class NatHost {
     return this.#locked(async () => {
       const families = await this.#families();
       for (const family of families) await this.#takeDown(family);
+      this.#filter.setGatewayMode('own');
       await this.#removeHostTable();
       await rm(this.#stateFile(), { force: true });
       return families;
@@ -170,22 +202,28 @@ export class NatHost {
 
   async view(): Promise<NatView> {
     const gateways: GatewayView[] = [];
-    const local = this.#localFamilies();
+    const state = await this.#state();
+    const part = state === undefined ? undefined : this.#part(state);
     for (const { family, slot } of await this.#links()) {
       const netns = this.#netnsOf(family);
       gateways.push({
         family,
         namespace: this.namespaceOf(family),
         address: familyEnd(slot),
-        parent_here: local.get(family) === true,
+        parent_here: part?.families.get(family) === true,
         connections: Number(getSysctl(netns, 'net/netfilter/nf_conntrack_count')),
         counters: counters(await this.#table(netns, FAMILY_TABLE)),
       });
     }
     gateways.sort((a, b) => a.family - b.family);
-    const state = await this.#state();
     const host = counters(await this.#table(this.#netns, HOST_TABLE));
-    return { applied: state !== undefined, gateways, host };
+    return {
+      applied: state !== undefined,
+      host_name: this.#nameOfHost(state),
+      router: state?.policy.router ?? null,
+      gateways,
+      host,
+    };
   }
 
   #stateFile(): string {
@@ -212,6 +250,27 @@ export class NatHost {
       out.set(family, vmid === 0 || out.get(family) === true);
     }
     return out;
+  }
+
+  /** With a VM on this host, gateway here or not. */
+  localFamilies(): number[] {
+    return [...this.#localFamilies().keys()].sort((a, b) => a - b);
+  }
+
+  #nameOfHost(state?: State): string {
+    return this.#hostName ?? state?.host ?? hostname();
+  }
+
+  #part(state: State): Part {
+    const families = this.#localFamilies();
+    const { router } = state.policy;
+    if (router === undefined) return { mode: 'own', families };
+    if (router !== this.#nameOfHost(state)) return { mode: 'elsewhere', families: new Map() };
+    const listed = () =>
+      Object.keys(state.policy.families ?? {}).flatMap((key) => (/^\d+$/.test(key) ? +key : []));
+    const others = this.#elsewhere?.().keys() ?? state.elsewhere ?? listed();
+    const all = [...families.keys(), ...others];
+    return { mode: 'shared', families: new Map(all.map((family) => [family, true])) };
   }
 
   #netnsOf(family: number): string {
@@ -260,7 +319,9 @@ export class NatHost {
   }
 
   async #sync(state: State): Promise<number[]> {
-    const wanted = this.#localFamilies();
+    const { mode, families: wanted } = this.#part(state);
+    if (this.#filter.gatewayMode() !== mode) this.#filter.setGatewayMode(mode);
+    const elsewhere = this.#elsewhere?.();
     const ports = new Set(this.#filter.gateways().map(({ family }) => family));
     const interfaces = new Set(await this.#linkNames());
     const links = new Map((await this.#links()).map((it) => [it.family, it.slot]));
@@ -275,7 +336,7 @@ export class NatHost {
     const linked: Linked[] = [];
     const names: Record<string, string> = {};
     for (const [family, parentHere] of wanted) {
-      const name = this.#nameOf(family) ?? state.names[family];
+      const name = this.#nameOf(family) ?? elsewhere?.get(family) ?? state.names[family];
       if (name !== undefined) names[family] = name;
       const policy = policyOf(state.policy, family, name);
       let slot = links.get(family);
@@ -294,7 +355,11 @@ export class NatHost {
     }
     if (linked.length === 0) await this.#removeHostTable();
     else await this.#hostTable(linked);
-    await writeJson(this.#stateFile(), { ...state, names });
+    const told = {
+      ...(this.#hostName !== undefined && { host: this.#hostName }),
+      ...(elsewhere !== undefined && { elsewhere: [...elsewhere.keys()] }),
+    };
+    await writeJson(this.#stateFile(), { ...state, ...told, names });
     return [...wanted.keys()].sort((a, b) => a - b);
   }
 

@@ -9,7 +9,7 @@ import { Value } from 'typebox/value';
 import { SnowflockError } from '../common/errors.js';
 import { FAMILY_MAX, ipNumber } from '../network/addresses.js';
 
-const RULES_MAX = 128;
+const RULES_MAX = 1024;
 const DESTINATIONS_MAX = 64;
 const NAMES_MAX = 64;
 
@@ -90,6 +90,13 @@ export const NatPolicyFile = Type.Object(
     version: Type.Literal(1),
     /** Given to guests by DHCP. They are reached only if a rule allows it. */
     dns_servers: Type.Optional(Type.Array(Type.String(), { maxItems: 3 })),
+    /**
+     * Name of the host that is the way out for all hosts, which have this policy too. Absent: each
+     * host is its own.
+     */
+    router: Type.Optional(
+      Type.String({ pattern: '^[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?$' }),
+    ),
     /** DNS names of rules are asked again after so long. Default 60. */
     dns_refresh_s: Type.Optional(Type.Integer({ minimum: 5, maximum: 86_400 })),
     /** An address that a name no longer has stays allowed for so long. Default 3600. */

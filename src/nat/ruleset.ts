@@ -4,27 +4,31 @@
  * The table of a family, in its namespace, with interfaces `guests` and `uplink`:
  *
  *   forward    by direction of the flow and of the packet, to
- *     out-go, out-back   flows that guests began: every packet asks the rules anew
- *     in-go, in-back     flows that outside began, to the parent
+ *     out        flows that guests began: every packet asks the rules anew
+ *       to-PROTOCOL-N    by the class of the address, the port (classes.ts)
+ *     in         flows that outside began, to the parent
+ *       in-NAME          by the port of the host
  *   allow-NAME, inbound-NAME   limits, then the rule's counter, accept
  *   refuse-out, refuse-in      counter, then TCP reset or ICMP admin-prohibited
  *
  * Invariants:
- *  - no packet passes because of the flow's state alone: established flows are asked by what they
- *    match, in both directions. A changed policy therefore holds from the next packet on, flows that
+ *  - no packet passes because of the flow's state alone: established flows are asked by where they
+ *    go, as their first packet said it (`ct original`), in both directions. A changed policy therefore holds from the next packet on, flows that
  *    are still allowed go on, others get a reset;
  *  - counters have names and outlive a change of the rules; so do limits, each in a chain whose name
  *    has its value: what is used up or open counts on, until that limit itself is changed;
- *  - the number of rules a packet sees is bounded by the policy file's limits.
+ *  - a packet sees as many rules of nftables with one rule of the policy as with a thousand.
  *
  * explain.ts is the same as a pure function. Meters (nft: `meter`) are what nftables 1.0.6 can say
  * in JSON about sets that rules fill.
  */
 import { addressOfVmid, ipText } from '../network/addresses.js';
+import { classify } from './classes.js';
 import { LINK_NETWORK } from './explain.js';
 import {
   type AddressRange,
   type FamilyPolicy,
+  type InboundRule,
   joinRanges,
   type Limits,
   parseBlock,
@@ -49,6 +53,14 @@ const match = (left: Json, right: unknown, op = '=='): Json => ({ match: { op, l
 const field = (protocol: string, name: string): Json => ({ payload: { protocol, field: name } });
 const meta = (key: string): Json => ({ meta: { key } });
 const ct = (key: string): Json => ({ ct: { key } });
+/** Of the flow as it began, whatever direction the packet has. */
+const original = (key: string): Json => ({ ct: { key, dir: 'original' } });
+const lookUp = (key: Json, pairs: readonly [Expression, Expression][]): Json => ({
+  map: { key, data: { set: pairs } },
+});
+const choose = (key: Json, pairs: readonly [Expression, Json][]): Json => ({
+  vmap: { key, data: { set: pairs } },
+});
 const goTo = (target: string): Json => ({ goto: { target } });
 const jump = (target: string): Json => ({ jump: { target } });
 const accept: Json = { accept: null };
@@ -223,16 +235,91 @@ function passing(table: Table, name: string): void {
   table.rule(name, count(`${name}-in`), accept);
 }
 
-const portSet = (ports: readonly (number | string)[]): unknown => ({
-  set: ports.map((port): Expression => {
-    const { first, last } = parsePorts(port);
-    return first === last ? first : { range: [first, last] };
-  }),
-});
+const span = (first: number, last: number, text: (value: number) => Expression): Expression =>
+  first === last ? text(first) : { range: [text(first), text(last)] };
+
+/** The rules of `allow`, as look-ups: class of the address, then the port in it (classes.ts). */
+function allowRules(table: Table, policy: FamilyPolicy, resolved: Resolved): void {
+  const rules = policy.allow ?? [];
+  for (const { name } of rules) passing(table, `allow-${name}`);
+  for (const protocol of ['tcp', 'udp', 'icmp'] as const) {
+    const { classes, addresses } = classify(
+      rules
+        .filter((rule) => rule.protocol === protocol)
+        .map(({ name, to, ports }) => ({
+          name: `allow-${name}`,
+          addresses: joinRanges(to.flatMap((one) => rangesOf(one, resolved))),
+          ...(ports === undefined ? {} : { ports: ports.map(parsePorts) }),
+        })),
+    );
+    if (addresses.length === 0) continue;
+    const chains = classes.map((ports, number) => {
+      const [only] = ports;
+      if (only?.first === 0 && only.last === 65_535) return only.rule;
+      const chain = `to-${protocol}-${number}`;
+      table.chain(chain);
+      const answers = ports.map(({ first, last, rule }): [Expression, Json] => [
+        span(first, last, (port) => port),
+        goTo(rule),
+      ]);
+      // The protocol again: nft wants it in each rule that speaks of ports.
+      table.rule(chain, isProtocol(protocol), choose(original('proto-dst'), answers));
+      table.rule(chain, goTo('refuse-out'));
+      return chain;
+    });
+    const answers = addresses.map(({ first, last, class: its }): [Expression, Json] => [
+      span(first, last, ipText),
+      goTo(chains[its] ?? 'refuse-out'),
+    ]);
+    table.rule('out', isProtocol(protocol), choose(original('ip daddr'), answers));
+  }
+  table.rule('out', goTo('refuse-out'));
+}
+
+function rangesOf(to: string, resolved: Resolved): AddressRange[] {
+  const block = parseBlock(to);
+  if (block !== undefined) return [block];
+  const addresses = Object.keys(resolved[to.toLowerCase()] ?? {});
+  return addresses.flatMap((address) => parseBlock(address) ?? []);
+}
+
+/** Ports of the host to those of the parent. */
+function inboundRules(table: Table, rules: readonly InboundRule[]): void {
+  for (const protocol of ['tcp', 'udp'] as const) {
+    const ones = rules.filter((rule) => rule.protocol === protocol);
+    if (ones.length === 0) continue;
+    const ports = ones.map(({ port, to_port }): [number, number] => [port, to_port ?? port]);
+    table.rule('prerouting', from('uplink'), isProtocol(protocol), {
+      dnat: { addr: PARENT, port: lookUp(field(protocol, 'dport'), ports) },
+    });
+    const answers = ones.map(({ name, port }): [number, Json] => [port, goTo(`in-${name}`)]);
+    table.rule('in', isProtocol(protocol), choose(original('proto-dst'), answers));
+  }
+  table.rule('in', goTo('refuse-in'));
+  for (const rule of rules) {
+    const name = `inbound-${rule.name}`;
+    table.set(
+      name,
+      (rule.from ?? ['0.0.0.0/0']).flatMap((text) => parseBlock(text) ?? []),
+    );
+    table.chain(`in-${rule.name}`);
+    table.rule(
+      `in-${rule.name}`,
+      isProtocol(rule.protocol),
+      // A flow that began when the rule led to another port goes there still.
+      match({ ct: { key: 'ip saddr', dir: 'reply' } }, PARENT),
+      match({ ct: { key: 'proto-src', dir: 'reply' } }, rule.to_port ?? rule.port),
+      match(original('ip saddr'), `@${name}`),
+      goTo(name),
+    );
+    table.rule(`in-${rule.name}`, goTo('refuse-in'));
+    passing(table, name);
+  }
+}
 
 /**
  * Replaces what the namespace of a family has. `parentHere`: ports of the host lead to the parent
- * only on its own host.
+ * only where the parent is, or on the router for all. E_CONFIG: classify().
  */
 export function familyTransaction(
   policy: FamilyPolicy,
@@ -242,62 +329,8 @@ export function familyTransaction(
 ): object[] {
   const table = new Table(FAMILY_TABLE);
   const { forward, input } = baseChains(table);
-
-  for (const rule of policy.allow ?? []) {
-    const ranges = rule.to.flatMap((to) => {
-      const block = parseBlock(to);
-      if (block !== undefined) return [block];
-      const addresses = Object.keys(resolved[to.toLowerCase()] ?? {});
-      return addresses.flatMap((address) => parseBlock(address) ?? []);
-    });
-    const name = `allow-${rule.name}`;
-    table.set(name, ranges);
-    for (const [chain, address, port] of [
-      ['out-go', 'daddr', 'dport'],
-      ['out-back', 'saddr', 'sport'],
-    ] as const) {
-      table.rule(
-        chain,
-        isProtocol(rule.protocol),
-        match(field('ip', address), `@${name}`),
-        ...(rule.ports === undefined
-          ? []
-          : [match(field(rule.protocol, port), portSet(rule.ports))]),
-        goTo(name),
-      );
-    }
-    passing(table, name);
-  }
-  table.rule('out-go', goTo('refuse-out'));
-  table.rule('out-back', goTo('refuse-out'));
-
-  for (const rule of parentHere ? (policy.inbound ?? []) : []) {
-    const name = `inbound-${rule.name}`;
-    const port = rule.to_port ?? rule.port;
-    const block = (rule.from ?? ['0.0.0.0/0']).flatMap((text) => parseBlock(text) ?? []);
-    table.set(name, block);
-    table.rule('prerouting', from('uplink'), match(field(rule.protocol, 'dport'), rule.port), {
-      dnat: { addr: PARENT, port },
-    });
-    for (const [chain, far, near, nearPort] of [
-      ['in-go', 'saddr', 'daddr', 'dport'],
-      ['in-back', 'daddr', 'saddr', 'sport'],
-    ] as const) {
-      table.rule(
-        chain,
-        match(field('ip', near), PARENT),
-        match(field(rule.protocol, nearPort), port),
-        // Rules may lead to one port of the parent, each for other clients.
-        match({ ct: { key: 'proto-dst', dir: 'original' } }, rule.port),
-        match(field('ip', far), `@${name}`),
-        goTo(name),
-      );
-    }
-    passing(table, name);
-  }
-  table.rule('in-go', goTo('refuse-in'));
-  table.rule('in-back', goTo('refuse-in'));
-
+  allowRules(table, policy, resolved);
+  inboundRules(table, parentHere ? (policy.inbound ?? []) : []);
   limitRules(table, 'clone', policy.per_clone ?? {}, {
     go: field('ip', 'saddr'),
     back: field('ip', 'daddr'),
@@ -318,7 +351,7 @@ function baseChains(table: Table): { forward: string; input: string } {
     prio,
     policy,
   });
-  for (const name of ['out-go', 'out-back', 'in-go', 'in-back', 'limits']) table.chain(name);
+  for (const name of ['out', 'in', 'limits']) table.chain(name);
   refuseChain(table);
   refusal(table, 'refuse-out', 'refused-outbound');
   refusal(table, 'refuse-in', 'refused-inbound');
@@ -341,10 +374,10 @@ function baseChains(table: Table): { forward: string; input: string } {
   const toLinks = match(field('ip', 'daddr'), links);
   table.rule(forward, from('guests'), toLinks, goTo('refuse-links'));
   const direction = (name: string) => match(ct('direction'), name);
-  table.rule(forward, from('guests'), towards('uplink'), direction('original'), goTo('out-go'));
-  table.rule(forward, from('uplink'), towards('guests'), direction('reply'), goTo('out-back'));
-  table.rule(forward, from('uplink'), towards('guests'), direction('original'), goTo('in-go'));
-  table.rule(forward, from('guests'), towards('uplink'), direction('reply'), goTo('in-back'));
+  table.rule(forward, from('guests'), towards('uplink'), direction('original'), goTo('out'));
+  table.rule(forward, from('uplink'), towards('guests'), direction('reply'), goTo('out'));
+  table.rule(forward, from('uplink'), towards('guests'), direction('original'), goTo('in'));
+  table.rule(forward, from('guests'), towards('uplink'), direction('reply'), goTo('in'));
 
   const input = 'input';
   table.chain(input, base('filter', 'input', 0, 'drop'));
@@ -388,11 +421,15 @@ export function hostTransaction(
   refusal(table, 'refuse-between', 'refused-between');
   refusal(table, 'refuse-host', 'refused-host');
   const local = match({ fib: { result: 'type', flags: ['daddr'] } }, 'local');
-  for (const { address, inbound } of links) {
-    for (const { protocol, port } of inbound) {
-      const wanted = match(field(protocol, 'dport'), port);
-      table.rule('prerouting', notFrom, local, wanted, { dnat: { addr: address } });
-    }
+  for (const protocol of ['tcp', 'udp']) {
+    const ports = links.flatMap(({ address, inbound }) =>
+      inbound
+        .filter((rule) => rule.protocol === protocol)
+        .map(({ port }): [number, string] => [port, address]),
+    );
+    if (ports.length === 0) continue;
+    const addr = lookUp(field(protocol, 'dport'), ports);
+    table.rule('prerouting', notFrom, local, isProtocol(protocol), { dnat: { addr } });
   }
   table.rule('postrouting', from(any), notTowards, { masquerade: null });
   table.rule('forward', from(any), towards(any), goTo('refuse-between'));

@@ -20,6 +20,7 @@ import {
   nativeError,
   netback,
 } from '../network/native.js';
+import type { GatewayMode } from './policy.js';
 import { REASONS } from './reasons.js';
 
 /** A VM as the filter knows it. */
@@ -35,6 +36,13 @@ export interface FilteredVm {
   /** Default, and only accepted value: the scheme's for this vmid. */
   ip?: string;
 }
+
+/** NETBACK_GATEWAY_* of kernel/netback/netback.h. */
+export const GATEWAY_MODES: Readonly<Record<GatewayMode, number>> = {
+  own: 0,
+  elsewhere: 4,
+  shared: 8,
+};
 
 const isGatewayMac = (mac: number) => mac % 2 ** 16 === VMID_GATEWAY;
 
@@ -127,6 +135,20 @@ export class NetbackFilter {
     return native(() => this.#filter.vms())
       .filter((vm) => isGatewayMac(vm.wireMac))
       .map((vm) => ({ port: vm.tap, family: Math.floor(vm.wireMac / 2 ** 16) % 2 ** 24 }));
+  }
+
+  /**
+   * Says where gateways are (docs/network.md, one router for all). Kept in the kernel, until
+   * `detach`. E_BPF.
+   */
+  setGatewayMode(mode: GatewayMode): void {
+    native(() => this.#filter.setGatewayMode(GATEWAY_MODES[mode]));
+  }
+
+  gatewayMode(): GatewayMode {
+    const bits = native(() => this.#filter.gatewayMode());
+    const all = Object.keys(GATEWAY_MODES) as GatewayMode[];
+    return all.find((mode) => GATEWAY_MODES[mode] === bits) ?? 'own';
   }
 
   vms(): Required<FilteredVm>[] {

@@ -13,6 +13,8 @@
  *    packet's destination address; it leaves with the sender's wire MAC;
  *  - a family's gateway is one more port: guests reach through it what is outside their network, it
  *    sends with addresses from there (or its own), and only to guests of this host;
+ *  - unless one host is the router for all: it shares its gateways with the guests of other hosts,
+ *    for which they are elsewhere; only between these two do frames of gateways cross the wire;
  *  - from the wire comes IPv4 of the own family alone, from a VM that is not on this host, to a VM;
  *  - into a tap goes only what the filter sent there.
  *
@@ -28,12 +30,21 @@ export interface PolicyVm {
   readonly ip: number;
 }
 
+/**
+ * Where gateways are: each host has its `own`; on another host, over the wire (`elsewhere`); here,
+ * `shared` with the guests of all hosts.
+ */
+export type GatewayMode = 'own' | 'elsewhere' | 'shared';
+
 /** The VMs of one host, as the filter's maps hold them. */
 export class PolicyTable {
   readonly #byInterface = new Map<number, PolicyVm>();
   readonly #byWireMac = new Map<number, PolicyVm>();
 
-  constructor(vms: Iterable<PolicyVm>) {
+  constructor(
+    vms: Iterable<PolicyVm>,
+    readonly gateways: GatewayMode = 'own',
+  ) {
     for (const vm of vms) {
       this.#byInterface.set(vm.ifindex, vm);
       this.#byWireMac.set(vm.wireMac, vm);
@@ -89,6 +100,7 @@ const HOST_BITS = 2 ** 16;
 const FIRST_HOST = 2;
 const VMID_LAST = 0xfffc;
 const VMID_GATEWAY = 0xffff;
+const GATEWAY_ADDRESS = NETWORK + 1;
 const TYPE_IPV4 = 0x0800;
 const TYPE_ARP = 0x0806;
 const TYPE_IPV6 = 0x86dd;
@@ -206,12 +218,20 @@ function ipv4FromGuest(frame: Buffer, vm: PolicyVm, table: PolicyTable): Decisio
     to: port.ifindex,
     frame: readdressed(frame, port.guestMac, vm.wireMac),
   });
+  const onWire = (reason: string): Decision => ({
+    verdict: 'redirect',
+    reason,
+    to: 'uplink',
+    frame: readdressed(frame, to, vm.wireMac),
+  });
   if (vmid === VMID_GATEWAY) {
-    if (local === undefined) return drop('guest_to_gateway');
-    if (ip.destination !== local.ip && !isOutside(ip.destination)) {
+    if (local === undefined && table.gateways !== 'elsewhere') return drop('guest_to_gateway');
+    if (ip.destination !== GATEWAY_ADDRESS && !isOutside(ip.destination)) {
       return drop('guest_destination_ip');
     }
-    return deliver('gateway_from_guest', local);
+    return local === undefined
+      ? onWire('guest_to_wire_gateway')
+      : deliver('gateway_from_guest', local);
   }
   if (vmid > VMID_LAST) return drop('guest_no_such_vm');
   // Keeps broadcast and multicast IP out of unicast frames too.
@@ -220,13 +240,8 @@ function ipv4FromGuest(frame: Buffer, vm: PolicyVm, table: PolicyTable): Decisio
   if (local !== undefined) {
     return deliver(fromGateway ? 'gateway_to_guest' : 'guest_to_local', local);
   }
-  if (fromGateway) return drop('gateway_no_such_vm');
-  return {
-    verdict: 'redirect',
-    reason: 'guest_to_wire',
-    to: 'uplink',
-    frame: readdressed(frame, to, vm.wireMac),
-  };
+  if (!fromGateway) return onWire('guest_to_wire');
+  return table.gateways === 'shared' ? onWire('gateway_to_wire') : drop('gateway_no_such_vm');
 }
 
 function fromGuest(arrival: Arrival, frame: Buffer, table: PolicyTable): Decision {
@@ -251,19 +266,30 @@ function fromWire(arrival: Arrival, frame: Buffer, table: PolicyTable): Decision
   }
   if (arrival.tagged === true) return drop('wire_vlan');
   const vm = table.ofWireMac(to);
-  if (vm === undefined || isGateway(to)) return drop('wire_unknown_destination');
+  const toGateway = isGateway(to);
+  if (vm === undefined || (toGateway && table.gateways !== 'shared')) {
+    return drop('wire_unknown_destination');
+  }
   if (!sameFamily(from, to)) return drop('wire_foreign_source');
-  const vmid = vmidOf(from);
-  if (vmid > VMID_LAST || table.ofWireMac(from) !== undefined)
-    return drop('wire_impossible_source');
+  const fromGateway = isGateway(from);
+  const maySend = fromGateway
+    ? !toGateway && table.gateways === 'elsewhere'
+    : vmidOf(from) <= VMID_LAST;
+  if (!maySend || table.ofWireMac(from) !== undefined) return drop('wire_impossible_source');
   if (frame.readUInt16BE(12) !== TYPE_IPV4) return drop('wire_ethertype');
   const ip = parseIpv4(frame);
   if (ip === undefined) return drop('wire_malformed_ip');
-  if (ip.source !== addressOf(vmid)) return drop('wire_source_ip');
-  if (ip.destination !== vm.ip) return drop('wire_destination_ip');
+  const rightSource = fromGateway
+    ? ip.source === GATEWAY_ADDRESS || isOutside(ip.source)
+    : ip.source === addressOf(vmidOf(from));
+  if (!rightSource) return drop('wire_source_ip');
+  if (ip.destination !== vm.ip && !(toGateway && isOutside(ip.destination))) {
+    return drop('wire_destination_ip');
+  }
+  const passed = fromGateway ? 'gateway_from_wire' : 'wire_to_guest';
   return {
     verdict: 'redirect',
-    reason: 'wire_to_guest',
+    reason: toGateway ? 'wire_to_gateway' : passed,
     to: vm.ifindex,
     frame: readdressed(frame, vm.guestMac, from),
   };

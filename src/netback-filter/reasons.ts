@@ -54,4 +54,8 @@ export const REASONS: readonly Reason[] = [
   pass('gateway_from_guest', "from a guest to its family's gateway on this host"),
   pass('gateway_to_guest', 'from a gateway to a guest of its family on this host'),
   drop('gateway_no_such_vm', 'from a gateway to a VM that is not here'),
+  pass('guest_to_wire_gateway', "from a guest to its family's gateway on the router"),
+  pass('gateway_to_wire', 'from a gateway of this router to a guest of its family elsewhere'),
+  pass('wire_to_gateway', "from a guest elsewhere to its family's gateway on this router"),
+  pass('gateway_from_wire', "from the router's gateway to a guest of its family"),
 ];

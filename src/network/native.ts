@@ -24,6 +24,9 @@ export interface NativeFilter {
   addVm(vm: NativeVm): void;
   removeVm(tap: string): void;
   vms(): NativeVm[];
+  /** Bits of NETBACK_GATEWAY_MODE (kernel/netback/netback.h). */
+  setGatewayMode(mode: number): void;
+  gatewayMode(): number;
   /** By reason number. */
   stats(): number[];
   detach(): void;

@@ -1,6 +1,7 @@
 /** `snowflock nat` as a person uses it, and the daemon's part. */
 import { spawnSync } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
+import { hostname } from 'node:os';
 import { join } from 'node:path';
 import { pino } from 'pino';
 import { afterEach, beforeEach, expect, test } from 'vitest';
@@ -77,6 +78,8 @@ test('apply, show, explain and rm, with figures as JSON and statuses that say wh
   expect(snowflock('nat', 'rm', '--yes').status).toBe(0);
   expect(JSON.parse(snowflock('nat', 'show', '--json').stdout)).toEqual({
     applied: false,
+    host_name: hostname(),
+    router: null,
     gateways: [],
     host: {},
   });

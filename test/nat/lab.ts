@@ -5,7 +5,7 @@ import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
-import { NatHost } from '../../src/nat/gateway.js';
+import { NatHost, type NatHostOptions } from '../../src/nat/gateway.js';
 import { type NatPolicy, parsePolicy } from '../../src/nat/policy.js';
 import type { Resolver } from '../../src/nat/resolve.js';
 import { addressOfVmid } from '../../src/network/addresses.js';
@@ -79,12 +79,12 @@ export class NatLab {
   }
 
   /** As a daemon that starts: it knows nothing but what is in the kernel and the run folder. */
-  newNat(): NatHost {
-    return new NatHost(this.place());
+  newNat(index = 0, more: Partial<NatHostOptions> = {}): NatHost {
+    return new NatHost({ ...this.place(index), ...more });
   }
 
-  place() {
-    const { attached: filter, netns } = this.host;
+  place(index = 0) {
+    const { attached: filter, netns } = this.lab.host(index);
     const { runDir, resolver } = this;
     // The filter's calls act on its own namespace: they hold its interfaces' numbers.
     const inside = new Proxy(filter, {
@@ -97,8 +97,8 @@ export class NatLab {
     return { filter: inside, netns: netns.path, runDir, resolver };
   }
 
-  static async create(resolver: Resolver = () => Promise.resolve([])): Promise<NatLab> {
-    const lab = await Lab.create(1);
+  static async create(resolver: Resolver = () => Promise.resolve([]), hosts = 1): Promise<NatLab> {
+    const lab = await Lab.create(hosts);
     try {
       const outside = lab.namespace('out');
       lab.joinSwitch(outside, 'out', '02:00:00:00:05:01');
@@ -107,7 +107,9 @@ export class NatLab {
         outside.exec('ip', 'address', 'add', `${address}/32`, 'dev', 'eth0');
       }
       outside.exec('ip', 'link', 'set', 'eth0', 'up');
-      lab.host(0).netns.exec('ip', 'route', 'add', 'default', 'via', SERVER);
+      for (const { netns } of lab.hosts) {
+        netns.exec('ip', 'route', 'add', 'default', 'via', SERVER);
+      }
       return new NatLab(lab, outside, resolver);
     } catch (error) {
       lab.destroy();
@@ -120,8 +122,8 @@ export class NatLab {
   }
 
   /** A guest with its address and the gateway as its way out. */
-  guest(family: number, vmid: number): Guest {
-    const { netns, tap } = this.host.stackGuest(family, vmid);
+  guest(family: number, vmid: number, index = 0): Guest {
+    const { netns, tap } = this.lab.host(index).stackGuest(family, vmid);
     const address = addressOfVmid(vmid);
     netns.exec('ip', 'address', 'add', `${address}/16`, 'dev', 'eth0');
     netns.exec('ip', 'route', 'add', 'default', 'via', '10.86.0.1');
@@ -156,7 +158,11 @@ export class NatLab {
 
   async destroy(): Promise<void> {
     this.peers.close();
-    await this.nat.remove().catch((error: unknown) => console.error(error));
+    for (const index of this.lab.hosts.keys()) {
+      await this.newNat(index)
+        .remove()
+        .catch((error: unknown) => console.error(error));
+    }
     this.lab.destroy();
     rmSync(this.runDir, { recursive: true, force: true });
   }
