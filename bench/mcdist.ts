@@ -1,10 +1,11 @@
 /**
  * Distribution of one generation to all hosts: mcdist beside udpcast, uftp and a TCP copy to each.
  *
- * A row is a number of receivers, a share of packets lost and a limit of all links. In a row each
- * peer first tries its settings on a small payload and keeps the fastest; then all systems take
- * turns for so many rounds. Every receiver's bytes are compared after each transfer, outside of the
- * time taken.
+ * A row is a number of receivers, a share of packets lost and a limit of all links. In its first
+ * round each peer tries its settings on a small payload and keeps the fastest; then the systems take
+ * turns. A round goes through all rows; further ones are begun as long as they end in time. Before
+ * each transfer free memory is touched, see touchFreeMemory(); after it every receiver's bytes are
+ * compared, outside of the time taken.
  */
 import { randomBytes } from 'node:crypto';
 import { mkdir, mkdtemp, open, rm } from 'node:fs/promises';
@@ -14,8 +15,17 @@ import { run } from '../src/common/run.js';
 import { type Bench, type BenchContext, numbers } from './lib/bench.js';
 import { BenchNet, type NetPlan, sent } from './lib/mcdist-net.js';
 import { makeFolders, udpcast, uftp } from './lib/mcdist-peers.js';
-import { type Measured, report } from './lib/mcdist-report.js';
-import { CHILD, mcdist, type Payload, prefetcher, type System, tcp } from './lib/mcdist-systems.js';
+import { goalLines, type Measured, report } from './lib/mcdist-report.js';
+import {
+  CHILD,
+  mcdist,
+  now_ms,
+  type Payload,
+  prefetcher,
+  type System,
+  tcp,
+} from './lib/mcdist-systems.js';
+import { touchFreeMemory } from './lib/memory.js';
 
 const SYSTEMS: Readonly<Record<string, System>> = { mcdist, udpcast, uftp, tcp, prefetcher };
 const DEFAULT_SYSTEMS = 'mcdist,udpcast,uftp,tcp';
@@ -23,6 +33,8 @@ const MIB = 2 ** 20;
 const TRIAL_MIB = 16;
 /** With loss udpcast and uftp do not always find all their receivers. */
 const TRIES = 3;
+/** Touched beside what the receivers write: packets under way, the processes themselves. */
+const OTHER_MEMORY_BYTES = 128 * MIB;
 
 const bench: Bench = {
   name: 'mcdist',
@@ -32,13 +44,16 @@ const bench: Bench = {
     loss: 'per cent at each receiver; 0,1,5 (quick: 0,5)',
     limit: 'Mbit/s of each link, 0: none; 1000,0',
     mib: 'size; 256 (quick: 64)',
-    rounds: '3 (quick: 1)',
+    rounds: 'at most; 3 (quick: 1)',
+    minutes: 'no further round is begun that would end later; 25',
     systems: `of mcdist, udpcast, uftp, tcp, prefetcher; ${DEFAULT_SYSTEMS}`,
   },
   async run(context) {
     const { quick, settings } = context;
     const [mib = 256] = numbers(settings, 'mib', [quick ? 64 : 256], 1, 4096);
     const [rounds = 3] = numbers(settings, 'rounds', [quick ? 1 : 3], 1, 99);
+    const [minutes = 25] = numbers(settings, 'minutes', [25], 1, 10_000);
+    const end_ms = now_ms() + minutes * 60_000;
     const plans: NetPlan[] = [];
     for (const limit_mbit_per_s of numbers(settings, 'limit', [1000, 0], 0, 100_000)) {
       for (const loss_percent of numbers(settings, 'loss', quick ? [0, 5] : [0, 1, 5], 0, 50)) {
@@ -54,13 +69,20 @@ const bench: Bench = {
     try {
       const small = await payload(folder, 'small', Math.min(TRIAL_MIB, mib) * MIB);
       const whole = await payload(folder, 'whole', mib * MIB);
-      const measured: Measured[] = [];
-      for (const plan of plans) {
-        for (const name of systems)
-          measured.push({ plan, name, setting: '', runs: [], failures: [] });
-        const row = measured.slice(-systems.length);
-        await measureRow(context, plan, row, small, whole, rounds);
+      const rows = plans.map((plan): Row => {
+        const row = systems.map((name) => ({ plan, name, setting: '', runs: [], failures: [] }));
+        return { plan, row, took_ms: 0 };
+      });
+      for (let round = 0; round < rounds; round++) {
+        for (const row of rows) {
+          const begin_ms = now_ms();
+          if (round > 0 && begin_ms + row.took_ms > end_ms) continue;
+          await measureRow(context, row, round, small, whole);
+          row.took_ms = now_ms() - begin_ms; // with the trials, in the first round: longer than the next
+          for (const line of goalLines(row.row, whole.bytes)) context.log(line);
+        }
       }
+      const measured = rows.flatMap(({ row }) => row);
       return report(measured, whole.bytes, quick);
     } catch (error) {
       if (context.signal.aborted) throw new SnowflockError('E_INTERRUPTED', 'bench mcdist');
@@ -71,6 +93,14 @@ const bench: Bench = {
   },
 };
 export default bench;
+
+/** All systems under one plan. */
+interface Row {
+  readonly plan: NetPlan;
+  readonly row: readonly Measured[];
+  /** Its last round. */
+  took_ms: number;
+}
 
 /** Incompressible bytes, as a file and as a replica. */
 async function payload(folder: string, name: string, bytes: number): Promise<Payload> {
@@ -101,29 +131,28 @@ async function payload(folder: string, name: string, bytes: number): Promise<Pay
 
 async function measureRow(
   context: BenchContext,
-  plan: NetPlan,
-  row: readonly Measured[],
+  { plan, row }: Row,
+  round: number,
   small: Payload,
   whole: Payload,
-  rounds: number,
 ): Promise<void> {
   const title =
     `${plan.receivers} receivers, ${plan.loss_percent}% loss, ` +
     (plan.limit_mbit_per_s > 0 ? `${plan.limit_mbit_per_s} Mbit/s` : 'no limit');
   const net = await BenchNet.make(plan);
   try {
-    for (const each of row) each.setting = await choose(context, net, each.name, small, title);
-    for (let round = 0; round < rounds; round++) {
-      for (const each of row) {
-        for (let tries = 0; tries < TRIES; tries++) {
-          const one = await once(context, net, each.name, whole, each.setting);
-          context.log(`${title}, round ${round + 1}: ${each.name} ${each.setting}: ${said(one)}`);
-          if (typeof one !== 'string') {
-            each.runs.push(one);
-            break;
-          }
-          each.failures.push(one);
+    for (const each of round === 0 ? row : []) {
+      each.setting = await choose(context, net, each.name, small, title);
+    }
+    for (const each of row) {
+      for (let tries = 0; tries < TRIES; tries++) {
+        const one = await once(context, net, each.name, whole, each.setting);
+        context.log(`${title}, round ${round + 1}: ${each.name} ${each.setting}: ${said(one)}`);
+        if (typeof one !== 'string') {
+          each.runs.push(one);
+          break;
         }
+        each.failures.push(one);
       }
     }
   } finally {
@@ -134,7 +163,8 @@ async function measureRow(
 const said = (one: string | Measured['runs'][number]): string =>
   typeof one === 'string'
     ? `failed: ${one}`
-    : `${(one.time_ms / 1000).toFixed(2)} s, ${one.sent_per_payload.toFixed(3)} sent`;
+    : `${(one.time_ms / 1000).toFixed(2)} s, ${one.sent_per_payload.toFixed(3)} sent, ` +
+      `${one.cpu_s_per_gb.toFixed(2)} CPU s/GB`;
 
 /** The fastest of a system's settings; one that takes twice as long as another is given up. */
 async function choose(
@@ -177,6 +207,7 @@ async function once(
   ]);
   try {
     await makeFolders(net, payload);
+    await touchFreeMemory(payload.bytes * net.receivers.length + OTHER_MEMORY_BYTES, limit);
     const pid = await counting.call<number>('pid');
     const before = sent(pid);
     const { begin_ms, end_ms, cpu_s, files, counters } = await system.send(

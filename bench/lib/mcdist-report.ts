@@ -33,6 +33,7 @@ const NOTES = [
   'time: from the moment data may flow until the last receiver has all; finding each other is left out for all systems',
   'sent: bytes of IP packets (no Ethernet headers) that left the source, over the payload',
   'CPU: of all processes of a system, per GB that arrived; the kernel work done in interrupts is nobody’s',
+  'before each transfer as much free memory is touched as the receivers write: pages the machine’s host has yet to give cost several times a page',
   'every receiver’s bytes were compared; data on tmpfs; mcdist encrypts and authenticates, the peers send in the clear',
   'with loss or a limit segmentation and receive offload are off, so that loss hits packets of wire size for all; without either they are on, and TCP’s headers are counted once a large packet',
   'TCP copies: sendfile() to each receiver on its own, all at once; kernel defaults',
@@ -80,6 +81,17 @@ export function report(measured: readonly Measured[], bytes: number, quick: bool
       ...failures,
     ],
   };
+}
+
+/** A row's goals, for whoever watches. */
+export function goalLines(row: readonly Measured[], bytes: number): string[] {
+  return row
+    .filter(({ name }) => name === OWN)
+    .flatMap((own) => goalsOf(own, row, bytes))
+    .map(
+      ({ goal, value, limit, met }) =>
+        `  ${met ? 'met   ' : 'missed'} ${goal}: ${figure(value)} of ${figure(limit)}`,
+    );
 }
 
 const limitText = (plan: NetPlan): string =>

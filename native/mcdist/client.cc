@@ -398,6 +398,7 @@ bool Client::receive(const Fd& fd, bool group) {
     bytes += received_.size(i) + kUdpIpBytes;
     handle(received_.data(i), received_.size(i), group, now);
   }
+  settle(now);
   count(counters_.wire_bytes_received, bytes);
   std::lock_guard lock(mutex_);
   const double gap = static_cast<double>(now - rate_at_) / static_cast<double>(kRateMemory);

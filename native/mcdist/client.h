@@ -115,6 +115,9 @@ class Client final : public PageFetcher {
   void handle_page(Sender* sender, const Header& header, const uint8_t* data, size_t size,
                    bool group, TimeNs now);
   void store(PageIndex page, const uint8_t* bytes, TimeNs now);
+  void tell_pushed(TimeNs now);
+  void land(TimeNs now);
+  void settle(TimeNs now);
   void handle_zero(const std::vector<Run>& runs, TimeNs now);
   void handle_negative(const Sender* sender, const std::vector<Run>& runs, TimeNs now);
   void handle_welcome(Sender* sender, const Header& header, const Welcome& welcome, TimeNs now);
@@ -185,6 +188,8 @@ class Client final : public PageFetcher {
   ReceiveBatch received_;
   Reassembly reassembly_;
   ParityTable parities_;
+  PageIndex pushed_page_ = 0;    // of the push's last packet
+  uint32_t pushed_packets_ = 0;  // of that block, not told to the requester yet
   bool repairing_ = false;
   PageIndex symbol_page_ = 0;  // what is in symbols_
   bool symbol_read_ = false;

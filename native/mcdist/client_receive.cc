@@ -98,20 +98,62 @@ void Client::heard(Sender* sender, const Header& header, bool group, TimeNs now)
   if (sender != current_) return;
   if (fresh) last_word_ = now;
   if (!header.pushed) return;
-  count(counters_.pushed_packets);
+  if (header.page / kBlockPages != pushed_page_ / kBlockPages) tell_pushed(now);
+  pushed_page_ = header.page;
+  pushed_packets_++;
+}
+
+// Packets of a push are told block by block: the lock is for those who wait.
+void Client::tell_pushed(TimeNs now) {
+  if (pushed_packets_ == 0) return;
+  count(counters_.pushed_packets, pushed_packets_);
   std::lock_guard lock(mutex_);
-  requester_.pushed(header.page, now);
+  requester_.pushed(pushed_page_, now, std::exchange(pushed_packets_, 0));
+}
+
+// What a batch of packets left to be done together.
+void Client::settle(TimeNs now) {
+  tell_pushed(now);
+  land(now);
+}
+
+// Fills in the pages of the push's block that came whole.
+void Client::land(TimeNs now) {
+  if (!reassembly_.landed()) return;
+  PageIndex first;
+  unsigned pages;
+  for (unsigned at = 0; reassembly_.take_run(&at, &first, &pages);) {
+    const uint8_t* bytes = reassembly_.landed_bytes(first);
+    if (pages == 1 || !replica_->fill(first, pages, bytes).ok()) {
+      for (unsigned i = 0; i < pages; i++) store(first + i, bytes + i * kPageBytes, now);
+      continue;
+    }
+    unsigned asked = 0;
+    {
+      std::lock_guard lock(mutex_);
+      for (unsigned i = 0; i < pages; i++) asked += requester_.arrived(first + i, now) ? 1 : 0;
+    }
+    count(counters_.pages_filled, pages);
+    count(counters_.payload_bytes, pages * kPageBytes);
+    count(counters_.pages_overheard, pages - asked);
+  }
 }
 
 void Client::handle_page(Sender* sender, const Header& header, const uint8_t* data, size_t size,
                          bool group, TimeNs now) {
   const bool known = replica_->state(header.page) != PageState::kAbsent || reassembly_.has(header);
   if (known && now - last_word_ < kWordFresh) return count(counters_.duplicates);
-  if (!sender->key->open(data, size, clear_)) return count(counters_.auth_failures);
+  uint8_t* place = known ? nullptr : reassembly_.place(header);
+  if (place == nullptr) place = clear_;
+  if (!sender->key->open(data, size, place)) return count(counters_.auth_failures);
   if (sender == current_) fragments_ = header.fragments;
   heard(sender, header, group, now);
   if (known) return count(counters_.duplicates);
-  const uint8_t* page = reassembly_.add(header, clear_);
+  if (reassembly_.leaves_block(header)) {
+    land(now);
+    reassembly_.begin_block(header);
+  }
+  const uint8_t* page = reassembly_.add(header, place);
   if (page != nullptr) store(header.page, page, now);
   repair(header.page / kBlockPages, now);
 }
@@ -163,9 +205,10 @@ void Client::repair(uint64_t block, TimeNs now) {
           header.fragment = static_cast<uint8_t>(at % fragments);
           header.fragments = static_cast<uint8_t>(fragments);
           const uint8_t* page = reassembly_.add(header, bytes);
-          if (page == nullptr) return;
-          count(counters_.pages_repaired);
-          store(header.page, page, now);
+          if (page != nullptr) store(header.page, page, now);
+          if (page != nullptr || reassembly_.missing(header.page) == 0) {
+            count(counters_.pages_repaired);
+          }
         },
         &repaired);
     if (outcome == ParityTable::Repair::kRepaired) continue;

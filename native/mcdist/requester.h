@@ -88,8 +88,10 @@ class Requester {
   void subscribe(bool on, TimeNs now);
   bool subscribed() const { return subscription_.on(); }
   const Subscription& subscription() const { return subscription_; }
-  // A packet that a push cursor of our server sent, and what our server announced.
-  void pushed(PageIndex page, TimeNs now) { subscription_.pushed(page, now); }
+  // Packets that a push cursor of our server sent of a block, and what our server announced.
+  void pushed(PageIndex page, TimeNs now, uint32_t packets = 1) {
+    subscription_.pushed(page, now, packets);
+  }
   void announced(bool pushing, PageIndex position, TimeNs now) {
     subscription_.announced(pushing, position, now);
   }

@@ -49,16 +49,16 @@ void Subscription::end(uint64_t block) {
   settling_.clear();
 }
 
-void Subscription::pushed(PageIndex page, TimeNs now) {
+void Subscription::pushed(PageIndex page, TimeNs now, uint32_t packets) {
   if (!on()) return;
   const uint64_t block = page / kBlockPages;
   if (state_ != State::kPushed) begin(block);
   heard_ = now;
-  packets_++;
   if (block > cursor_) {
     cursor_ = block;
-    settling_.emplace_back(block, packets_ + config_.settle_packets);
+    settling_.emplace_back(block, packets_ + 1 + config_.settle_packets);
   }
+  packets_ += packets;
   while (!settling_.empty() && settling_.front().second <= packets_) {
     passed(settling_.front().first);
     settling_.pop_front();

@@ -61,7 +61,8 @@ class Subscription {
   void stop();
   void new_server(TimeNs now);  // it knows nothing of us
 
-  void pushed(PageIndex page, TimeNs now);
+  // Packets of one block, one of them of `page`.
+  void pushed(PageIndex page, TimeNs now, uint32_t packets = 1);
   void announced(bool pushing, PageIndex position, TimeNs now);
   // Something of the block came.
   void arrived(PageIndex page);

@@ -8,6 +8,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 
@@ -312,20 +313,77 @@ Status Replica::fill(PageIndex page, const uint8_t* data, bool* changed) {
   return Status::Ok();
 }
 
-Status Replica::fill_zero(PageIndex page, uint64_t count) {
-  if (page >= pages_ || count > pages_ - page) {
+// All or, perhaps, only some of them: false.
+bool Replica::write_run(PageIndex first, uint64_t count, const uint8_t* data) {
+  const size_t bytes = count * kPageBytes;
+  if (medium_ == Medium::kMemory) {
+    uffdio_copy copy = {};
+    copy.dst = reinterpret_cast<uint64_t>(data_map_ + first * kPageBytes);
+    copy.src = reinterpret_cast<uint64_t>(data);
+    copy.len = bytes;
+    return ::ioctl(uffd_.get(), UFFDIO_COPY, &copy) == 0;
+  }
+  const auto at = static_cast<off_t>(first * kPageBytes);
+  return ::pwrite(data_.get(), data, bytes, at) == static_cast<ssize_t>(bytes);
+}
+
+Status Replica::fill(PageIndex first, uint64_t count, const uint8_t* data) {
+  if (first >= pages_ || count > pages_ - first) {
     return Status::Error("E_ARGUMENT", "page beyond the end of " + path_);
   }
-  for (; count > 0; page++, count--) {
-    if (state(page) != PageState::kAbsent) continue;
-    if (set(zero_words_, page)) zero_.fetch_add(1, std::memory_order_relaxed);
-    wake(page);
+  bool absent = true;
+  for (PageIndex page = first; page < first + count; page++) {
+    absent = absent && state(page) == PageState::kAbsent;
   }
+  if (!absent || !write_run(first, count, data)) {
+    for (uint64_t i = 0; i < count; i++) {
+      Status status = fill(first + i, data + i * kPageBytes);
+      if (!status.ok()) return status;
+    }
+    return Status::Ok();
+  }
+  uint64_t fresh = 0;
+  for (PageIndex page = first; page < first + count; page++) {
+    fresh += set(present_words_, page) ? 1 : 0;
+  }
+  present_.fetch_add(fresh, std::memory_order_relaxed);
+  wake(first, count);
   check_complete();
   return Status::Ok();
 }
 
-void Replica::wake(PageIndex page) { end_waiters(page, Status::Ok()); }
+Status Replica::fill_zero(PageIndex page, uint64_t count) {
+  if (page >= pages_ || count > pages_ - page) {
+    return Status::Error("E_ARGUMENT", "page beyond the end of " + path_);
+  }
+  uint64_t fresh = 0;
+  for (PageIndex at = page; at < page + count;) {
+    const uint64_t bits = std::min<uint64_t>(page + count - at, kWordPages - at % kWordPages);
+    const uint64_t mask = (bits == kWordPages ? ~uint64_t{0} : (uint64_t{1} << bits) - 1)
+                          << (at % kWordPages);
+    std::atomic<uint64_t>& word = zero_words_[at / kWordPages];
+    const uint64_t absent = mask & ~present_words_[at / kWordPages].load(std::memory_order_acquire);
+    if ((absent & ~word.load(std::memory_order_acquire)) != 0) {
+      const uint64_t before = word.fetch_or(absent, std::memory_order_acq_rel);
+      fresh += static_cast<uint64_t>(std::popcount(absent & ~before));
+    }
+    at += bits;
+  }
+  if (fresh == 0) return Status::Ok();
+  zero_.fetch_add(fresh, std::memory_order_relaxed);
+  wake(page, count);
+  check_complete();
+  return Status::Ok();
+}
+
+void Replica::wake(PageIndex first, uint64_t count) {
+  if (count > 1) {
+    // Whoever comes later sees the page: see enlist().
+    std::lock_guard lock(mutex_);
+    if (waiters_.empty()) return;
+  }
+  for (PageIndex page = first; page < first + count; page++) end_waiters(page, Status::Ok());
+}
 
 void Replica::fail_page(PageIndex page, const Status& status) { end_waiters(page, status); }
 

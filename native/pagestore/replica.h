@@ -57,6 +57,8 @@ class Replica final : public PageProvider {
   // True if this call changed the page, false if it was there already. Throws nothing; a full file
   // system is an error status, and the page stays absent.
   Status fill(PageIndex page, const uint8_t* data, bool* changed = nullptr);
+  // Several pages, one after the other. An error: perhaps only some of them.
+  Status fill(PageIndex first, uint64_t count, const uint8_t* data);
   Status fill_zero(PageIndex page, uint64_t count = 1);
 
   // Every page is present or zero: no source is needed any more, now or when it is opened again.
@@ -132,7 +134,8 @@ class Replica final : public PageProvider {
   bool test(const std::atomic<uint64_t>* words, PageIndex page) const;
   bool set(std::atomic<uint64_t>* words, PageIndex page);
   Status write_page(PageIndex page, const uint8_t* data);
-  void wake(PageIndex page);
+  bool write_run(PageIndex first, uint64_t count, const uint8_t* data);
+  void wake(PageIndex first, uint64_t count = 1);
   void end_waiters(PageIndex page, const Status& status);
   // Adds a waiter if the page is absent; otherwise `done` stays, and `*status` is what to tell it.
   // True: it is to be asked for.
