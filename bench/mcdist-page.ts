@@ -10,7 +10,7 @@
 import { randomBytes } from 'node:crypto';
 import { fileURLToPath } from 'node:url';
 import { SnowflockError } from '../src/common/errors.js';
-import { groupFor } from '../src/mcdist/mcdist.js';
+import { randomGroup } from '../src/mcdist/groups.js';
 import type { Host } from '../test/mcdist/net.js';
 import { type Bench, type BenchContext, numbers } from './lib/bench.js';
 import { BenchNet } from './lib/mcdist-net.js';
@@ -105,7 +105,7 @@ async function measure(
     for (const place of net.receivers) hosts.push(await net.start(place, CHILD));
     signal.addEventListener('abort', interrupt, { once: true });
     const receivers = hosts.slice(1);
-    const { group, port: groupPort } = groupFor(randomBytes(16).toString('hex'));
+    const { group, port: groupPort } = randomGroup();
     const pages = 2 * rounds * SLICE;
     const keyHex = randomBytes(32).toString('hex');
     const of = { generation: GENERATION, keyHex, group, groupPort, pages };

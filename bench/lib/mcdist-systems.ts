@@ -13,7 +13,7 @@
 import { randomBytes } from 'node:crypto';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { groupFor } from '../../src/mcdist/mcdist.js';
+import { randomGroup } from '../../src/mcdist/groups.js';
 import type { Host } from '../../test/mcdist/net.js';
 import type { BenchNet } from './mcdist-net.js';
 
@@ -88,7 +88,7 @@ const own = (name: string, direct: boolean): System => ({
   send: (net, payload, _setting, signal) =>
     withHosts(net, signal, async (source, receivers) => {
       const pages = payload.bytes / 4096;
-      const { group, port: groupPort } = groupFor(payload.generation);
+      const { group, port: groupPort } = randomGroup();
       const keyHex = randomBytes(32).toString('hex');
       const of = { generation: payload.generation, keyHex, group, groupPort, pages, direct };
       const address = source.address;

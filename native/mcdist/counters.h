@@ -25,6 +25,7 @@ inline void count(Counter& counter, uint64_t by = 1) {
   X(merged)           /* pages asked that were queued already */                        \
   X(lockstep_ignored) /* pages asked that were sent a moment ago */                     \
   X(pages_pushed)     /* of those served: asked for by nobody */                        \
+  X(pages_replayed)   /* pages sent since earlier clones touched them first */          \
   X(unicast_answers)  /* pages answered to one peer alone */                            \
   X(reports)          /* blocks reported to lack something */                           \
   X(reports_ignored)  /* of those: what repairs them was on its way */                  \

@@ -108,11 +108,14 @@ inline void set_number(Napi::Object object, const char* name, uint64_t value) {
   object.Set(camel(name), static_cast<double>(value));
 }
 
-// Runs `work` off the JavaScript thread; the promise resolves to undefined when it returned.
+// Runs `work` off the JavaScript thread; the promise resolves to what `result` makes when it has
+// returned, or to undefined.
 class Background final : public Napi::AsyncWorker {
  public:
-  static Napi::Value Run(Napi::Env env, std::function<void()> work) {
+  static Napi::Value Run(Napi::Env env, std::function<void()> work,
+                         std::function<Napi::Value(Napi::Env)> result = {}) {
     auto* worker = new Background(env, std::move(work));
+    worker->result_ = std::move(result);
     auto promise = worker->deferred_.Promise();
     worker->Queue();
     return promise;
@@ -124,11 +127,12 @@ class Background final : public Napi::AsyncWorker {
         deferred_(Napi::Promise::Deferred::New(env)),
         work_(std::move(work)) {}
   void Execute() override { work_(); }
-  void OnOK() override { deferred_.Resolve(Env().Undefined()); }
+  void OnOK() override { deferred_.Resolve(result_ ? result_(Env()) : Env().Undefined()); }
   void OnError(const Napi::Error& error) override { deferred_.Reject(error.Value()); }
 
   Napi::Promise::Deferred deferred_;
   std::function<void()> work_;
+  std::function<Napi::Value(Napi::Env)> result_;
 };
 
 }  // namespace sf::mcdist

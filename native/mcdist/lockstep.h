@@ -54,6 +54,12 @@ class SentMemory {
     return question.retry || part ? Verdict::kLost : Verdict::kUnknown;
   }
 
+  // Whole, after `since`, as far as that is remembered.
+  bool sent_since(const Target& target, TimeNs since) const {
+    const auto found = sent_.find(target);
+    return found != sent_.end() && found->second.at > since && found->second.fragments == 0;
+  }
+
   void sent(const Target& target, uint8_t fragments, TimeNs now) {
     auto [at, fresh] = sent_.try_emplace(target);
     const Sent& before = at->second;

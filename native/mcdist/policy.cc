@@ -29,7 +29,7 @@ Policy::Policy(const PolicyConfig& config, uint64_t pages)
       flow_(config),
       push_(config_, pages),
       repair_(config_),
-      history_(config.history_pages, pages),
+      history_(config.history_pages, pages, config.history),
       unusual_((pages + 63) / 64) {}
 
 void Policy::heard(uint32_t id, const PeerReport& report, TimeNs now) {
@@ -37,7 +37,7 @@ void Policy::heard(uint32_t id, const PeerReport& report, TimeNs now) {
   Audience::Peer& peer = audience_.heard(id, report, now);
   if (report.history && !peer.history) {
     peer.history = true;
-    history_.replay(id);
+    history_.replay(id, config_.push_delay, now);
   }
   if (!peer.subscribed || config_.push != PushMode::kSubscribers) return;
   if (!push_.running()) {
@@ -189,11 +189,15 @@ bool Policy::next_repair(TimeNs now, Item* out) {
 }
 
 bool Policy::next_idle(TimeNs now, Item* out) {
-  while (history_.replaying()) {
-    const bool alone = !audience_.others(history_.peer(), config_.endgame_silence, now);
-    if (!history_.next(&out->page)) break;
-    out->peer = alone || push_.disjoint(out->page) ? history_.peer() : 0;
-    if (out->peer == 0 && push_.disjoint(out->page)) continue;
+  // To the only one that asked, alone: the others asked before, or hold what they want of it.
+  const uint32_t asker = history_.peer();
+  while (now >= history_.starts() && history_.next(&out->page)) {
+    if (asker == 0 && push_.disjoint(out->page)) continue;
+    const TimeNs since = history_.asked_at();
+    if (memory_.sent_since({out->page, 0}, since)) continue;
+    if (asker != 0 && memory_.sent_since({out->page, asker}, since)) continue;
+    out->peer = asker;
+    out->replayed = true;
     return true;
   }
   if (push_.running() && now >= push_.starts()) {
@@ -259,7 +263,7 @@ void Policy::sent(const Item& item, Outcome outcome, uint64_t wire_bytes, TimeNs
     uint64_t& word = unusual_[item.page / 64];
     const uint64_t bit = uint64_t{1} << (item.page % 64);
     word = outcome == Outcome::kData ? word & ~bit : word | bit;
-    if (outcome != Outcome::kRefused || !item.pushed) {
+    if (outcome != Outcome::kRefused || !(item.pushed || item.replayed)) {
       memory_.sent({item.page, item.peer}, item.fragments, now);
     }
     if (group && outcome != Outcome::kRefused && item.fragments == 0) push_.sent(item.page);
@@ -270,12 +274,13 @@ void Policy::sent(const Item& item, Outcome outcome, uint64_t wire_bytes, TimeNs
 TimeNs Policy::ready_at(TimeNs now) const {
   if (!introductions_.empty()) return now;
   TimeNs at = repair_.ready_at();
-  if (queue_.size() > 0 || !order_.symbols.empty() || history_.replaying()) {
+  if (queue_.size() > 0 || !order_.symbols.empty()) {
     at = now;
   } else if (push_.counting()) {
     at = link_busy_ ? now + kLinkLook : now;
   }
   if (push_.running()) at = std::min(at, push_.starts());
+  if (history_.replaying()) at = std::min(at, history_.starts());
   if (at != kNever) at = std::max(at, flow_.ready_at(now));
   return std::max(now, std::min(at, announce_at_));
 }

@@ -54,6 +54,7 @@ class Policy {
     Urgency urgency = Urgency::kPrefetch;
     bool repair = false;
     bool pushed = false;
+    bool replayed = false;  // from the record of first faults
     uint8_t cursor = 0;
     Parity parity;
     uint8_t parities = 0;
@@ -107,6 +108,7 @@ class Policy {
   bool pushing() const { return push_.running(); }
   PageIndex push_position() const { return push_.position(); }
   size_t history_pages() const { return history_.size(); }
+  const std::vector<HistoryEntry>& history() const { return history_.entries(); }
 
  private:
   bool endgame(uint32_t peer, PageIndex page, bool lost, TimeNs now) const;

@@ -26,6 +26,12 @@ struct PageRange {
   uint64_t count = 0;
 };
 
+// A page in the record of first faults, see history.h.
+struct HistoryEntry {
+  PageIndex page = 0;
+  uint8_t age = 0;
+};
+
 struct PolicyConfig {
   // --- Flow control (flow.h) ---
   // The increase and the cut are the paper's: 10 KB/s each 10 ms; 3/4 of the clients' mean receive
@@ -103,7 +109,8 @@ struct PolicyConfig {
   TimeNs announce_unheard = kNever;
 
   // --- History ---
-  uint32_t history_pages = 65536;  // first faults remembered in their order; 0: none
+  uint32_t history_pages = 65536;     // first faults remembered in their order; 0: none
+  std::vector<HistoryEntry> history;  // to begin with: the record of the generation before
 };
 
 }  // namespace sf::mcdist

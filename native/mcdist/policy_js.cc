@@ -27,6 +27,9 @@ uint32_t count_of(const Napi::Object& options, const char* name, uint32_t missin
   return static_cast<uint32_t>(value);
 }
 
+constexpr unsigned kHistoryAgeShift = 56;
+constexpr uint64_t kHistoryPage = (uint64_t{1} << kHistoryAgeShift) - 1;
+
 bool flag(const Napi::Object& options, const char* name, bool missing) {
   return has(options, name) ? options.Get(name).ToBoolean()
                             : Napi::Boolean::New(options.Env(), missing);
@@ -53,7 +56,34 @@ std::vector<PageRange> ranges_of(const Napi::Object& options) {
   return ranges;
 }
 
+// As history_value() makes it.
+std::vector<HistoryEntry> history_of(const Napi::Object& options) {
+  std::vector<HistoryEntry> entries;
+  if (!has(options, "history")) return entries;
+  const Napi::Value value = options.Get("history");
+  if (!value.IsBuffer() || value.As<Napi::Buffer<uint8_t>>().Length() % sizeof(uint64_t) != 0) {
+    throw bad_option(options.Env(), "history", "a record that history() gave");
+  }
+  const auto bytes = value.As<Napi::Buffer<uint8_t>>();
+  for (size_t at = 0; at < bytes.Length(); at += sizeof(uint64_t)) {
+    uint64_t word;
+    std::memcpy(&word, bytes.Data() + at, sizeof word);
+    entries.push_back({word & kHistoryPage, static_cast<uint8_t>(word >> kHistoryAgeShift)});
+  }
+  return entries;
+}
+
 }  // namespace
+
+Napi::Value history_value(Napi::Env env, const std::vector<HistoryEntry>& entries) {
+  auto out = Napi::Buffer<uint8_t>::New(env, entries.size() * sizeof(uint64_t));
+  for (size_t i = 0; i < entries.size(); i++) {
+    const uint64_t word = (entries[i].page & kHistoryPage) | uint64_t{entries[i].age}
+                                                                 << kHistoryAgeShift;
+    std::memcpy(out.Data() + i * sizeof word, &word, sizeof word);
+  }
+  return out;
+}
 
 PolicyConfig policy_of(const Napi::Value& value) {
   PolicyConfig config;
@@ -96,6 +126,7 @@ PolicyConfig policy_of(const Napi::Value& value) {
     config.announce_unheard = interval;
   }
   config.history_pages = count_of(options, "historyPages", config.history_pages, 0, 1 << 24);
+  config.history = history_of(options);
   if (config.min_rate > config.max_rate) {
     throw bad_option(options.Env(), "minRateBytesPerS", "at most maxRateBytesPerS");
   }
@@ -114,6 +145,7 @@ class PolicyJs : public Napi::ObjectWrap<PolicyJs> {
                                                 InstanceMethod("report", &PolicyJs::Report),
                                                 InstanceMethod("next", &PolicyJs::Next),
                                                 InstanceMethod("state", &PolicyJs::State),
+                                                InstanceMethod("history", &PolicyJs::Record),
                                             }));
   }
   // (policy, pages)
@@ -185,6 +217,7 @@ class PolicyJs : public Napi::ObjectWrap<PolicyJs> {
     out.Set("urgent", item.urgency == Urgency::kFault);
     out.Set("repair", item.repair);
     out.Set("pushed", item.pushed);
+    out.Set("replayed", item.replayed);
     out.Set("cursor", item.cursor);
     out.Set("position", static_cast<double>(item.position));
     out.Set("coverId", item.parity.cover_id);
@@ -192,6 +225,9 @@ class PolicyJs : public Napi::ObjectWrap<PolicyJs> {
     out.Set("parityFirst", item.parity.index);
     out.Set("parities", item.parities);
     return out;
+  }
+  Napi::Value Record(const Napi::CallbackInfo& info) {
+    return history_value(info.Env(), policy_.history());
   }
   Napi::Value State(const Napi::CallbackInfo& info) {  // (nowMs)
     auto out = Napi::Object::New(info.Env());

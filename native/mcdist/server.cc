@@ -116,6 +116,22 @@ void Server::unserve(const GenerationId& id) {
   waited.wait();
 }
 
+std::vector<HistoryEntry> Server::history(const GenerationId& id) {
+  auto done = std::make_shared<std::promise<std::vector<HistoryEntry>>>();
+  auto entries = done->get_future();
+  {
+    std::lock_guard lock(mutex_);
+    if (closing_) return {};
+    commands_.push_back([this, id, done] {
+      const auto found = served_.find(id);
+      if (found == served_.end()) return done->set_value({});
+      done->set_value(found->second->policy.history());
+    });
+  }
+  wake();
+  return entries.get();
+}
+
 void Server::close() {
   {
     std::lock_guard lock(mutex_);
@@ -356,6 +372,7 @@ bool Server::answer(Served& served, const Policy::Item& item) {
       break;
   }
   const ReadResult result = served.generation.provider->read(item.page, page_);
+  if (item.replayed) count(served.stats->counters.pages_replayed);
   if (result == ReadResult::kData) {
     answer_page(served, item, to);
     return true;
@@ -365,7 +382,7 @@ bool Server::answer(Served& served, const Policy::Item& item) {
   if (result == ReadResult::kZero) {
     count(served.stats->counters.zero_pages_served);
     tell(served, item, Type::kZero, false);
-  } else if (!item.pushed) {
+  } else if (!item.pushed && !item.replayed) {
     count(served.stats->counters.negative_answers);
     tell(served, item, Type::kNegative, result == ReadResult::kError);
   }

@@ -76,6 +76,9 @@ class Server {
   Status serve(Generation generation);
   // Waits until the thread has let go of the provider. Unknown generations: nothing happens.
   void unserve(const GenerationId& id);
+  // The order of first faults up to now, for the generation after it (PolicyConfig::history). Waits
+  // for the thread. Not served: nothing.
+  std::vector<HistoryEntry> history(const GenerationId& id);
   void close();  // waits for the thread
 
   std::shared_ptr<const ServerStats> stats(const GenerationId& id) const;  // nullptr: not served

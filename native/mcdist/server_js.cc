@@ -15,6 +15,7 @@ class ServerJs : public Napi::ObjectWrap<ServerJs> {
                                                 InstanceMethod("serve", &ServerJs::Serve),
                                                 InstanceMethod("unserve", &ServerJs::Unserve),
                                                 InstanceMethod("stats", &ServerJs::Stats),
+                                                InstanceMethod("history", &ServerJs::Record),
                                                 InstanceMethod("close", &ServerJs::Close),
                                             }));
   }
@@ -50,6 +51,13 @@ class ServerJs : public Napi::ObjectWrap<ServerJs> {
   Napi::Value Unserve(const Napi::CallbackInfo& info) {
     const GenerationId id = generation_of(info[0]);
     return Background::Run(info.Env(), [server = server_, id] { server->unserve(id); });
+  }
+  Napi::Value Record(const Napi::CallbackInfo& info) {
+    const GenerationId id = generation_of(info[0]);
+    auto entries = std::make_shared<std::vector<HistoryEntry>>();
+    return Background::Run(
+        info.Env(), [server = server_, id, entries] { *entries = server->history(id); },
+        [entries](Napi::Env env) { return history_value(env, *entries); });
   }
   Napi::Value Close(const Napi::CallbackInfo& info) {
     closed_ = true;

@@ -1,10 +1,20 @@
 import { type ClientRequest, request as httpRequest } from 'node:http';
 import type { Duplex } from 'node:stream';
 import { asSnowflockError, isErrorCode, SnowflockError } from '../common/errors.js';
+import type { DisjointRegions, Region } from '../sfld/disjoint.js';
 import type { ReplicaSummary, VmCounters, VmSummary } from '../sfld/peers.js';
-import type { CloneResult, ShownFork as ForkRecord } from '../sfld/records.js';
+import type { CloneResult, Disjoint, ShownFork as ForkRecord } from '../sfld/records.js';
 
-export type { CloneResult, ForkRecord, ReplicaSummary, VmCounters, VmSummary };
+export type {
+  CloneResult,
+  Disjoint,
+  DisjointRegions,
+  ForkRecord,
+  Region,
+  ReplicaSummary,
+  VmCounters,
+  VmSummary,
+};
 
 export interface WireStats {
   ram: Record<string, number>;
@@ -52,6 +62,15 @@ export class SnowflockClient {
   /** `sf_clone` from outside: resolves when each clone runs or has failed. */
   clone(vm: string, ticket: string): Promise<ForkRecord> {
     return this.#call('POST', `${path(vm)}/fork`, { ticket });
+  }
+
+  /**
+   * `sf_disjoint`: regions of which each clone will need a part of its own, for forks from now on.
+   * They are not multicast. Takes the place of what was said before. Resolves to the whole pages
+   * within them, as runs [first, count, ...]. Errors: E_ARGUMENT.
+   */
+  setDisjoint(vm: string, regions: Partial<DisjointRegions>): Promise<Disjoint> {
+    return this.#call('PUT', `${path(vm)}/disjoint`, { ram: [], disk: [], ...regions });
   }
 
   /** `sf_checkpoint_parent`. */

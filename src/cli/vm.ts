@@ -7,6 +7,8 @@ import {
 } from '../api/client.js';
 import { exec } from '../api/exec.js';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
+import { parseRegions } from '../sfld/disjoint.js';
+import { count as pagesIn } from '../sfld/holdings.js';
 import { confirm } from './confirm.js';
 import { ms, note, parseSize, printJson, table } from './output.js';
 
@@ -141,6 +143,24 @@ export function addVmCommands(program: Command): void {
         if (granted.granted < o.clones) note(`granted ${granted.granted} of ${o.clones} clones`);
       }
       report(await client.clone(vm, ticket), json);
+    });
+
+  program
+    .command('disjoint')
+    .description('name what each clone will need a part of its own of: it is not multicast')
+    .argument('<vm>', 'id or name of the parent (on this host)')
+    .option('--disk <regions...>', 'of its disk, as OFFSET+BYTES')
+    .option('--ram <regions...>', 'of its memory, likewise')
+    .addHelpText(
+      'after',
+      '\nFor forks from now on, in place of what was named before; without options: nothing.',
+    )
+    .action(async (vm: string, o: { disk?: string[]; ram?: string[] }) => {
+      const { client, json } = context();
+      const regions = (words: string[] = []) => parseRegions(words.join(','));
+      const runs = await client.setDisjoint(vm, { ram: regions(o.ram), disk: regions(o.disk) });
+      if (json) printJson(runs);
+      else note(`${pagesIn(runs.ram)} pages of memory, ${pagesIn(runs.disk)} of the disk`);
     });
 
   program

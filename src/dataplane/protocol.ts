@@ -171,6 +171,13 @@ export interface DataplaneMethods {
       key: string;
       group: string;
       group_port: number;
+      /**
+       * Of the pages that clones of this generation, or of the one before it of the same VM or disk,
+       * touched first, so many are sent to each new host before it asks; 0: none.
+       */
+      replay_pages: number;
+      /** Regions each clone needs for itself, as runs [first, count, ...]: not multicast. */
+      disjoint: number[];
     };
     result: { port: number };
   };

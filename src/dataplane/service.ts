@@ -18,6 +18,7 @@ import {
   type ReplicaStats,
 } from './protocol.js';
 import type { Handlers } from './rpc.js';
+import { TouchOrders } from './touch-orders.js';
 
 /** 116 bytes to the group; a source counts as lost after 30 s. */
 const LENT_ANNOUNCE_MS = 1000;
@@ -55,6 +56,7 @@ export class Dataplane {
   readonly #disks = new Map<string, Disk>();
   readonly #forks = new Map<string, Fork>();
   readonly #served = new Set<string>();
+  readonly #touched: TouchOrders;
   /** Replicas that other hosts may fetch from. */
   readonly #lent = new Map<string, RemoteReplica>();
   /** Such that were closed and may still be read by the server. */
@@ -72,6 +74,7 @@ export class Dataplane {
       port: options.mcdistPort,
       interfaceAddress: options.address,
     });
+    this.#touched = new TouchOrders((generation) => this.#mcdist.history(generation));
     this.#memtap.on('lost', ({ vm, code, message }) =>
       emit({ event: 'vm.lost', vm, code, message }),
     );
@@ -101,6 +104,7 @@ export class Dataplane {
             key: Buffer.from(p.source.key, 'hex'),
           },
           interfaceAddress: this.#options.address,
+          history: true,
         });
         remote.on('complete', () => this.#emit({ event: 'replica.complete', generation }));
         remote.on('trouble', ({ code, message }) =>
@@ -215,6 +219,7 @@ export class Dataplane {
       'vm.remove': (p) => {
         this.#forkEnded(p.vm);
         if (this.#vms.delete(p.vm)) this.#memtap.remove(p.vm);
+        this.#touched.forget({ vm: p.vm });
         return {};
       },
       'vm.stats': (p) => ({ ...this.#memtap.stats(p.vm) }),
@@ -267,6 +272,7 @@ export class Dataplane {
       'disk.close': async (p) => {
         const disk = this.#disks.get(p.disk);
         this.#disks.delete(p.disk);
+        this.#touched.forget({ disk: p.disk });
         await disk?.close();
         return {};
       },
@@ -280,6 +286,7 @@ export class Dataplane {
           'vm' in p.of
             ? this.#memtap.provider(p.of.vm, p.generation)
             : await this.#disk(p.of.disk).provider(p.generation);
+        const history = p.replay_pages === 0 ? undefined : await this.#touched.latest(p.of);
         // Nothing is awaited from here on: two calls may come at once.
         if (!this.#served.has(p.generation)) {
           this.#mcdist.serve({
@@ -288,13 +295,21 @@ export class Dataplane {
             provider,
             group: p.group,
             groupPort: p.group_port,
+            policy: {
+              historyPages: p.replay_pages,
+              ...(history === undefined ? {} : { history }),
+              disjoint: pageRanges(p.disjoint),
+            },
           });
           this.#served.add(p.generation);
+          this.#touched.began(p.of, p.generation);
         }
         return { port: this.#mcdist.port };
       },
       'generation.unserve': async (p) => {
-        if (this.#served.delete(p.generation)) await this.#mcdist.unserve(p.generation);
+        if (!this.#served.delete(p.generation)) return {};
+        await this.#touched.ending(p.generation);
+        await this.#mcdist.unserve(p.generation);
         return {};
       },
       'generation.stats': (p) => ({ ...this.#mcdist.stats(p.generation) }),
@@ -322,8 +337,9 @@ export class Dataplane {
         provider: remote.replica.provider,
         group: source.group,
         groupPort: source.group_port,
-        // Nobody asks here while the source lives; when it is dead it is late to be heard of.
-        policy: { announceMs: LENT_ANNOUNCE_MS },
+        // Nobody asks here while the source lives; when it is dead it is late to be heard of. Then no
+        // host is new to the generation, so none is sent what others touched.
+        policy: { announceMs: LENT_ANNOUNCE_MS, historyPages: 0 },
       });
       this.#lent.set(generation, remote);
     } catch (error) {
@@ -386,6 +402,14 @@ export class Dataplane {
       });
     }
   }
+}
+
+function pageRanges(runs: number[]): { first: number; count: number }[] {
+  const ranges = [];
+  for (let i = 0; i + 1 < runs.length; i += 2) {
+    ranges.push({ first: runs[i] ?? 0, count: runs[i + 1] ?? 0 });
+  }
+  return ranges;
 }
 
 function replicaStats(remote: RemoteReplica, served: boolean): ReplicaStats {

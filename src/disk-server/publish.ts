@@ -1,14 +1,16 @@
 import { SnowflockError } from '../common/errors.js';
 import { newGenerationKey } from '../common/ids.js';
 import type { Disk } from '../cow-disk/disk.js';
+import { type Group, GroupReserve } from '../mcdist/groups.js';
 import {
-  groupFor,
   type McdistPolicyOptions,
   McdistServer,
   type McdistServerStats,
 } from '../mcdist/mcdist.js';
 import { exportGeneration } from './disk-server.js';
 import type { Source } from './source-file.js';
+
+const LISTEN_MS = 50;
 
 /** What is published of: a disk, or whatever else has generations. */
 export type GenerationHolder = Pick<Disk, 'provider'> & {
@@ -20,9 +22,8 @@ export interface PublishOptions {
   readonly address: string;
   /** UDP; default any. */
   readonly port?: number;
-  /** Default: derived from the generation, see `groupFor`. */
-  readonly group?: string;
-  readonly groupPort?: number;
+  /** Default: that of `previous`, else a random one on which nobody was heard for LISTEN_MS. */
+  readonly group?: Group;
   /** Multicast hops; default 1. */
   readonly ttl?: number;
   readonly mtuBytes?: number;
@@ -58,9 +59,8 @@ export async function publishGeneration(
       `the previous source is of generation ${previous.generation}, not ${generation}`,
     );
   }
-  const derived = groupFor(generation);
-  const group = options.group ?? previous?.group ?? derived.group;
-  const groupPort = options.groupPort ?? previous?.group_port ?? derived.port;
+  const before = previous && { group: previous.group, port: previous.group_port };
+  const { group, port: groupPort } = options.group ?? before ?? (await quietGroup(address));
   const key = previous?.key ?? newGenerationKey();
   const server = new McdistServer({
     bindAddress: address,
@@ -95,4 +95,13 @@ export async function publishGeneration(
     stats: () => server.stats(generation),
     close: () => server.close(),
   };
+}
+
+async function quietGroup(interfaceAddress: string): Promise<Group> {
+  const reserve = new GroupReserve({ interfaceAddress, size: 1 });
+  try {
+    return await reserve.takeQuiet(LISTEN_MS);
+  } finally {
+    reserve.close();
+  }
 }

@@ -16,9 +16,15 @@ export function groupOf(random: Buffer): Group {
   };
 }
 
+/** Not listened to; see GroupReserve for generations that others share a network with. */
+export function randomGroup(): Group {
+  return groupOf(randomBytes(4));
+}
+
 interface Candidate extends Group {
   readonly socket: Socket;
-  listening: boolean;
+  /** Of performance.now(). */
+  listeningSince: number | null;
 }
 
 const nameOf = ({ group, port }: Group): string => `${group}:${port}`;
@@ -52,13 +58,13 @@ export class GroupReserve {
   }
 
   #random(): Group {
-    let group = this.options.candidate?.() ?? groupOf(randomBytes(4));
+    let group = this.options.candidate?.() ?? randomGroup();
     // Of 2^30 hardly ever the first is taken; bounded, since one used twice is no harm.
     for (let tries = 0; tries < 64; tries++) {
       const name = nameOf(group);
       const known = [...this.#candidates].some((candidate) => nameOf(candidate) === name);
       if (!known && !this.#used.has(name)) break;
-      group = this.options.candidate?.() ?? groupOf(randomBytes(4));
+      group = this.options.candidate?.() ?? randomGroup();
     }
     return group;
   }
@@ -66,7 +72,7 @@ export class GroupReserve {
   #fill(): void {
     while (!this.#closed && this.#candidates.size < (this.options.size ?? 4)) {
       const socket = createSocket({ type: 'udp4', reuseAddr: true });
-      const candidate: Candidate = { ...this.#random(), socket, listening: false };
+      const candidate: Candidate = { ...this.#random(), socket, listeningSince: null };
       this.#candidates.add(candidate);
       socket.unref();
       socket.once('message', () => {
@@ -83,7 +89,7 @@ export class GroupReserve {
       socket.bind(candidate.port, candidate.group, () => {
         try {
           socket.addMembership(candidate.group, this.options.interfaceAddress);
-          candidate.listening = true;
+          candidate.listeningSince = performance.now();
         } catch {
           this.#failures++;
           this.#drop(candidate);
@@ -101,7 +107,7 @@ export class GroupReserve {
   take(): Group {
     // The first is the one listened to longest.
     for (const candidate of this.#candidates) {
-      if (!candidate.listening) continue;
+      if (candidate.listeningSince === null) continue;
       this.#drop(candidate);
       const { group, port } = candidate;
       this.#used.add(nameOf(candidate));
@@ -114,14 +120,43 @@ export class GroupReserve {
     return fresh;
   }
 
+  /** A group that was taken by an earlier process, for what is served again now. */
+  adopt(group: Group): void {
+    this.#used.add(nameOf(group));
+    for (const candidate of this.#candidates) {
+      if (nameOf(candidate) === nameOf(group)) this.#drop(candidate);
+    }
+    this.#fill();
+  }
+
   /** The generation is served no more. */
   release(group: Group): void {
     this.#used.delete(nameOf(group));
   }
 
+  /**
+   * As `take()`, of a group that was listened to for `listenMs` at least. If none can be listened
+   * to within a second, one that was not.
+   */
+  async takeQuiet(listenMs: number): Promise<Group> {
+    const limit = performance.now() + 1000;
+    const quiet = (): boolean => {
+      for (const { listeningSince } of this.#candidates) {
+        if (listeningSince !== null && performance.now() - listeningSince >= listenMs) return true;
+      }
+      return false;
+    };
+    while (!quiet() && performance.now() < limit) {
+      await new Promise((resolve) => setTimeout(resolve, 5));
+    }
+    return this.take();
+  }
+
   /** `busy`: candidates given up since packets came; `failures`: that could not be listened to. */
   stats(): { listening: number; used: number; busy: number; failures: number } {
-    const listening = [...this.#candidates].filter((candidate) => candidate.listening).length;
+    const listening = [...this.#candidates].filter(
+      ({ listeningSince }) => listeningSince !== null,
+    ).length;
     return { listening, used: this.#used.size, busy: this.#busy, failures: this.#failures };
   }
 

@@ -1,7 +1,5 @@
-import { createHash } from 'node:crypto';
 import { asSnowflockError } from '../common/errors.js';
 import { loadAddon } from '../common/native.js';
-import { groupOf } from './groups.js';
 
 /** Opaque: the `handle` property of a `Replica`. */
 export type ReplicaHandle = unknown;
@@ -86,6 +84,8 @@ export interface McdistPolicyOptions {
   readonly announceMs?: number;
   /** First faults whose order is remembered for later clones; 0: none. */
   readonly historyPages?: number;
+  /** To begin with: the record of an earlier generation of the same VM or disk, of `history()`. */
+  readonly history?: Buffer;
 }
 
 export interface McdistServeOptions {
@@ -124,6 +124,8 @@ export interface McdistServerStats {
   readonly pagesPushed: number;
   /** Pages answered to one client alone. */
   readonly unicastAnswers: number;
+  /** Pages sent to later clones since earlier ones touched them first. */
+  readonly pagesReplayed: number;
   /** Blocks that clients said to lack something of; ignored: what repairs them was on its way. */
   readonly reports: number;
   readonly reportsIgnored: number;
@@ -242,6 +244,7 @@ interface NativeServer {
   serve(options: McdistServeOptions): void;
   unserve(generation: string): Promise<void>;
   stats(generation?: string): McdistServerStats;
+  history(generation: string): Promise<Buffer>;
   close(): Promise<void>;
 }
 
@@ -301,6 +304,14 @@ export class McdistServer {
     return typed(() => this.#native.stats(generation));
   }
 
+  /**
+   * Which pages of a generation were faulted on, in the order of the first times: an opaque record
+   * for `policy.history` of the next generation. Empty if it is not served.
+   */
+  async history(generation: string): Promise<Buffer> {
+    return typed(() => this.#native.history(generation));
+  }
+
   async close(): Promise<void> {
     await typed(() => this.#native.close());
   }
@@ -354,13 +365,4 @@ export class McdistClient {
   async close(): Promise<void> {
     await typed(() => this.#native.close());
   }
-}
-
-/**
- * The group a generation is sent to: 239.195.0.0/16 (administratively scoped, RFC 2365) and a port
- * from 16384 to 32767, below the ephemeral ones. Two generations that meet in one group and port
- * cost each other's clients the look at a packet's header, never a byte.
- */
-export function groupFor(generation: string): { group: string; port: number } {
-  return groupOf(createHash('sha256').update(`mcdist group ${generation}`).digest());
 }

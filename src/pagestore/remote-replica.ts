@@ -29,6 +29,8 @@ export interface RemoteReplicaOptions {
   /** See McdistClientOptions. */
   readonly sourceTimeoutMs?: number;
   readonly mtuBytes?: number;
+  /** Have pages sent that others touched first, if nothing is here yet. */
+  readonly history?: boolean;
   /** How often what came is made durable; 0, the default: once, when all is here. */
   readonly syncIntervalMs?: number;
 }
@@ -181,6 +183,7 @@ export class RemoteReplica extends EventEmitter<{
       interfaceAddress: this.#interfaceAddress,
       ...(sourceTimeoutMs === undefined ? {} : { sourceTimeoutMs }),
       ...(mtuBytes === undefined ? {} : { mtuBytes }),
+      history: this.#options.history === true && this.replica.stats().present === 0,
     });
   }
 

@@ -99,8 +99,8 @@ async function publish(
   const { record, vm } = live;
   try {
     await allDone([
-      serve(host, fork.ram, { vm: record.id }),
-      serve(host, fork.disk, { disk: record.id }),
+      serve(host, fork.ram, { vm: record.id }, fork.disjoint.ram),
+      serve(host, fork.disk, { disk: record.id }, fork.disjoint.disk),
     ]);
     const descriptor = encodeDescriptor({
       machine: vm.shape,
@@ -171,6 +171,7 @@ export function serve(
   host: Host,
   generation: GenerationRef,
   of: { vm: string } | { disk: string },
+  disjoint: number[],
   call: Host['dataplane']['call'] = host.dataplane.call,
 ): Promise<unknown> {
   return call('generation.serve', {
@@ -179,6 +180,8 @@ export function serve(
     key: generation.source.key,
     group: generation.source.group,
     group_port: generation.source.group_port,
+    replay_pages: Math.floor(host.config.replayBytes / 4096),
+    disjoint,
   });
 }
 

@@ -191,6 +191,7 @@ export class Clones {
       next_vmid: 0,
       base: { ram: request.ram, disk: request.disk, fork: request.fork },
       parent: { host: request.parent.host, vm: request.parent.vm, fork: request.fork },
+      disjoint: { ram: [], disk: [] },
       end: null,
     };
     // Checked first: what fails below ends the VM of this id.

@@ -92,6 +92,12 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
     live: new Map(),
     closing: false,
   };
+  for (const fork of forks.all()) {
+    if (fork.state === 'closed') continue;
+    for (const { source } of [fork.ram, fork.disk]) {
+      host.groups.adopt({ group: source.group, port: source.group_port });
+    }
+  }
   const clones = new Clones(host);
   const leases = new Leases(host);
   const orphans = new Orphans(host);
@@ -208,8 +214,12 @@ async function restore(host: Host, call: Host['dataplane']['call']): Promise<voi
       (error: unknown) =>
         host.log.warn({ vm: fork.vm, error: String(error) }, 'VM does not come back to memtap'),
     );
-    await attempt({ fork: fork.id }, () => serve(host, fork.ram, { vm: fork.vm }, call));
-    await attempt({ fork: fork.id }, () => serve(host, fork.disk, { disk: fork.vm }, call));
+    await attempt({ fork: fork.id }, () =>
+      serve(host, fork.ram, { vm: fork.vm }, fork.disjoint.ram, call),
+    );
+    await attempt({ fork: fork.id }, () =>
+      serve(host, fork.disk, { disk: fork.vm }, fork.disjoint.disk, call),
+    );
   }
 }
 

@@ -223,6 +223,7 @@ function newFork(
     fork_ms: null,
     dirty_pages: null,
     wire: null,
+    disjoint: record.disjoint,
     clones: [],
   };
 }

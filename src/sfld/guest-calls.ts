@@ -1,7 +1,9 @@
 /** The sf_* calls of a guest (paper section 2.1), as they come through its channel. */
 import type { GuestCall } from '../api/guest-channel.js';
 import { type ErrorCode, SnowflockError } from '../common/errors.js';
+import { parseRegions, setDisjoint } from './disjoint.js';
 import { checkpointVm, createClones, forkVm, joinFork, killClones } from './fork.js';
+import { count } from './holdings.js';
 import type { Host, LiveVm } from './host.js';
 import type { CloneResult, EndReport, ForkRecord } from './records.js';
 import { requestTicket } from './tickets.js';
@@ -69,6 +71,14 @@ async function answerCall(
     case 'create_clones': {
       const fork = await createClones(host, live, text(args, 'checkpoint'), text(args, 'ticket'));
       return forkReply(fork);
+    }
+    case 'disjoint': {
+      const said = {
+        ram: parseRegions(args.ram ?? ''),
+        disk: parseRegions(args.disk ?? ''),
+      };
+      const { ram, disk } = await setDisjoint(host, live, said);
+      return { ram_pages: String(count(ram)), disk_pages: String(count(disk)) };
     }
     case 'join': {
       const clones = await joinFork(host, live, text(args, 'ticket'), JOIN_LIMIT_MS);

@@ -3,6 +3,7 @@ import { chmod, unlink } from 'node:fs/promises';
 import Fastify, { type FastifyInstance } from 'fastify';
 import Type, { type Static } from 'typebox';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
+import { REGIONS_MAX, setDisjoint } from './disjoint.js';
 import {
   checkpointVm,
   createClones,
@@ -32,6 +33,17 @@ const RunBody = Type.Object(
 const Count = Type.Integer({ minimum: 1, maximum: 4096 });
 const ForkBody = Type.Object({ clones: Count }, { additionalProperties: false });
 const TicketBody = Type.Object({ ticket: Type.String() }, { additionalProperties: false });
+const Regions = Type.Array(
+  Type.Object(
+    {
+      offset_bytes: Type.Integer({ minimum: 0 }),
+      size_bytes: Type.Integer({ minimum: 0 }),
+    },
+    { additionalProperties: false },
+  ),
+  { maxItems: REGIONS_MAX },
+);
+const DisjointBody = Type.Object({ ram: Regions, disk: Regions }, { additionalProperties: false });
 const JoinBody = Type.Object(
   {
     ref: Type.String({ minLength: 1 }),
@@ -124,6 +136,11 @@ function routes(host: Host, app: FastifyInstance): void {
           request.body.ticket,
         ),
       ),
+  );
+  app.put<{ Params: Ref; Body: Static<typeof DisjointBody> }>(
+    '/v1/vms/:ref/disjoint',
+    { schema: { body: DisjointBody } },
+    async (request) => setDisjoint(host, findVm(host, request.params.ref), request.body),
   );
   app.delete<{ Params: { id: string } }>('/v1/checkpoints/:id', async (request) => {
     await releaseCheckpoint(host, knownFork(host, request.params.id));

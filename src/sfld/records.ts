@@ -51,6 +51,8 @@ export interface VmRecord {
   /** Clones only: the generations it stands on and the VM it was forked from. */
   base: { ram: GenerationRef; disk: GenerationRef; fork: string } | null;
   parent: { host: string; vm: string; fork: string } | null;
+  /** For forks from now on; not multicast. */
+  disjoint: Disjoint;
   end: EndReport | null;
 }
 
@@ -96,7 +98,15 @@ export interface ForkRecord {
   dirty_pages: number | null;
   /** The mcdist server's last counters of both generations, taken when they were closed. */
   wire: Record<'ram' | 'disk', Record<string, number>> | null;
+  /** As the VM's, when it was forked. */
+  disjoint: Disjoint;
   clones: CloneResult[];
+}
+
+/** Regions of which each clone needs a part of its own, as runs of pages [first, count, ...]. */
+export interface Disjoint {
+  ram: number[];
+  disk: number[];
 }
 
 /** What a host is asked to make ready while the descriptor is being put together. */

@@ -76,6 +76,7 @@ export async function runVm(host: Host, request: RunRequest): Promise<VmRecord> 
       next_vmid: 1,
       base: null,
       parent: null,
+      disjoint: { ram: [], disk: [] },
       end: null,
     };
     await host.vms.save(record);

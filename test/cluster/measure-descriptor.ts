@@ -18,7 +18,8 @@ import {
 } from '../../src/cluster/index.js';
 import { newGenerationId, newGenerationKey } from '../../src/common/ids.js';
 import { within } from '../../src/common/timeout.js';
-import { groupFor, McdistServer } from '../../src/mcdist/mcdist.js';
+import { randomGroup } from '../../src/mcdist/groups.js';
+import { McdistServer } from '../../src/mcdist/mcdist.js';
 import { RemoteReplica } from '../../src/pagestore/remote-replica.js';
 import { openReplica } from '../../src/pagestore/replica.js';
 import { get, makeCluster, temporaryFolder } from './helpers.js';
@@ -89,7 +90,7 @@ async function measureMcdist(bytes: number, rounds: number): Promise<void> {
     for (let round = 0; round < rounds; round++) {
       const generation = newGenerationId();
       const key = Buffer.from(newGenerationKey(), 'hex');
-      const { group, port: groupPort } = groupFor(generation);
+      const { group, port: groupPort } = randomGroup();
       const held = openReplica(join(folder.path, `held${round}`), generation, pages, 'memory');
       for (let page = 0; page < pages; page++) held.fill(page, randomBytes(4096));
       server.serve({ generation, key, provider: held.provider, group, groupPort });

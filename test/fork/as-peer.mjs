@@ -9,7 +9,7 @@ const { Cluster } = await at('cluster/cluster.js');
 const { loadClusterConfig } = await at('cluster/config.js');
 const { newEpoch, newGenerationId, newGenerationKey, newVmId } = await at('common/ids.js');
 const { encodeDescriptor } = await at('descriptor/index.js');
-const { groupFor } = await at('mcdist/mcdist.js');
+const { randomGroup } = await at('mcdist/groups.js');
 const { RemoteHost } = await at('sfld/peers.js');
 
 const [configPath = '', recordPath = ''] = process.argv.slice(2);
@@ -20,7 +20,7 @@ const parent = JSON.parse(readFileSync(recordPath, 'utf8'));
 /** @param {number} bytes */
 function generation(bytes) {
   const id = newGenerationId();
-  const { group, port } = groupFor(id);
+  const { group, port } = randomGroup();
   const source = { address: '10.85.0.2', port: 7448, group, group_port: port };
   return { generation: id, pages: bytes / 4096, source: { ...source, key: newGenerationKey() } };
 }

@@ -4,7 +4,7 @@
  */
 import { randomBytes } from 'node:crypto';
 import { createSocket, type Socket } from 'node:dgram';
-import { groupFor } from '../../src/mcdist/mcdist.js';
+import { randomGroup } from '../../src/mcdist/groups.js';
 import {
   type Announce,
   announceBody,
@@ -30,7 +30,7 @@ export interface FakeGeneration {
 
 export function fakeGeneration(pages: number): FakeGeneration {
   const generation = randomBytes(16).toString('hex');
-  const { group, port } = groupFor(generation);
+  const { group, port } = randomGroup();
   const bytes = Array.from({ length: pages }, () => randomBytes(4096));
   return { generation, key: randomBytes(32), group, groupPort: port, pages: bytes };
 }

@@ -4,7 +4,7 @@ import { mkdtemp, rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
 import { projectRoot } from '../../src/common/native.js';
-import { groupFor } from '../../src/mcdist/mcdist.js';
+import { randomGroup } from '../../src/mcdist/groups.js';
 
 const run = promisify(execFile);
 const HOST = join(projectRoot, 'test', 'mcdist', 'host.mjs');
@@ -180,7 +180,7 @@ export function newGeneration(): {
   groupPort: number;
 } {
   const generation = randomBytes(16).toString('hex');
-  const { group, port } = groupFor(generation);
+  const { group, port } = randomGroup();
   return { generation, keyHex: randomBytes(32).toString('hex'), group, groupPort: port };
 }
 export type TestGeneration = ReturnType<typeof newGeneration>;

@@ -18,6 +18,7 @@ interface Sent {
   urgent: boolean;
   repair: boolean;
   pushed: boolean;
+  replayed: boolean;
   cursor: number;
   position: number;
   coverId: number;
@@ -58,6 +59,7 @@ interface Policy {
     pushing: boolean;
     historyPages: number;
   };
+  history(): Buffer;
 }
 const { McdistPolicy } = loadAddon<{
   McdistPolicy: new (options?: McdistPolicyOptions, pages?: number) => Policy;
@@ -375,17 +377,59 @@ test("the paper's push starts behind each requested page, in idle time, nothing 
 });
 
 test('history: later clones get first what earlier ones faulted on, in that order', () => {
-  const policy = new McdistPolicy({ historyPages: 3, lockstepWindowMs: 0 }, 100);
+  const policy = new McdistPolicy({ historyPages: 3, lockstepWindowMs: 0, pushDelayMs: 10 }, 100);
   policy.heard({ peer: 1, nowMs: 0 });
   for (const page of [40, 7, 40, 90, 5]) {
     policy.request({ peer: 1, page, urgent: true, nowMs: 1 });
     drain(policy, 1);
   }
   expect(policy.state(1).historyPages).toBe(3);
-  for (const nowMs of [50, 60]) policy.heard({ peer: 2, history: true, nowMs });
-  expect(drain(policy, 60).map((item) => [item.page, item.peer])).toEqual([
-    [40, 0],
-    [7, 0],
-    [90, 0],
+  // The only one that asks gets them alone.
+  for (const nowMs of [50, 55]) policy.heard({ peer: 2, history: true, nowMs });
+  expect(drain(policy, 59)).toEqual([]);
+  expect(policy.state(59).readyAtMs).toBe(60);
+  expect(drain(policy, 60).map((item) => [item.page, item.peer, item.replayed])).toEqual([
+    [40, 2, true],
+    [7, 2, true],
+    [90, 2, true],
   ]);
+  // Two at once get them together, but for what the group is sent meanwhile.
+  for (const peer of [3, 4]) policy.heard({ peer, history: true, nowMs: 70 });
+  policy.request({ peer: 3, page: 7, urgent: true, nowMs: 71 });
+  expect(drain(policy, 80).map((item) => [item.page, item.peer, item.replayed])).toEqual([
+    [7, 0, false],
+    [40, 0, true],
+    [90, 0, true],
+  ]);
+});
+
+test('history: begins with that of the generation before; what nobody faults on for long is left out', () => {
+  let policy = new McdistPolicy({ lockstepWindowMs: 0, pushDelayMs: 0 }, 100);
+  policy.heard({ peer: 1, nowMs: 0 });
+  for (const page of [40, 7, 90]) policy.request({ peer: 1, page, urgent: true, nowMs: 1 });
+  const replayed = () => {
+    policy.heard({ peer: 2, history: true, nowMs: 50 });
+    return drain(policy, 50).map((item) => item.page);
+  };
+  for (let generation = 0; generation < 8; generation++) {
+    const history = policy.history();
+    // Smaller: what is beyond its end is no page of it.
+    policy = new McdistPolicy(
+      { lockstepWindowMs: 0, pushDelayMs: 0, history },
+      generation < 4 ? 100 : 80,
+    );
+    if (generation === 5) {
+      policy.heard({ peer: 1, nowMs: 0 });
+      policy.request({ peer: 1, page: 7, urgent: true, nowMs: 1 });
+      drain(policy, 1);
+    }
+    expect(replayed()).toEqual(generation < 4 ? [40, 7, 90] : [40, 7]);
+  }
+  policy = new McdistPolicy({ pushDelayMs: 0, history: policy.history() }, 100);
+  expect(replayed()).toEqual([7]);
+  const bounded = new McdistPolicy({ history: policy.history(), historyPages: 0 }, 100);
+  expect(bounded.state(0).historyPages).toBe(0);
+  expect(() => new McdistPolicy({ history: Buffer.alloc(7) }, 100)).toThrow(
+    expect.objectContaining({ code: 'E_ARGUMENT' }),
+  );
 });
