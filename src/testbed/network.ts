@@ -106,7 +106,9 @@ function batch(netns: string | undefined, tool: readonly ['ip' | 'tc'], lines: s
     timeout: 20_000,
   });
   if (result.status !== 0) {
-    const reason = result.error?.message ?? result.stderr.trim().split('\n').join('; ');
+    // What the tool said first: one that ends before it has read all its lines leaves EPIPE as well.
+    const said = result.stderr?.trim().split('\n').join('; ');
+    const reason = said || (result.error?.message ?? `exit status ${result.status}`);
     throw new SnowflockError(
       'E_NETWORK',
       `${tool[0]} ${args.join(' ')} with [${lines.join('; ')}] failed: ${reason}`,
