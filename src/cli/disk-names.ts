@@ -19,6 +19,12 @@ const NAME = /^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$/;
 
 /** `STORE/DISK[@GENERATION]`; without a `/`: in the default store. E_ARGUMENT. */
 export function parseDiskName(text: string): DiskName {
+  if (text.includes('/') && isStore(text)) {
+    throw new SnowflockError(
+      'E_ARGUMENT',
+      `${text} is a store; say which disk of it: ${text}/DISK`,
+    );
+  }
   const store = text.includes('/') ? resolve(dirname(text)) : defaultStore();
   const [disk = '', generation, ...rest] = basename(text).split('@');
   const wrong = [disk, generation ?? '_'].find((name) => !NAME.test(name));

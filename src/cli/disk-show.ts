@@ -31,14 +31,23 @@ export function addDiskShowCommands(disk: Command, json: () => boolean): void {
   disk
     .command('du')
     .description('show what disks and generations take of the file system')
-    .argument('[what]', 'folder of the store, or STORE/DISK (default: the default store)')
+    .argument(
+      '[what]',
+      'folder of the store, STORE/DISK or STORE/DISK@GENERATION (default: the default store)',
+    )
     .action(async (text?: string) => {
-      const { store, disk: name } = parseStoreOrDisk(text);
+      const { store, disk: name, generation } = parseStoreOrDisk(text);
       const usage = await withStore(store, (open) => open.usage());
-      const disks = usage.disks.filter((one) => name === null || one.name === name);
-      const generations = usage.generations.filter((one) => name === null || one.disk === name);
-      if (name !== null && disks.length === 0) {
-        throw new SnowflockError('E_NOT_FOUND', `there is no disk ${name} in ${store}`);
+      const disks = usage.disks.filter(
+        (one) => name === null || (one.name === name && generation === null),
+      );
+      const generations = usage.generations.filter(
+        (one) =>
+          name === null || (one.disk === name && [null, one.id, one.name].includes(generation)),
+      );
+      if (name !== null && disks.length + generations.length === 0) {
+        const what = generation === null ? `disk ${name}` : `${name}@${generation}`;
+        throw new SnowflockError('E_NOT_FOUND', `there is no ${what} in ${store}`);
       }
       if (json()) {
         printJson(name === null ? usage : { disks, generations });

@@ -3,6 +3,7 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 /** The command line: one file per group of commands, this one only joins them. */
 import { Command, InvalidArgumentError } from 'commander';
+import { SnowflockError } from '../common/errors.js';
 import { projectRoot } from '../common/native.js';
 import { addClusterCommands } from './cluster.js';
 import { addDemoCommand } from './demo.js';
@@ -35,7 +36,15 @@ function shareOptions(command: Command): void {
   }
 }
 
+/** Known before any argument is found wrong. */
+const jsonErrors = /(^| )--json( |$)/.test(process.argv.join(' ').split(' -- ')[0] ?? '');
+
 const program = new Command('snowflock')
+  .configureOutput({
+    writeErr: (text) => {
+      if (!jsonErrors) process.stderr.write(text);
+    },
+  })
   .description('fork() for virtual machines: one running VM becomes many, on many hosts')
   .version(version)
   .option(...SOCKET, process.env.SNOWFLOCK_SOCKET || '/run/snowflock/sfld.sock')
@@ -60,6 +69,13 @@ addNatCommands(program);
 addDemoCommand(program);
 shareOptions(program);
 
+// Who read the output may go (`| head`): what is under way, a `disk serve` above all, goes on.
+for (const stream of [process.stdout, process.stderr]) {
+  stream.on('error', (error: NodeJS.ErrnoException) => {
+    if (error.code !== 'EPIPE') throw error;
+  });
+}
+
 try {
   await program.parseAsync();
 } catch (error) {
@@ -67,6 +83,10 @@ try {
   if (typeof known.code === 'string' && known.code.startsWith('commander.')) {
     // Help and version end with 0; wrong usage with 2, as E_ARGUMENT does.
     process.exitCode = known.exitCode === 0 ? 0 : 2;
+    if (process.exitCode !== 0 && jsonErrors) {
+      const message = String((error as Error).message).replace(/^error: /, '');
+      reportError(new SnowflockError('E_ARGUMENT', message), true);
+    }
   } else if (error instanceof InvalidArgumentError) {
     process.exitCode = 2;
   } else {

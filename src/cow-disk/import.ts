@@ -7,7 +7,7 @@ import { fstatSync, type Stats } from 'node:fs';
 import { mkdtemp, realpath, rm, stat } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { SnowflockError } from '../common/errors.js';
+import { asSnowflockError, SnowflockError } from '../common/errors.js';
 import { run } from '../common/run.js';
 import type { NbdPlace, StoreService } from './control-protocol.js';
 import { inspectImage } from './image-info.js';
@@ -59,7 +59,12 @@ export async function importDisk(store: StoreService, request: ImportRequest): P
       return await target.finish();
     } catch (error) {
       await target.abandon().catch(() => undefined); // the first error tells; the rest is swept
-      throw error;
+      if (asSnowflockError(error).code !== 'E_NO_SPACE') throw error;
+      throw new SnowflockError(
+        'E_NO_SPACE',
+        `no room in ${store.directory} for what ${request.source} holds; nothing was kept of it`,
+        { cause: error },
+      );
     }
   } finally {
     for (const folder of scratch) await rm(folder, { recursive: true, force: true });

@@ -106,7 +106,7 @@ export interface StoreUsage {
   generations: (SpaceUsage & { id: string; disk: string; name: string | null })[];
   /** Copies of generations of other hosts; whoever lies on them shares them. */
   replicas: { generation: string; virtual_bytes: number; own_bytes: number }[];
-  /** Taken by all slices and replicas, and by those that no disk or generation names (to be merged). */
+  /** Taken by all slices and replicas, and by slices that clean-up will remove or merge away. */
   total_bytes: number;
   unreferenced_bytes: number;
 }

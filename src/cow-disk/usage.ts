@@ -1,7 +1,7 @@
 import { stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
-import { wanted } from './gc.js';
+import { plan, wanted } from './gc.js';
 import { diskOf, sliceOf } from './parts.js';
 import { fileNames, replicaFiles, scanFolder } from './slice-files.js';
 import type { StoreUsage } from './store-api.js';
@@ -25,11 +25,12 @@ export async function storeUsage(directory: string, tree: Tree): Promise<StoreUs
   });
   const byName = soleUsers(tree, order, (id) => tree.diskAt(id) ?? tree.generationAt(id));
 
+  const waiting = waitingSlices(tree);
   const own = new Map<string, number>();
   let [total_bytes, unreferenced_bytes] = [0, 0];
   for (const id of order) {
     total_bytes += of(id);
-    if (!wanted(tree, id)) unreferenced_bytes += of(id);
+    if (waiting.has(id)) unreferenced_bytes += of(id);
     const user = byDisk.get(id);
     if (typeof user === 'string') own.set(user, (own.get(user) ?? 0) + of(id));
   }
@@ -70,6 +71,19 @@ export async function storeUsage(directory: string, tree: Tree): Promise<StoreUs
   const replicas = await replicaUsage(directory, tree);
   for (const { own_bytes } of replicas) total_bytes += own_bytes;
   return { disks, generations, replicas, total_bytes, unreferenced_bytes };
+}
+
+/**
+ * Slices that clean-up is going to remove or to merge away. One that nobody wants but a top lies on is
+ * none of them: it holds what the disk reads, and stays until the top is sealed.
+ */
+function waitingSlices(tree: Tree): Set<string> {
+  const found = new Set<string>();
+  for (const step of plan(tree)) {
+    if (step.kind !== 'remove' && step.kind !== 'merge') continue;
+    for (const id of step.slices) if (!wanted(tree, id)) found.add(id);
+  }
+  return found;
 }
 
 async function replicaUsage(directory: string, tree: Tree): Promise<StoreUsage['replicas']> {

@@ -118,6 +118,46 @@ test('a disk exists once, and what does not exist is not found', async () => {
   expect((await snowflock(['disk', 'rm', `${store}/none`, '--yes'])).status).toBe(4);
 });
 
+test('a wrong option with --json is an error as JSON too', async () => {
+  const store = await newStore();
+  const args = ['disk', 'create', `${store}/web`, '--size', '0', '--json'];
+  const { status, stderr } = await snowflock(args);
+  expect(status).toBe(2);
+  expect(JSON.parse(stderr)).toMatchObject({ error: { code: 'E_ARGUMENT' } });
+});
+
+test('serve goes on when nobody reads what it prints any more', async () => {
+  const store = await newStore();
+  for (const name of ['a', 'b'])
+    await snowflock(['disk', 'create', `${store}/${name}`, '--size', '1M']);
+  const child = start(['disk', 'serve', store]);
+  child.stdout?.destroy();
+  const ended = outcome(child);
+  cleanup(async () => {
+    child.kill('SIGKILL'); // does nothing if it has ended
+    await ended;
+  });
+  await until(() => existsSync(join(store, 'store.sock')));
+  expect((await list(store)).disks.map(({ exports }) => exports.length)).toEqual([1, 1]);
+  child.kill('SIGTERM');
+  expect((await ended).status).toBe(0);
+  expect(existsSync(join(store, 'store.sock'))).toBe(false);
+});
+
+test('du of a generation is that of the generation, and a store is no disk', async () => {
+  const store = await newStore();
+  await snowflock(['disk', 'create', `${store}/web`, '--size', '1M']);
+  await snowflock(['disk', 'snapshot', `${store}/web`, '--name', 'a']);
+  await snowflock(['disk', 'snapshot', `${store}/web`, '--name', 'b']);
+  const usage = await snowflockJson<StoreUsage>(['disk', 'du', `${store}/web@a`]);
+  expect(usage.disks).toEqual([]);
+  expect(usage.generations.map(({ name }) => name)).toEqual(['a']);
+  expect((await snowflock(['disk', 'du', `${store}/web@c`])).status).toBe(4);
+  const { status, stderr } = await snowflock(['disk', 'info', store]);
+  expect(status).toBe(2);
+  expect(stderr).toContain(`${store}/DISK`);
+});
+
 test('nothing is removed without a terminal or --yes', async () => {
   const store = await newStore();
   await snowflock(['disk', 'create', `${store}/web`, '--size', '1M']);
