@@ -5,6 +5,7 @@
 
 import type { GenerationRef } from '../descriptor/index.js';
 import type { VmRecord as HypervisorRecord, MachineShape } from '../hypervisor/driver.js';
+import type { Connection } from '../network/tcp-guard.js';
 
 export type { GenerationRef };
 
@@ -19,6 +20,12 @@ export interface EndReport {
   pages_fetched?: number;
 }
 
+/**
+ * Who gives a guest its address: its agent, told by sfld, or nobody but DHCP. Such a guest needs no
+ * agent; after a fork it is made to ask (readdress.ts).
+ */
+export type Addressing = 'agent' | 'dhcp';
+
 export interface VmRecord {
   id: string;
   name: string;
@@ -31,6 +38,8 @@ export interface VmRecord {
   ram_bytes: number;
   disk_bytes: number;
   vcpus: number;
+  /** Absent: agent. */
+  addressing?: Addressing;
   state: VmState;
   created_ms: number;
   /** Secret by which the memtap agent of this VM proves itself to the data plane. */
@@ -67,7 +76,8 @@ export interface CloneResult {
   asked_ms: number;
   /** From the request to the clone's first instruction. */
   running_ms: number | null;
-  /** From the request until the clone's guest agent answered under its new identity. */
+  /** From the request until the clone's guest was at its new address: its agent said so, or it took
+   * the lease. */
   reply_ms: number | null;
   error: { code: string; message: string } | null;
   end: EndReport | null;
@@ -97,6 +107,8 @@ export interface ForkRecord {
   /** The mcdist server's last counters of both generations, taken when they were closed. */
   wire: Record<'ram' | 'disk', Record<string, number>> | null;
   clones: CloneResult[];
+  /** The guest's TCP connections at the capture, where its agent does not end them in clones. */
+  connections?: Connection[];
 }
 
 /** What a host is asked to make ready while the descriptor is being put together. */
@@ -113,6 +125,9 @@ export interface PrepareRequest {
   ram: GenerationRef;
   disk: GenerationRef;
   reservation: string;
+  /** Absent: agent. With dhcp: what clones inherit, and under which address. */
+  addressing?: Addressing;
+  inherited?: { address: string; connections: Connection[] };
   clones: { vm: string; vmid: number; epoch: string; seed: string; reply: PendingReply | null }[];
 }
 
