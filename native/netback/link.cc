@@ -17,6 +17,11 @@ namespace {
 
 constexpr char kTun[] = "/dev/net/tun";
 constexpr int kDhcpReceiveBytes = 64 * 1024;
+constexpr int kTcpReceiveBytes = 512 * 1024;
+// Ethernet, IPv4 and TCP headers at their longest.
+constexpr uint32_t kTcpHeaderBytes = ETH_HLEN + 60 + 60;
+constexpr uint32_t kAncillary = static_cast<uint32_t>(SKF_AD_OFF);
+constexpr uint32_t kIp = ETH_HLEN;
 
 // Names that mean one file under /proc/sys and nothing to a shell.
 bool IsName(const std::string& name) {
@@ -59,6 +64,34 @@ Status SetMtu(const std::string& name, uint32_t mtu) {
   if (::ioctl(control.get(), SIOCSIFMTU, &request) != 0) {
     return Status::Errno("E_NETWORK", "set the MTU of " + name + " to " + std::to_string(mtu));
   }
+  return Status::Ok();
+}
+
+// What `filter` takes of the frames that come out of the interface.
+Status OpenPacketSocket(const std::string& name, const sock_fprog& filter, int receive_bytes,
+                        Fd* out) {
+  sockaddr_ll address = {};
+  address.sll_family = AF_PACKET;
+  // The filters ask for IPv4; a socket bound to one protocol only would come after tc.
+  address.sll_protocol = htons(ETH_P_ALL);
+  address.sll_ifindex = static_cast<int>(if_nametoindex(name.c_str()));
+  if (address.sll_ifindex == 0) return Status::Error("E_NOT_FOUND", "no interface " + name);
+  // Protocol 0 receives nothing until bind(): not a frame arrives before the filter is in place.
+  Fd socket(::socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (!socket.valid()) return Status::Errno("E_NETWORK", "open a packet socket");
+  const int one = 1;
+  const uint32_t mark = NETBACK_MARK;
+  if (::setsockopt(socket.get(), SOL_SOCKET, SO_ATTACH_FILTER, &filter, sizeof filter) != 0 ||
+      ::setsockopt(socket.get(), SOL_PACKET, PACKET_IGNORE_OUTGOING, &one, sizeof one) != 0 ||
+      ::setsockopt(socket.get(), SOL_SOCKET, SO_MARK, &mark, sizeof mark) != 0 ||
+      ::setsockopt(socket.get(), SOL_SOCKET, SO_RCVBUF, &receive_bytes, sizeof receive_bytes) !=
+          0) {
+    return Status::Errno("E_NETWORK", "set up a packet socket on " + name);
+  }
+  if (::bind(socket.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) != 0) {
+    return Status::Errno("E_NETWORK", "bind a packet socket to " + name);
+  }
+  *out = std::move(socket);
   return Status::Ok();
 }
 
@@ -121,8 +154,6 @@ Status OpenTap(const std::string& name, bool vnet_hdr, uint32_t mtu, Fd* out) {
 }
 
 Status OpenDhcpSocket(const std::string& name, bool relay, Fd* out) {
-  constexpr uint32_t kAncillary = static_cast<uint32_t>(SKF_AD_OFF);
-  constexpr uint32_t kIp = ETH_HLEN;
   sock_filter program[] = {
       BPF_STMT(BPF_LD | BPF_B | BPF_ABS, kAncillary + SKF_AD_VLAN_TAG_PRESENT),
       BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 13),
@@ -142,31 +173,33 @@ Status OpenDhcpSocket(const std::string& name, bool relay, Fd* out) {
       BPF_STMT(BPF_RET | BPF_K, 0xffff),
       BPF_STMT(BPF_RET | BPF_K, 0),
   };
-  const sock_fprog filter = {static_cast<uint16_t>(std::size(program)), program};
+  return OpenPacketSocket(name, {static_cast<uint16_t>(std::size(program)), program},
+                          kDhcpReceiveBytes, out);
+}
 
-  sockaddr_ll address = {};
-  address.sll_family = AF_PACKET;
-  // The filter below asks for IPv4; a socket bound to one protocol only would come after tc.
-  address.sll_protocol = htons(ETH_P_ALL);
-  address.sll_ifindex = static_cast<int>(if_nametoindex(name.c_str()));
-  if (address.sll_ifindex == 0) return Status::Error("E_NOT_FOUND", "no interface " + name);
-  // Protocol 0 receives nothing until bind(): not a frame arrives before the filter is in place.
-  Fd socket(::socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  if (!socket.valid()) return Status::Errno("E_NETWORK", "open a packet socket");
-  const int one = 1;
-  const uint32_t mark = NETBACK_MARK;
-  if (::setsockopt(socket.get(), SOL_SOCKET, SO_ATTACH_FILTER, &filter, sizeof filter) != 0 ||
-      ::setsockopt(socket.get(), SOL_PACKET, PACKET_IGNORE_OUTGOING, &one, sizeof one) != 0 ||
-      ::setsockopt(socket.get(), SOL_SOCKET, SO_MARK, &mark, sizeof mark) != 0 ||
-      ::setsockopt(socket.get(), SOL_SOCKET, SO_RCVBUF, &kDhcpReceiveBytes,
-                   sizeof kDhcpReceiveBytes) != 0) {
-    return Status::Errno("E_NETWORK", "set up a packet socket on " + name);
-  }
-  if (::bind(socket.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) != 0) {
-    return Status::Errno("E_NETWORK", "bind a packet socket to " + name);
-  }
-  *out = std::move(socket);
-  return Status::Ok();
+Status OpenTcpSocket(const std::string& name, uint32_t address, Fd* out) {
+  sock_filter program[] = {
+      BPF_STMT(BPF_LD | BPF_B | BPF_ABS, kAncillary + SKF_AD_VLAN_TAG_PRESENT),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 15),
+      BPF_STMT(BPF_LD | BPF_H | BPF_ABS, 12),  // EtherType
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, ETH_P_IP, 3, 0),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, ETH_P_ARP, 0, 12),
+      BPF_STMT(BPF_LD | BPF_H | BPF_ABS, kIp + 6),  // operation
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, 2, 9, 10),
+      BPF_STMT(BPF_LD | BPF_B | BPF_ABS, kIp + 9),  // protocol
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, IPPROTO_TCP, 0, 8),
+      BPF_STMT(BPF_LD | BPF_H | BPF_ABS, kIp + 6),  // fragment offset
+      BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, 0x1fff, 6, 0),
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, kIp + 12),  // source
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, address, 0, 3),
+      BPF_STMT(BPF_LDX | BPF_B | BPF_MSH, kIp),
+      BPF_STMT(BPF_LD | BPF_B | BPF_IND, kIp + 13),      // flags
+      BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, 0x07, 0, 1),  // FIN, SYN, RST
+      BPF_STMT(BPF_RET | BPF_K, kTcpHeaderBytes),
+      BPF_STMT(BPF_RET | BPF_K, 0),
+  };
+  return OpenPacketSocket(name, {static_cast<uint16_t>(std::size(program)), program},
+                          kTcpReceiveBytes, out);
 }
 
 }  // namespace sf

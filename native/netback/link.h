@@ -1,4 +1,4 @@
-// Network interfaces: taps, their settings, and the packet socket DHCP listens on. All of it in the
+// Network interfaces: taps, their settings, and the packet sockets of services. All of it in the
 // network namespace of the calling thread.
 #pragma once
 
@@ -27,5 +27,10 @@ Status OpenTap(const std::string& name, bool vnet_hdr, uint32_t mtu, Fd* out);
 // to it goes out of the interface with the mark that lets it pass the filter. E_NOT_FOUND,
 // E_NETWORK.
 Status OpenDhcpSocket(const std::string& name, bool relay, Fd* out);
+
+// As OpenDhcpSocket, for TCP: receives the first bytes (headers) of segments that open or end a
+// connection (SYN, FIN, RST), and of all whose IPv4 source (host order) is another than `address`;
+// and ARP replies.
+Status OpenTcpSocket(const std::string& name, uint32_t address, Fd* out);
 
 }  // namespace sf

@@ -207,6 +207,14 @@ Napi::Value OpenDhcpSocketJs(const Napi::CallbackInfo& info) {
   return Napi::Number::New(info.Env(), socket.release());
 }
 
+// openTcpSocket(interface, address): descriptor
+Napi::Value OpenTcpSocketJs(const Napi::CallbackInfo& info) {
+  Fd socket;
+  throw_if(info.Env(),
+           OpenTcpSocket(info[0].ToString(), info[1].ToNumber().Uint32Value(), &socket));
+  return Napi::Number::New(info.Env(), socket.release());
+}
+
 // inNetns(path, function): what the function returns. For synchronous functions only.
 Napi::Value InNetns(const Napi::CallbackInfo& info) {
   Fd netns;
@@ -228,6 +236,7 @@ void Init(Napi::Env env, Napi::Object exports) {
   Netback::Init(env, exports);
   exports.Set("openTap", Napi::Function::New(env, OpenTapJs));
   exports.Set("openDhcpSocket", Napi::Function::New(env, OpenDhcpSocketJs));
+  exports.Set("openTcpSocket", Napi::Function::New(env, OpenTcpSocketJs));
   exports.Set("inNetns", Napi::Function::New(env, InNetns));
   exports.Set("reasonNames", ReasonNames(env));
 }

@@ -3,7 +3,7 @@ import type { Duplex } from 'node:stream';
 import { asSnowflockError, isErrorCode, SnowflockError } from '../common/errors.js';
 import type { DisjointRegions, Region } from '../sfld/disjoint.js';
 import type { ReplicaSummary, VmCounters, VmSummary } from '../sfld/peers.js';
-import type { CloneResult, Disjoint, ShownFork as ForkRecord } from '../sfld/records.js';
+import type { Addressing, CloneResult, Disjoint, ShownFork as ForkRecord } from '../sfld/records.js';
 
 export type {
   CloneResult,
@@ -50,7 +50,14 @@ export class SnowflockClient {
   }
 
   /** Boots a VM and waits for its guest. Errors: E_IMAGE_UNKNOWN, E_CAPACITY, E_EXISTS, E_QEMU. */
-  run(vm: { image: string; name: string; ram_bytes: number; vcpus: number }): Promise<VmSummary> {
+  run(vm: {
+    image: string;
+    name: string;
+    ram_bytes: number;
+    vcpus: number;
+    /** Default agent. */
+    addressing?: Addressing;
+  }): Promise<VmSummary> {
     return this.#call('POST', '/v1/vms', vm);
   }
 

@@ -1,4 +1,4 @@
-import { type Command, InvalidArgumentError } from 'commander';
+import { type Command, InvalidArgumentError, Option } from 'commander';
 import {
   type CloneResult,
   type ForkRecord,
@@ -13,6 +13,13 @@ import { confirm } from './confirm.js';
 import { ms, note, parseSize, printJson, table } from './output.js';
 
 export const DEFAULT_RAM_BYTES = 512 * 2 ** 20;
+
+interface RunOptions {
+  image: string;
+  memory?: number;
+  vcpus: number;
+  addressing: 'agent' | 'dhcp';
+}
 
 interface Globals {
   socket: string;
@@ -56,13 +63,22 @@ export function addVmCommands(program: Command): void {
     .option('--image <name>', 'image to boot', 'minimal')
     .option('--memory <size>', 'RAM, in MiB unless a unit is given (default: 512)', size)
     .option('--vcpus <n>', 'virtual CPUs', count, 1)
-    .action(async (name: string, o: { image: string; memory?: number; vcpus: number }) => {
+    .addOption(
+      new Option(
+        '--addressing <who>',
+        'what gives the guest its address; dhcp needs no agent in it',
+      )
+        .choices(['agent', 'dhcp'])
+        .default('agent'),
+    )
+    .action(async (name: string, o: RunOptions) => {
       const { client, json } = context();
       const vm = await client.run({
         name,
         image: o.image,
         ram_bytes: o.memory ?? DEFAULT_RAM_BYTES,
         vcpus: o.vcpus,
+        addressing: o.addressing,
       });
       if (json) printJson(vm);
       else process.stdout.write(`${vm.id}\n`);

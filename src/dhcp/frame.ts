@@ -4,6 +4,7 @@
  * the lengths are checked here.
  */
 import { ipNumber, macBytes, macText } from '../network/addresses.js';
+import { checksum } from '../network/checksum.js';
 
 const ETHERNET_BYTES = 14;
 const IP_BYTES = 20;
@@ -40,14 +41,6 @@ export function parseClientFrame(frame: Uint8Array): ClientDatagram | undefined 
     unicast: view.getUint32(ETHERNET_BYTES + 16) !== 0xffff_ffff,
     payload: frame.subarray(udp + UDP_BYTES, udp + udpBytes),
   };
-}
-
-/** RFC 1071 over an even number of bytes, the odd last one padded. */
-function checksum(bytes: Uint8Array, start = 0): number {
-  let sum = start;
-  for (let i = 0; i < bytes.length; i += 2) sum += ((bytes[i] ?? 0) << 8) | (bytes[i + 1] ?? 0);
-  while (sum > 0xffff) sum = (sum & 0xffff) + (sum >>> 16);
-  return ~sum & 0xffff;
 }
 
 export interface ServerDatagram {

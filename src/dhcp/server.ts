@@ -60,8 +60,9 @@ export interface DhcpIdentity {
   routes?: readonly Route[];
   /** Default 3600. */
   leaseSeconds?: number;
-  /** When clients first ask for more time (T1). Default half of the lease. */
+  /** When clients ask this server for more time (T1), and when any (T2). Default 1/2 and 7/8. */
   renewSeconds?: number;
+  rebindSeconds?: number;
 }
 
 export type DhcpState = 'idle' | 'offered' | 'bound' | 'released' | 'declined';
@@ -239,7 +240,7 @@ export class DhcpMachine {
     ]);
     if (lease) {
       const seconds = this.#leaseSeconds();
-      const rebind = Math.floor((seconds * 7) / 8);
+      const rebind = this.#identity.rebindSeconds ?? Math.floor((seconds * 7) / 8);
       const renew = this.#identity.renewSeconds ?? Math.floor(seconds / 2);
       options.set(Option.LEASE_SECONDS, u32(seconds));
       options.set(Option.RENEWAL_SECONDS, u32(Math.min(renew, rebind)));

@@ -43,6 +43,7 @@ export class DhcpService {
   readonly #options: DhcpServiceOptions;
   readonly #counts = new Map<DhcpEvent, number>();
   readonly #requests = new Map<ClientState, number>();
+  readonly #watchers = new Set<(event: DhcpEvent) => void>();
 
   /** E_NOT_FOUND (interface), E_NETWORK. */
   constructor(options: DhcpServiceOptions) {
@@ -78,6 +79,12 @@ export class DhcpService {
     return Object.fromEntries(this.#requests);
   }
 
+  /** Calls back after each packet until the returned function is called. */
+  watch(watcher: (event: DhcpEvent) => void): () => void {
+    this.#watchers.add(watcher);
+    return () => this.#watchers.delete(watcher);
+  }
+
   stop(): void {
     this.#port.close();
   }
@@ -89,6 +96,7 @@ export class DhcpService {
       this.#requests.set(clientState, (this.#requests.get(clientState) ?? 0) + 1);
     }
     this.#options.onEvent?.(event, clientState);
+    for (const watcher of this.#watchers) watcher(event);
   }
 
   #answer(frame: Buffer): [event: DhcpEvent, clientState?: ClientState | undefined] {

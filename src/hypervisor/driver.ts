@@ -137,6 +137,11 @@ export interface Vm extends EventEmitter<VmEvents> {
   run(): Promise<Instant>;
   status(): Promise<VmState>;
   /**
+   * Pulls the network card's cable, or puts it back: the guest sees the carrier change, and frames
+   * are lost meanwhile. @throws E_QEMU the VM has no card; E_CLOSED.
+   */
+  setLink(up: boolean): Promise<void>;
+  /**
    * Ends the VM: asks, then kills after `graceMs` (default 1000). Resolves when the process is
    * gone. May be called again at any time.
    */

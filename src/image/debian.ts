@@ -61,6 +61,23 @@ export async function placeDebianTree(
     await copyFile(join(projectRoot, 'guest/rootfs/debian', name), join(units, name));
     await symlink(`/etc/systemd/system/${name}`, join(units, 'multi-user.target.wants', name));
   }
+  // With --addressing dhcp: Debian's own client, and nothing of ours.
+  const network = join(tree, 'etc/systemd/network');
+  await mkdir(network, { recursive: true });
+  await copyFile(
+    join(projectRoot, 'guest/rootfs/debian/eth0.network'),
+    join(network, 'eth0.network'),
+  );
+  const networkd = 'systemd-networkd.service';
+  await mkdir(join(units, `${networkd}.d`));
+  await writeFile(
+    join(units, `${networkd}.d/snowflock.conf`),
+    '[Unit]\nConditionKernelCommandLine=sf.addressing=dhcp\n',
+  );
+  await symlink(
+    `/lib/systemd/system/${networkd}`,
+    join(units, 'multi-user.target.wants', networkd),
+  );
   // What wakes up by itself would dirty memory in every clone at the same moments.
   for (const timer of ['apt-daily.timer', 'apt-daily-upgrade.timer', 'e2scrub_all.timer']) {
     await symlink('/dev/null', join(units, timer));

@@ -109,4 +109,6 @@ export async function placeMinimalTree(
   }
   await cp(join(projectRoot, 'guest/rootfs/minimal'), tree, { recursive: true });
   await placePrograms(programs, tree);
+  await copyFile(join(programs, 'sf-linkwatch'), join(tree, 'usr/sbin/sf-linkwatch'));
+  await chmod(join(tree, 'usr/sbin/sf-linkwatch'), 0o755);
 }

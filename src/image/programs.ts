@@ -3,7 +3,12 @@ import { join } from 'node:path';
 import { projectRoot } from '../common/native.js';
 import { run } from '../common/run.js';
 
-const folders = { agent: 'guest/agent', init: 'guest/init', tool: 'guest/tool' } as const;
+const folders = {
+  agent: 'guest/agent',
+  init: 'guest/init',
+  tool: 'guest/tool',
+  linkwatch: 'guest/linkwatch',
+} as const;
 export const guestFolders = ['guest', 'bindings/c', 'examples'] as const;
 
 /** All files the image takes from this project, sorted, as [path, content]. */
@@ -52,6 +57,7 @@ export async function compilePrograms(out: string, signal?: AbortSignal): Promis
     );
   await compile('sf-agent', await sources(folders.agent));
   await compile('initrd', await sources(folders.init));
+  await compile('sf-linkwatch', await sources(folders.linkwatch));
   await compile('sf', [...(await sources(folders.tool)), library], ['-I', binding]);
   for (const source of await sources('examples')) {
     const name = source.slice(source.lastIndexOf('/') + 1, -'.c'.length);

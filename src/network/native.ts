@@ -69,6 +69,8 @@ interface NetbackAddon {
   openTap(name: string, vnetHdr: boolean, mtu: number): number;
   /** `relay`: packets from port 67 too. */
   openDhcpSocket(name: string, relay: boolean): number;
+  /** Headers of segments that open or end connections, or have another source than `address`; ARP replies. */
+  openTcpSocket(name: string, address: number): number;
   inNetns<T>(path: string, work: () => T): T;
   reasonNames: readonly string[];
   FramePort: new (

@@ -66,6 +66,7 @@ async function pauseAndCapture(host: Host, live: LiveVm, fork: ForkRecord): Prom
     try {
       await vm.pause();
       const state = await vm.captureState();
+      if (live.guard !== undefined) fork.connections = live.guard.connections();
       const [commit] = await allDone([
         call('vm.fork_commit', { vm: record.id, generation: fork.ram.generation }),
         call('disk.fork', { disk: record.id, generation: fork.disk.generation }).then(() => {

@@ -18,6 +18,7 @@ import type { DhcpService } from '../dhcp/service.js';
 import type { Vm } from '../hypervisor/driver.js';
 import { fill } from './bases.js';
 import type { Host } from './host.js';
+import { readdress } from './readdress.js';
 import type { PendingReply, PrepareRequest, StartReport, VmRecord } from './records.js';
 import { shareOf } from './tickets.js';
 import { endVm, freeUid, goLive, greet, makeParts, stillStarting, tapName } from './vms.js';
@@ -178,6 +179,7 @@ export class Clones {
       ram_bytes: request.ram_bytes,
       disk_bytes: request.disk.pages * 4096,
       vcpus: request.vcpus,
+      ...(request.addressing === undefined ? {} : { addressing: request.addressing }),
       state: 'starting',
       created_ms: Date.now(),
       token: randomBytes(16).toString('hex'),
@@ -255,7 +257,9 @@ export class Clones {
       report.ok = true;
       record.state = 'running';
       await host.vms.save(record);
-      void ready.then(
+      const settled =
+        record.addressing === 'dhcp' ? readdress(host.log, live, fork.request.inherited) : ready;
+      void settled.then(
         () => onReply({ parentHost: fork.request.parent.host, vmid, replyMs: elapsed() }),
         (error: unknown) =>
           host.log.error({ vm: record.id, error: String(error) }, 'clone does not answer'),

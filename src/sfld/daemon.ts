@@ -157,6 +157,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
       for (const live of host.live.values()) {
         live.channel.close();
         live.dhcp.stop();
+        live.guard?.close();
         live.vm.release();
       }
       cluster.close();

@@ -340,6 +340,12 @@ async function spawnOnHost(
     ram: fork.ram,
     disk: fork.disk,
     reservation: ticketId,
+    ...(record.addressing === undefined ? {} : { addressing: record.addressing }),
+    ...(fork.connections === undefined
+      ? {}
+      : {
+          inherited: { address: addressOfVmid(record.vmid), connections: fork.connections },
+        }),
     clones: mine.map(({ vm, vmid }) => ({
       vm,
       vmid,

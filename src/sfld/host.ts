@@ -13,6 +13,7 @@ import type { HypervisorDriver, Vm } from '../hypervisor/driver.js';
 import type { BuiltImage } from '../image/manifest.js';
 import type { GroupReserve } from '../mcdist/groups.js';
 import type { NetbackFilter } from '../netback-filter/filter.js';
+import type { TcpGuard } from '../network/tcp-guard.js';
 import type { DataplaneSupervisor } from './dataplane.js';
 import type { NatKeeper } from './nat.js';
 import type { Peers } from './peers.js';
@@ -27,6 +28,8 @@ export interface LiveVm {
   /** Resolves when the guest has taken its identity on; programs can be run from then. */
   ready: Promise<unknown>;
   dhcp: DhcpService;
+  /** Of guests that follow DHCP alone. */
+  guard?: TcpGuard;
   /** Set while a fork of this VM is under way: one at a time. */
   forking: boolean;
   /** Forks and clones-of-checkpoints under way; the VM's end waits for them. */

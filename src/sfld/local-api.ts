@@ -27,6 +27,7 @@ const RunBody = Type.Object(
     name: Type.String({ pattern: '^[a-z][a-z0-9-]{0,31}$' }),
     ram_bytes: Type.Integer({ minimum: 64 * 2 ** 20, maximum: 2 ** 42, multipleOf: 2 ** 20 }),
     vcpus: Type.Integer({ minimum: 1, maximum: 64 }),
+    addressing: Type.Optional(Type.Union([Type.Literal('agent'), Type.Literal('dhcp')])),
   },
   { additionalProperties: false },
 );

@@ -9,6 +9,7 @@ import Type, { type Static } from 'typebox';
 import { createPeerServer, listenForPeers, type PeerServer } from '../cluster/server.js';
 import { peerHostName } from '../cluster/tls.js';
 import { SnowflockError } from '../common/errors.js';
+import { MAX_CONNECTIONS } from '../network/tcp-guard.js';
 import type { Host } from './host.js';
 import type { LocalHost } from './local-host.js';
 import type { EndReport, PrepareRequest } from './records.js';
@@ -17,6 +18,7 @@ import { acceptSession } from './sessions.js';
 const Id = Type.String({ pattern: '^[a-zA-Z0-9/_.-]{1,128}$' });
 const Hex32 = Type.String({ pattern: '^[0-9a-f]{64}$' });
 const Vmid = Type.Integer({ minimum: 0, maximum: 0xffff });
+const Port = Type.Integer({ minimum: 0, maximum: 65535 });
 const Generation = Type.Object({
   generation: Type.String({ pattern: '^[0-9a-f]{32}$' }),
   pages: Type.Integer({ minimum: 1, maximum: 2 ** 36 }),
@@ -41,6 +43,16 @@ const Prepare = Type.Object({
   ram: Generation,
   disk: Generation,
   reservation: Id,
+  addressing: Type.Optional(Type.Union([Type.Literal('agent'), Type.Literal('dhcp')])),
+  inherited: Type.Optional(
+    Type.Object({
+      address: Type.String({ format: 'ipv4' }),
+      connections: Type.Array(
+        Type.Object({ peer: Type.String({ format: 'ipv4' }), peer_port: Port, port: Port }),
+        { maxItems: MAX_CONNECTIONS },
+      ),
+    }),
+  ),
   clones: Type.Array(
     Type.Object({
       vm: Type.String({ pattern: '^vm[0-9a-f]{8}$' }),

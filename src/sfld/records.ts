@@ -5,6 +5,7 @@
 
 import type { GenerationRef } from '../descriptor/index.js';
 import type { VmRecord as HypervisorRecord, MachineShape } from '../hypervisor/driver.js';
+import type { Connection } from '../network/tcp-guard.js';
 
 export type { GenerationRef };
 
@@ -19,6 +20,12 @@ export interface EndReport {
   pages_fetched?: number;
 }
 
+/**
+ * Who gives a guest its address: its agent, told by sfld, or nobody but DHCP. Such a guest needs no
+ * agent; after a fork it is made to ask (readdress.ts).
+ */
+export type Addressing = 'agent' | 'dhcp';
+
 export interface VmRecord {
   id: string;
   name: string;
@@ -31,6 +38,8 @@ export interface VmRecord {
   ram_bytes: number;
   disk_bytes: number;
   vcpus: number;
+  /** Absent: agent. */
+  addressing?: Addressing;
   state: VmState;
   created_ms: number;
   /** Secret by which the memtap agent of this VM proves itself to the data plane. */
@@ -69,7 +78,8 @@ export interface CloneResult {
   asked_ms: number;
   /** From the request to the clone's first instruction. */
   running_ms: number | null;
-  /** From the request until the clone's guest agent answered under its new identity. */
+  /** From the request until the clone's guest was at its new address: its agent said so, or it took
+   * the lease. */
   reply_ms: number | null;
   error: { code: string; message: string } | null;
   end: EndReport | null;
@@ -101,6 +111,8 @@ export interface ForkRecord {
   /** As the VM's, when it was forked. */
   disjoint: Disjoint;
   clones: CloneResult[];
+  /** The guest's TCP connections at the capture, where its agent does not end them in clones. */
+  connections?: Connection[];
 }
 
 /** Regions of which each clone needs a part of its own, as runs of pages [first, count, ...]. */
@@ -123,6 +135,9 @@ export interface PrepareRequest {
   ram: GenerationRef;
   disk: GenerationRef;
   reservation: string;
+  /** Absent: agent. With dhcp: what clones inherit, and under which address. */
+  addressing?: Addressing;
+  inherited?: { address: string; connections: Connection[] };
   clones: { vm: string; vmid: number; epoch: string; seed: string; reply: PendingReply | null }[];
 }
 

@@ -17,16 +17,23 @@ import { findImage } from '../image/images.js';
 import { kernelCommandLine } from '../image/manifest.js';
 import { addressOfVmid, GATEWAY, GUEST_MAC, MTU, PREFIX_BITS } from '../network/addresses.js';
 import { openTap } from '../network/tap.js';
+import { TcpGuard } from '../network/tcp-guard.js';
 import { closeReplicas, expectVm, openDisk } from './bases.js';
 import { cloneEnded, endForksOf } from './fork.js';
 import { handleGuestCall } from './guest-calls.js';
 import { agentPath, type Host, type LiveVm, liveVm, placeBootFiles, vmPaths } from './host.js';
-import type { EndReport, PendingReply, VmRecord } from './records.js';
+import { leaseTaken } from './readdress.js';
+import type { Addressing, EndReport, PendingReply, VmRecord } from './records.js';
 import { revokeTickets } from './tickets.js';
 
 const READY_LIMIT_MS = 120_000;
 const ATTACH_LIMIT_MS = 10_000;
 const START_LIMIT_MS = 60_000;
+/**
+ * Where DHCP alone makes a guest follow a fork, a client that does not watch the carrier asks soon, and
+ * then to all: it cannot reach the server alone while it has its parent's address.
+ */
+const FOLLOWED_LEASE = { renewSeconds: 10, rebindSeconds: 15 };
 const CHANNEL_RETRY_MS = 500;
 /** Each waits for the VM process's answer for some seconds. */
 const ADOPT_TRIES = 4;
@@ -36,6 +43,8 @@ export interface RunRequest {
   name: string;
   ram_bytes: number;
   vcpus: number;
+  /** Default agent. */
+  addressing?: Addressing;
 }
 
 /** Boots a VM, the first of a new family, and waits until its guest agent answers. */
@@ -63,6 +72,7 @@ export async function runVm(host: Host, request: RunRequest): Promise<VmRecord> 
       ram_bytes: request.ram_bytes,
       disk_bytes: image.manifest.disk_bytes,
       vcpus: request.vcpus,
+      ...(request.addressing === 'dhcp' ? { addressing: 'dhcp' } : {}),
       state: 'starting',
       created_ms: Date.now(),
       token: randomBytes(16).toString('hex'),
@@ -95,7 +105,13 @@ export async function runVm(host: Host, request: RunRequest): Promise<VmRecord> 
     const vm = await host.driver
       .boot({
         ...spec,
-        boot: { ...bootFiles, cmdline: kernelCommandLine(image.manifest, clockKhz) },
+        boot: {
+          ...bootFiles,
+          // Read by the minimal image's init; others have their own DHCP client.
+          cmdline:
+            kernelCommandLine(image.manifest, clockKhz) +
+            (record.addressing === 'dhcp' ? ' sf.addressing=dhcp' : ''),
+        },
       })
       .finally(() => closeSync(tapFd)); // the VM's process has its own; the tap goes with the last
     undo.add('VM', () => vm.destroy());
@@ -106,7 +122,9 @@ export async function runVm(host: Host, request: RunRequest): Promise<VmRecord> 
     await host.dataplane.call('vm.attached', { vm: id, timeout_ms: ATTACH_LIMIT_MS });
     const live = await goLive(host, record, vm, dhcp);
     undo.add('channel', () => live.channel.close());
-    await greet(live);
+    await (record.addressing === 'dhcp'
+      ? Promise.any([greet(live), leaseTaken(dhcp, READY_LIMIT_MS)])
+      : greet(live));
     stillStarting(record);
     record.state = 'running';
     await host.vms.save(record);
@@ -143,14 +161,17 @@ export function tapName(vm: string): string {
 
 /** What `hello` tells the guest; the seed is new each time. */
 function identity(record: VmRecord, seed?: string): GuestIdentity {
-  return {
-    epoch: record.epoch,
-    vmid: record.vmid,
-    family: record.family,
+  const network = {
     ip: addressOfVmid(record.vmid),
     prefix: PREFIX_BITS,
     gateway: GATEWAY,
     mtu: MTU,
+  };
+  return {
+    epoch: record.epoch,
+    vmid: record.vmid,
+    family: record.family,
+    ...(record.addressing === 'dhcp' ? {} : network),
     hostname: record.name,
     seed: seed ?? randomBytes(32).toString('hex'),
     ...(record.base === null ? {} : { generation: record.base.ram.generation }),
@@ -217,6 +238,10 @@ export async function goLive(
   const channel = newChannel(host, vm);
   const ready = Promise.resolve();
   const live: LiveVm = { record, vm, dhcp, channel, ready, forking: false, forks: new Set() };
+  if (record.addressing === 'dhcp') {
+    const { tap, family, vmid } = record;
+    live.guard = new TcpGuard({ tap, family, address: addressOfVmid(vmid) });
+  }
   useChannel(host, live);
   host.live.set(record.id, live);
   vm.on('exited', ({ status, signal, logTail }) => {
@@ -283,6 +308,7 @@ function dhcpOf(host: Host, record: VmRecord): DhcpService {
       guestMac: GUEST_MAC,
       hostname: record.name,
       ...host.nat?.lease,
+      ...(record.addressing === 'dhcp' ? FOLLOWED_LEASE : {}),
     },
   });
 }
@@ -329,12 +355,14 @@ async function adoptOrEnd(host: Host, record: VmRecord): Promise<void> {
 async function adoptVm(host: Host, record: VmRecord, vm: Vm): Promise<void> {
   // The daemon may have died while it held the VM paused; a guest must never stay so.
   if ((await vm.status()) !== 'running') await vm.resume();
+  if (record.addressing === 'dhcp') await vm.setLink(true); // it may have died while it was off
   host.filter.addVm(record);
   const live = await goLive(host, record, vm, dhcpOf(host, record));
   record.state = 'running';
   await host.vms.save(record);
   // Same epoch: the guest only resumes its pending calls. It may be slow; nothing waits for it.
   greet(live).catch((error: unknown) => {
+    if (record.addressing === 'dhcp') return; // there may be none
     host.log.warn({ vm: record.id, error: String(error) }, 'guest agent does not answer');
     live.channel.close(); // and a new one is tried, see useChannel
   });
@@ -409,6 +437,7 @@ async function finishVm(
   undo.add('filter', () => removeFromFilter(host, record));
   if (live !== undefined) {
     undo.add('DHCP', () => live.dhcp.stop());
+    undo.add('TCP', () => live.guard?.close());
     undo.add('channel', () => live.channel.close());
     undo.add('VM', () => live.vm.destroy());
   } else if (record.hypervisor !== null) {

@@ -85,7 +85,7 @@ test('udhcpc obtains the lease, probes the address by ARP, and can talk', async 
   const { service, events } = serve(host, guest.tap, 3);
   const peer = host.guest(FAMILY, 4);
 
-  const told = await udhcpc(guest.netns, '-a');
+  const told = await udhcpc(guest.netns, '-a', '-O', 'mtu');
   expect(told).toMatchObject({
     ip: '10.86.0.5',
     subnet: '255.255.0.0',
@@ -102,6 +102,11 @@ test('udhcpc obtains the lease, probes the address by ARP, and can talk', async 
 
   guest.netns.exec('bash', '-c', `echo -n hello > /dev/udp/${peer.ip}/9`);
   await peer.receive((frame) => frame.includes('hello'));
+  // What it does not ask for it is not told.
+  guest.netns.exec('ip', 'address', 'flush', 'dev', 'eth0');
+  const less = await udhcpc(guest.netns);
+  expect(less).toMatchObject({ ip: '10.86.0.5', hostname: 'vm-3' });
+  expect(less.mtu).toBeUndefined();
 });
 
 test('udhcpc renews by unicast, gives up its address at the NAK after a fork, and releases', async () => {

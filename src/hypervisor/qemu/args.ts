@@ -26,6 +26,8 @@ const DISK_WAIT_S = 600;
 const DISK_OPEN_S = 10;
 const TCG_BUFFER_MIB = 128;
 
+/** Id of the network card's back end. */
+export const NETDEV = 'net0';
 /** fd number of the tap in the QEMU process. */
 const TAP_FD = 3;
 
@@ -120,7 +122,7 @@ function devices(spec: VmSpec, machine: Machine): Record<string, string | number
   }
   if (spec.nic) {
     // A clone announces itself when it has its own address, not when its state arrives.
-    list.push({ driver: `virtio-net-${bus}`, netdev: 'net0', guest_announce: false });
+    list.push({ driver: `virtio-net-${bus}`, netdev: NETDEV, guest_announce: false });
   }
   list.push({ driver: `virtio-serial-${bus}`, id: 'serial0', max_ports: 2 });
   list.push({ driver: 'virtserialport', bus: 'serial0.0', chardev: 'channel', nr: 1 });
@@ -222,7 +224,7 @@ export function buildArgs(spec: VmSpec, choice: ArgsOptions): string[] {
       cache: { direct: false, 'no-flush': false },
     });
   }
-  if (spec.nic) add('-netdev', options({ id: 'net0', fd: TAP_FD, vhost: 'off' }, 'tap'));
+  if (spec.nic) add('-netdev', options({ id: NETDEV, fd: TAP_FD, vhost: 'off' }, 'tap'));
   for (const device of devices(spec, machine)) {
     const kind = String(device.driver);
     const hidden: Record<string, string | number> = {};

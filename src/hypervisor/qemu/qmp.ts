@@ -49,6 +49,7 @@ export interface QmpCommands {
   migrate: Command<{ uri: string }, None>;
   'migrate-incoming': Command<{ uri: string }, None>;
   migrate_cancel: Command<None, None>;
+  set_link: Command<{ name: string; up: boolean }, None>;
   'human-monitor-command': Command<{ 'command-line': string }, string>;
 }
 

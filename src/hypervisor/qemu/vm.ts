@@ -17,7 +17,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { asSnowflockError, SnowflockError } from '../../common/errors.js';
 import type { Instant, Vm, VmEvents, VmRecord, VmState } from '../driver.js';
 import type { MachineShape } from '../shape.js';
-import { type VmPaths, vmPaths } from './args.js';
+import { NETDEV, type VmPaths, vmPaths } from './args.js';
 import { keepBounded } from './console-log.js';
 import { tailOf, type VmProcess } from './process.js';
 import { type MigrationStatus, QmpClient, QmpError, type QmpEvent } from './qmp.js';
@@ -327,6 +327,10 @@ export class QemuVm extends EventEmitter<VmEvents> implements Vm {
       }
       await sleep(2);
     }
+  }
+
+  async setLink(up: boolean): Promise<void> {
+    await this.#qmp.execute('set_link', { name: NETDEV, up });
   }
 
   /** Makes a prepared clone listen for its state. */
