@@ -196,7 +196,7 @@ export class NatHost {
   }
 
   /** The policy in force, or undefined. */
-  async policy(): Promise<{ policy: NatPolicy; resolved: Resolved } | undefined> {
+  async policy(): Promise<Pick<State, 'policy' | 'resolved' | 'elsewhere'> | undefined> {
     return await this.#state();
   }
 
@@ -335,7 +335,7 @@ export class NatHost {
     }
     const linked: Linked[] = [];
     const names: Record<string, string> = {};
-    for (const [family, parentHere] of wanted) {
+    for (const [family, parentHere] of [...wanted].sort(([a], [b]) => a - b)) {
       const name = this.#nameOf(family) ?? elsewhere?.get(family) ?? state.names[family];
       if (name !== undefined) names[family] = name;
       const policy = policyOf(state.policy, family, name);

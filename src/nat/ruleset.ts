@@ -401,7 +401,7 @@ export interface Linked {
   inbound: readonly { protocol: string; port: number }[];
 }
 
-/** The host's table. `guard`: forwarding was switched on for gateways, and is for them alone. */
+/** The host's table; `links` in the order of family numbers. `guard`: forwarding was switched on for gateways, and is for them alone. */
 export function hostTransaction(
   links: readonly Linked[],
   guard: boolean,
@@ -422,13 +422,15 @@ export function hostTransaction(
   refusal(table, 'refuse-host', 'refused-host');
   const local = match({ fib: { result: 'type', flags: ['daddr'] } }, 'local');
   for (const protocol of ['tcp', 'udp']) {
-    const ports = links.flatMap(({ address, inbound }) =>
-      inbound
-        .filter((rule) => rule.protocol === protocol)
-        .map(({ port }): [number, string] => [port, address]),
-    );
-    if (ports.length === 0) continue;
-    const addr = lookUp(field(protocol, 'dport'), ports);
+    // Families whose parents have the same name have the same ports: the first gets them.
+    const ports = new Map<number, string>();
+    for (const { address, inbound } of links) {
+      for (const rule of inbound) {
+        if (rule.protocol === protocol && !ports.has(rule.port)) ports.set(rule.port, address);
+      }
+    }
+    if (ports.size === 0) continue;
+    const addr = lookUp(field(protocol, 'dport'), [...ports]);
     table.rule('prerouting', notFrom, local, isProtocol(protocol), { dnat: { addr } });
   }
   table.rule('postrouting', from(any), notTowards, { masquerade: null });

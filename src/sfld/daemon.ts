@@ -72,7 +72,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
     () => orphans,
   );
   const filter = await NetbackFilter.attach({ uplink: config.uplink });
-  const nat = natKeeper(config, filter, vms, log);
+  const nat = natKeeper(config, filter, vms, log, () => host.peers);
   const host: Host = {
     config,
     log,
@@ -175,11 +175,17 @@ function natKeeper(
   filter: NetbackFilter,
   vms: Store<VmRecord>,
   log: Logger,
+  peers: () => Peers,
 ): NatKeeper | undefined {
   if (config.natPolicy === undefined) return undefined;
   const nameOf = (family: number): string | undefined =>
     vms.all().find((vm) => vm.family === family && vm.vmid === 0)?.name;
-  return new NatKeeper({ file: config.natPolicy, filter, log, nameOf });
+  const { name } = config;
+  const others = () =>
+    peers()
+      .all()
+      .filter((port) => port.name !== name);
+  return new NatKeeper({ file: config.natPolicy, filter, log, nameOf, cluster: { name, others } });
 }
 
 /**

@@ -115,6 +115,10 @@ export class LocalHost implements HostPort {
     return holdings(this.#host(), generations);
   }
 
+  async familiesChanged(): Promise<void> {
+    this.#host().nat?.familiesChanged();
+  }
+
   replicas(): Promise<ReplicaSummary[]> {
     return replicasHere(this.#host(), this.#orphans());
   }

@@ -203,6 +203,10 @@ function routes(host: Host, server: PeerServer, self: LocalHost): void {
     { schema: { body: Generations } },
     async (r) => ({ holdings: await self.holdings(r.body.generations) }),
   );
+  server.post('/v1/nat/families', async () => {
+    await self.familiesChanged();
+    return {};
+  });
   server.get('/v1/replicas', async () => ({ replicas: await self.replicas() }));
   server.get('/v1/vms', async () => ({ vms: await self.list() }));
   server.get<{ Params: { vm: string } }>('/v1/vms/:vm/counters', (r) => self.counters(r.params.vm));

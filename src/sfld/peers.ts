@@ -87,6 +87,8 @@ export interface HostPort {
   standings(from: string, clones: CloneName[]): Promise<Standing[]>;
   /** What it holds of these generations, for others to fetch. */
   holdings(generations: string[]): Promise<Holding[]>;
+  /** For the router of NAT gateways: the families on the host that calls are others now. */
+  familiesChanged(): Promise<void>;
   replicas(): Promise<ReplicaSummary[]>;
   list(): Promise<VmSummary[]>;
   counters(vm: string): Promise<VmCounters>;
@@ -187,6 +189,9 @@ export class RemoteHost implements HostPort {
       { body: { generations }, timeoutMs: SHORT_MS },
     );
     return holdings;
+  }
+  async familiesChanged(): Promise<void> {
+    await this.#client.request('POST', '/v1/nat/families', { body: {}, timeoutMs: SHORT_MS });
   }
   async replicas(): Promise<ReplicaSummary[]> {
     const { replicas } = await this.#client.request<{ replicas: ReplicaSummary[] }>(

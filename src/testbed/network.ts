@@ -6,8 +6,10 @@
  *     ns PREFIX-hK:  eth0 10.85.0.K/24, MTU 1500, route 224.0.0.0/4 dev eth0
  */
 import { execFileSync, spawnSync } from 'node:child_process';
-import { existsSync } from 'node:fs';
+import { existsSync, readdirSync, rmSync, statSync } from 'node:fs';
+import { join } from 'node:path';
 import { SnowflockError } from '../common/errors.js';
+import { NAT_RUN_DIR } from '../nat/gateway.js';
 
 /** Hosts of one testbed at most: their addresses are 10.85.0.1 to .200. */
 export const HOSTS_MAX = 200;
@@ -87,9 +89,17 @@ export function setPort(prefix: string, index: number, open: boolean): void {
 /** Kernel numbers of port states (linux/if_bridge.h). */
 const PORT = { disabled: '0', forwarding: '3' } as const;
 
-/** Removes a namespace and with it its interfaces; one that is not there is no error. */
+/**
+ * Removes a namespace and with it its interfaces, and what NAT gateways of a host in it have outside
+ * (src/nat/gateway.ts); one that is not there is no error.
+ */
 export function removeNetns(name: string): void {
   if (!existsSync(`/run/netns/${name}`)) return;
+  const number = statSync(`/run/netns/${name}`).ino;
+  for (const other of readdirSync('/run/netns')) {
+    if (new RegExp(`^sfnat-[0-9a-f]{6}-${number}$`).test(other)) removeNetns(other);
+  }
+  rmSync(join(NAT_RUN_DIR, `nat-${number}.json`), { force: true });
   try {
     run('ip', ['netns', 'delete', name]);
   } catch (error) {

@@ -44,7 +44,7 @@ export class Peers {
     });
   }
 
-  ask(netns: Namespace, op: string, request: object = {}): Promise<Outcome> {
+  ask(netns: Pick<Namespace, 'path'>, op: string, request: object = {}): Promise<Outcome> {
     const id = this.#next++;
     const answer = new Promise<Outcome>((resolve) => this.#waiting.set(id, resolve));
     this.#child.stdin?.write(`${JSON.stringify({ id, op, netns: netns.path, ...request })}\n`);
