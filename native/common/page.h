@@ -5,9 +5,12 @@
 // network never know each other.
 #pragma once
 
+#include <poll.h>
+
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 
 namespace sf {
@@ -38,6 +41,14 @@ class PageProvider {
 
 enum class Urgency : uint8_t { kFault = 0, kPrefetch = 1 };
 
+// A thread that has nothing else to do until `waits` is 0 or one of `watched` is ready (its
+// `revents` say so, as those of poll()).
+struct Lending {
+  static constexpr size_t kMaxWatched = 8;
+  const std::atomic<uint32_t>& waits;
+  std::span<pollfd> watched = {};
+};
+
 // Gets absent pages into a replica (the mcdist client). want() never blocks; the answer arrives as
 // Replica::fill(), fill_zero() or fail() on any thread. A page asked again while it is under way is
 // not asked twice.
@@ -45,11 +56,13 @@ class PageFetcher {
  public:
   virtual ~PageFetcher() = default;
   virtual void want(PageIndex page, Urgency urgency) = 0;
-  // For a thread that can do nothing until the page is there: want() as a fault, and the thread is
-  // lent to the fetcher, which may have it receive (other pages too) until `done`. May return
-  // sooner.
-  virtual void fetch(PageIndex page, const std::atomic<bool>& done) {
-    if (!done.load()) want(page, Urgency::kFault);
+  // want() of each as a fault, by a thread that is lent to the fetcher: it may have it receive
+  // (other pages too) as long as the thread has nothing else to do. False: it has no use for it, or
+  // no longer; the thread is to wait by itself.
+  virtual bool fetch(std::span<const PageIndex> pages, const Lending& lending) {
+    (void)lending;
+    for (PageIndex page : pages) want(page, Urgency::kFault);
+    return false;
   }
   // Asks for a run of pages nobody waits for yet. False: it has too much to do, nothing was taken.
   virtual bool prefetch(PageIndex first, uint64_t count) {

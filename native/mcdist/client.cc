@@ -19,9 +19,6 @@ constexpr size_t kDirectFaults = 4;
 constexpr unsigned kServeBatches = 4;  // received in a row
 constexpr TimeNs kGreetFirst = 20 * kMillisecond;
 constexpr TimeNs kGreetLast = 250 * kMillisecond;
-// After a thread that lent itself has left, the next one is waited for so long. What comes
-// meanwhile and nobody waits for stays in the sockets' buffers.
-constexpr TimeNs kLent = 2 * kMillisecond;
 constexpr unsigned kGreetIdle = 8;  // greetings while nobody wants anything
 constexpr TimeNs kRateMemory = 100 * kMillisecond;
 // A page not answered for so many source time-outs, though the server speaks, is given up.
@@ -123,40 +120,6 @@ void Client::want(PageIndex page, Urgency urgency) {
     return;
   }
   wake();
-}
-
-void Client::fetch(PageIndex page, const std::atomic<bool>& done) {
-  std::unique_lock role(role_mutex_, std::try_to_lock);
-  if (!role.owns_lock()) return want(page, Urgency::kFault);  // whoever has it receives for all
-  {
-    std::lock_guard lock(mutex_);
-    if (closing_) return;
-    helping_ = lent_ = true;
-  }
-  want(page, Urgency::kFault);
-  pollfd watched[3] = {
-      {member_.get(), POLLIN, 0}, {unicast_.get(), POLLIN, 0}, {wake_.get(), POLLIN, 0}};
-  while (!done.load()) {
-    TimeNs due;
-    {
-      std::lock_guard lock(mutex_);
-      if (closing_) break;
-      due = armed_;
-    }
-    const TimeNs wait = std::clamp<TimeNs>(due - now_ns(), 0, kSecond);
-    const timespec timeout = {wait / kSecond, wait % kSecond};
-    const int ready = ::ppoll(watched, 3, &timeout, nullptr);
-    if (ready < 0) continue;
-    if (watched[2].revents != 0 && !clear_wake()) break;
-    if (ready == 0 || watched[2].revents != 0) {
-      std::lock_guard lock(mutex_);
-      if (armed_ <= now_ns()) armed_ = kNever;  // the timer itself fires too, for nothing
-      watched[0].revents = watched[1].revents = POLLIN;
-    }
-    // One batch, then: has its page come?
-    serve(watched[0].revents != 0, watched[1].revents != 0, 1);
-  }
-  leave();
 }
 
 bool Client::prefetch(PageIndex first, uint64_t pages) {
@@ -336,8 +299,8 @@ void Client::run() {
     {
       std::unique_lock lock(mutex_);
       while (lent_) {
-        role_changed_.wait_for(lock, std::chrono::nanoseconds(kLent));
-        if (!helping_ && now_ns() - helped_at_ >= kLent) lent_ = false;
+        role_changed_.wait_for(lock, std::chrono::nanoseconds(lent_for_));
+        if (!helping_ && now_ns() - helped_at_ >= lent_for_) lent_ = false;
       }
     }
     if (::poll(watched, 4, -1) <= 0) continue;
@@ -355,7 +318,7 @@ void Client::run() {
     }
     if (watched[3].revents != 0 && !clear_wake()) return;
     // Whoever woke us: what has come is read before anything is taken for lost.
-    serve(true, true, kServeBatches);
+    serve();
   }
 }
 
@@ -368,30 +331,28 @@ bool Client::clear_wake() {
   return true;
 }
 
-void Client::leave() {
-  std::lock_guard lock(mutex_);
-  helping_ = false;
-  helped_at_ = now_ns();
-  if (closing_ || wake_pending_ || requester_.faults() > 0) give_back();
+void Client::serve() {
+  bool group = true;
+  bool unicast = true;
+  // Bounded: what is to be sent, and whether to close, is looked at in between.
+  for (unsigned i = 0; i < kServeBatches && (group || unicast); i++) {
+    if (group) receive(member_, true, &group);
+    if (unicast) receive(unicast_, false, &unicast);
+  }
+  tend(!group && !unicast);
 }
 
-void Client::serve(bool group, bool unicast, unsigned batches) {
-  // Bounded: what is to be sent, and whether to close, is looked at in between.
-  for (unsigned i = 1; group || unicast; i++) {
-    group = group && receive(member_, true);
-    unicast = unicast && receive(unicast_, false);
-    if (i == batches) break;
-  }
-  flush(!group && !unicast);
+// What is due is done. `drained`: the sockets were read empty.
+void Client::tend(bool drained) {
+  flush(drained);
   const TimeNs now = now_ns();
   watch_server(now);
   watch_source(now);
 }
 
-bool Client::receive(const Fd& fd, bool group) {
-  bool full;
-  const size_t n = received_.receive(fd, &full);
-  if (n == 0) return false;
+size_t Client::receive(const Fd& fd, bool group, bool* full) {
+  const size_t n = received_.receive(fd, full);
+  if (n == 0) return 0;
   const TimeNs now = now_ns();
   uint64_t bytes = 0;
   for (size_t i = 0; i < n; i++) {
@@ -405,7 +366,7 @@ bool Client::receive(const Fd& fd, bool group) {
   receive_rate_ = receive_rate_ * std::exp(-std::max(gap, 0.0)) +
                   static_cast<double>(bytes) / (static_cast<double>(kRateMemory) / kSecond);
   rate_at_ = now;
-  return full;
+  return n;
 }
 
 void Client::flush(bool drained) {

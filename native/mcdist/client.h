@@ -18,7 +18,9 @@
 // as threads lend themselves one after the other, the client's own thread keeps away from the
 // sockets (`lent_`); it takes the role back a moment after the last one left, and at once if
 // somebody else's fault is under way then (leave() and want() see to it under mutex_, so none is
-// left alone). want() sends its request on the calling thread when it can.
+// left alone; one that goes to look at a descriptor of its own, and will be back, is waited for a
+// moment). want() sends its request on the calling thread when it can.
+// A lent thread looks for its page a moment before it sleeps (common/spin.h).
 // Lock order: role_mutex_, lost_mutex_, the replica's locks, mutex_. The replica is never called
 // with mutex_ held (state() and absent_mask() excepted, which take no lock).
 #pragma once
@@ -33,6 +35,7 @@
 
 #include "common/fd.h"
 #include "common/page.h"
+#include "common/spin.h"
 #include "common/status.h"
 #include "mcdist/counters.h"
 #include "mcdist/parity_table.h"
@@ -80,7 +83,7 @@ class Client final : public PageFetcher {
   ~Client() override;
 
   void want(PageIndex page, Urgency urgency) override;
-  void fetch(PageIndex page, const std::atomic<bool>& done) override;
+  bool fetch(std::span<const PageIndex> pages, const Lending& lending) override;
   // Pages beyond the end are left out; all pages: subscribes. False: too many ranges, none was
   // taken.
   bool prefetch(PageIndex first, uint64_t count) override;
@@ -99,14 +102,20 @@ class Client final : public PageFetcher {
  private:
   Client(const Options& options, const BootId& boot, std::shared_ptr<Replica> replica);
   void run();
-  void leave();  // of a thread that lent itself
   // With the role:
-  void serve(bool group, bool unicast, unsigned batches);  // these may be readable
-  bool receive(const Fd& fd, bool group);                  // true if more may be there
-  bool clear_wake();                                       // false: closing
+  void serve();
+  void tend(bool drained);
+  size_t receive(const Fd& fd, bool group, bool* full);  // datagrams; `full`: more may be there
+  bool clear_wake();                                     // false: closing
   void flush(bool drained);
   void watch_source(TimeNs now);
   void lose(const Status& status);
+
+  // client_lent.cc: of a thread that lent itself, with the role
+  bool receive_lent(const Lending& lending);
+  void wait_lent(std::span<pollfd> fds);
+  void leave(bool returns);
+  bool settled() const;  // with mutex_ held
 
   // client_receive.cc
   void handle(const uint8_t* data, size_t size, bool group, TimeNs now);
@@ -164,6 +173,7 @@ class Client final : public PageFetcher {
   bool helping_ = false;  // a thread that lent itself has the role
   bool lent_ = false;     // ... or had it a moment ago: the own thread waits in role_changed_
   TimeNs helped_at_ = 0;
+  TimeNs lent_for_ = 0;  // how long after that
   std::condition_variable role_changed_;
   bool server_set_ = false;  // by set_server(), the thread has not seen it yet
   TimeNs busy_since_ = 0;
@@ -185,6 +195,7 @@ class Client final : public PageFetcher {
   TimeNs rate_at_ = 0;
 
   // Of whoever has the role.
+  Spin spin_{"SNOWFLOCK_MCDIST_SPIN"};
   ReceiveBatch received_;
   Reassembly reassembly_;
   ParityTable parities_;

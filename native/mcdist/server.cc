@@ -1,10 +1,12 @@
 #include "mcdist/server.h"
 
 #include <poll.h>
+#include <sched.h>
 #include <sodium.h>
 #include <sys/eventfd.h>
 
 #include <algorithm>
+#include <utility>
 
 namespace sf::mcdist {
 namespace {
@@ -162,6 +164,7 @@ void Server::run() {
   pollfd watched[2] = {{socket_.get(), POLLIN, 0}, {wake_.get(), POLLIN, 0}};
   for (;;) {
     const TimeNs ready = pump();
+    if (look(ready)) continue;
     const TimeNs now = now_ns();
     const TimeNs wait = ready == kNever ? 0 : std::max<TimeNs>(ready - now, 0);
     const timespec timeout = {wait / kSecond, wait % kSecond};
@@ -179,18 +182,39 @@ void Server::run() {
       for (auto& command : commands) command();
       if (closing) break;
     }
-    if (watched[0].revents != 0) receive(now_ns());
+    if ((watched[0].revents & POLLERR) != 0) drain_errors(socket_);
+    if (watched[0].revents != 0) receive();
   }
   served_.clear();
 }
 
-void Server::receive(TimeNs now) {
-  drain_errors(socket_);
+// After a fault was answered the next one may come at once: looks for it a moment before it sleeps.
+// True if something came.
+bool Server::look(TimeNs ready) {
+  if (!std::exchange(faulted_, false)) return false;
+  const TimeNs began = now_ns();
+  const auto limit = static_cast<TimeNs>(Spin::kLimit_ns);
+  if (ready - began < limit || !spin_.wanted()) return false;
+  for (;;) {
+    const bool came = receive() > 0;
+    const TimeNs took = now_ns() - began;
+    if (came || took >= limit) {
+      spin_.looked(came, static_cast<uint64_t>(took));
+      return came;
+    }
+    ::sched_yield();  // whoever is to ask may need this CPU
+  }
+}
+
+size_t Server::receive() {
   const size_t n = received_.receive(socket_);
+  if (n == 0) return 0;
+  const TimeNs now = now_ns();
   for (size_t i = 0; i < n; i++) {
     handle(received_.data(i), received_.size(i), received_.from(i), now);
   }
   flush();
+  return n;
 }
 
 void Server::handle(const uint8_t* data, size_t size, const sockaddr_in& from, TimeNs now) {
@@ -246,6 +270,7 @@ void Server::take(Served& served, uint32_t peer, TimeNs now) {
     const Urgency urgency = run.urgent ? Urgency::kFault : Urgency::kPrefetch;
     count(counters.pages_requested, run.count);
     if (run.retry) count(counters.retries, run.count);
+    faulted_ = faulted_ || run.urgent;
     for (uint32_t i = 0; i < run.count; i++) {
       if (full[static_cast<size_t>(urgency)] || ++looked > kPacketPages) {
         count(counters.queue_dropped, run.count - i);

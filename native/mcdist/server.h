@@ -21,6 +21,7 @@
 
 #include "common/fd.h"
 #include "common/page.h"
+#include "common/spin.h"
 #include "common/status.h"
 #include "mcdist/counters.h"
 #include "mcdist/pack.h"
@@ -111,7 +112,8 @@ class Server {
   explicit Server(const Options& options);
   void wake();
   void run();
-  void receive(TimeNs now);
+  bool look(TimeNs ready);
+  size_t receive();
   void handle(const uint8_t* data, size_t size, const sockaddr_in& from, TimeNs now);
   void welcome(Served& served, Peer& peer, uint64_t echo, const sockaddr_in& to);
   TimeNs pump();  // sends a bounded number of pages; when to come again
@@ -143,6 +145,8 @@ class Server {
   std::mutex join_mutex_;
 
   // The thread's own.
+  Spin spin_{"SNOWFLOCK_MCDIST_SPIN"};
+  bool faulted_ = false;  // a fault was asked for since the last look
   std::unordered_map<GenerationId, std::unique_ptr<Served>, IdHash> served_;
   std::unordered_map<uint32_t, Served*> by_tag_;  // what a packet's header names
   ReceiveBatch received_;

@@ -113,15 +113,20 @@ void Vm::run_pager() {
                                 {memory->pidfd(), POLLIN, 0},
                                 {connection_.get(), POLLRDHUP, 0},
                                 {memory->uffd(), POLLIN, 0}}};
+  std::vector<PageIndex> absent;
   while (!stopped_.load()) {
-    if (::poll(fds.data(), fds.size(), -1) < 0) continue;
+    const bool waits = !absent.empty() || waits_->load() > 0;
+    const bool lent = waits && fetch(absent, fds);
+    absent.clear();
+    if (!lent && ::poll(fds.data(), fds.size(), -1) < 0) continue;
+    if (fds[0].revents != 0) continue;
     if (fds[1].revents != 0) break;
     if (fds[2].revents != 0) {
       // The agent's thread is gone. As long as the process is not, its faults must be served.
       connection_.reset();
       fds[2].fd = -1;
     }
-    if (fds[3].revents != 0) handle_faults();
+    if (fds[3].revents != 0) handle_faults(&absent);
   }
   if (!stopped_.load()) {
     ended_.store(true);
@@ -133,7 +138,8 @@ void Vm::run_pager() {
   memory_.store(nullptr);
 }
 
-void Vm::handle_faults() {
+// Answers what can be answered now; `absent` is what has to be fetched.
+void Vm::handle_faults(std::vector<PageIndex>* absent) {
   auto memory = memory_.load();
   std::array<uffd_msg, 32> messages;
   const ssize_t n = ::read(memory->uffd(), messages.data(), sizeof messages);
@@ -149,19 +155,27 @@ void Vm::handle_faults() {
     if ((message.arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP) != 0) {
       on_write(page);
     } else {
-      on_missing(page);
+      on_missing(page, absent);
     }
   }
 }
 
-void Vm::on_missing(PageIndex page) {
+void Vm::on_missing(PageIndex page, std::vector<PageIndex>* absent) {
   stats_.missing_faults.fetch_add(1, std::memory_order_relaxed);
   if (options_.replica == nullptr || options_.replica->state(page) != PageState::kAbsent) {
     resolve_missing(page);
-    return;
+  } else {
+    absent->push_back(page);
   }
-  std::weak_ptr<Vm> weak = weak_from_this();
-  options_.replica->want(page, [weak, page](const Status& status) {
+}
+
+// Asks for these and lends the thread until none is waited for, or one of `watched` is ready.
+bool Vm::fetch(std::span<const PageIndex> pages, std::span<pollfd> watched) {
+  for (pollfd& fd : watched) fd.revents = 0;
+  waits_->fetch_add(static_cast<uint32_t>(pages.size()));
+  const auto done = [weak = weak_from_this(), waits = waits_](PageIndex page,
+                                                              const Status& status) {
+    waits->fetch_sub(1);
     auto self = weak.lock();
     if (self == nullptr || self->stopped_.load()) return;
     if (status.ok()) {
@@ -173,7 +187,8 @@ void Vm::on_missing(PageIndex page) {
       // The fault stays unanswered: the guest must not see anything in the page's place.
       self->emit(VmEvent::Kind::kLost, status);
     }
-  });
+  };
+  return options_.replica->fetch(pages, done, {*waits_, watched});
 }
 
 // The page is in the replica: whoever waits for it may look again.

@@ -29,7 +29,9 @@
 // missing link fails the generations that would need it, rather than read live bytes in its place.
 //
 // One thread per VM: a VM process that misbehaves, or whose generation's file system is full, holds
-// up no other VM. Left out on purpose: pages pinned for DMA escape write protection.
+// up no other VM. While pages are fetched that the VM waits for, the thread is lent to the
+// replica's fetcher (pagestore/replica.h) and receives them itself; it still answers other faults
+// at once. Left out on purpose: pages pinned for DMA escape write protection.
 #pragma once
 
 #include <atomic>
@@ -37,6 +39,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <string>
 #include <unordered_set>
 #include <vector>
@@ -129,8 +132,9 @@ class Vm : public std::enable_shared_from_this<Vm> {
 
   // vm.cc: attachment and faults
   void run_pager();
-  void handle_faults();
-  void on_missing(PageIndex page);
+  void handle_faults(std::vector<PageIndex>* absent);
+  void on_missing(PageIndex page, std::vector<PageIndex>* absent);
+  bool fetch(std::span<const PageIndex> pages, std::span<pollfd> watched);
   void resolve_missing(PageIndex page);
   void on_write(PageIndex page);
   void emit(VmEvent::Kind kind, const Status& status = {}, const std::string& generation = {},
@@ -174,7 +178,9 @@ class Vm : public std::enable_shared_from_this<Vm> {
   // stop(false) was called; outlives this object, for those who still hold a provider.
   const std::shared_ptr<std::atomic<bool>> closed_ = std::make_shared<std::atomic<bool>>(false);
   std::atomic<bool> lost_{false};  // reported once
-  Fd connection_;                  // the pager's, once attached
+  // Pages the pager asked for that are not there yet; outlives this object, as their answers do.
+  const std::shared_ptr<std::atomic<uint32_t>> waits_ = std::make_shared<std::atomic<uint32_t>>(0);
+  Fd connection_;  // the pager's, once attached
 
   std::mutex asked_mutex_;
   std::unordered_set<PageIndex> asked_;  // absent pages that readers asked the replica for

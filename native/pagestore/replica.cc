@@ -431,7 +431,7 @@ void Replica::want(PageIndex page, Done done) {
 
 Status Replica::fetch(PageIndex page) {
   struct Wait {
-    std::atomic<bool> done{false};
+    std::atomic<uint32_t> waits{1};
     std::mutex mutex;
     std::condition_variable changed;
     Status status;
@@ -440,26 +440,42 @@ Status Replica::fetch(PageIndex page) {
   Done done = [wait](const Status& status) {
     std::lock_guard lock(wait->mutex);
     wait->status = status;
-    wait->done.store(true);
+    wait->waits.store(0);
     wait->changed.notify_one();
   };
   Status status;
-  enlist(page, &done, &status);
+  const bool ask = enlist(page, &done, &status);
   if (done) return status;
+  lend({&page, ask ? size_t{1} : 0}, {wait->waits});
+  std::unique_lock lock(wait->mutex);
+  wait->changed.wait(lock, [&] { return wait->waits.load() == 0; });
+  return wait->status;
+}
+
+bool Replica::fetch(std::span<const PageIndex> pages, const PageDone& done,
+                    const Lending& lending) {
+  std::vector<PageIndex> ask;
+  for (PageIndex page : pages) {
+    Done each = [page, done](const Status& status) { done(page, status); };
+    Status status;
+    if (enlist(page, &each, &status)) ask.push_back(page);
+    if (each) each(status);
+  }
+  return lend(ask, lending);
+}
+
+bool Replica::lend(std::span<const PageIndex> ask, const Lending& lending) {
   PageFetcher* fetcher;
   {
     std::lock_guard lock(fetcher_mutex_);
     fetcher = fetcher_;
     if (fetcher != nullptr) lent_++;
   }
-  if (fetcher != nullptr) {
-    fetcher->fetch(page, wait->done);
-    std::lock_guard lock(fetcher_mutex_);
-    if (--lent_ == 0) returned_.notify_all();
-  }
-  std::unique_lock lock(wait->mutex);
-  wait->changed.wait(lock, [&] { return wait->done.load(); });
-  return wait->status;
+  if (fetcher == nullptr) return lending.waits.load() == 0;
+  const bool lent = fetcher->fetch(ask, lending);
+  std::lock_guard lock(fetcher_mutex_);
+  if (--lent_ == 0) returned_.notify_all();
+  return lent;
 }
 
 void Replica::prefetch(PageIndex page) {

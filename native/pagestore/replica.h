@@ -22,6 +22,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -81,12 +82,17 @@ class Replica final : public PageProvider {
   // it can: one thread less has to be woken. Not to be called from a `done`.
   Status fetch(PageIndex page);
 
+  // want() of each of `pages`, `done` for each; then the thread is lent likewise, for as long as
+  // `lending` says: that is also for pages it asked for before. `done` has to count `waits` down.
+  // False: it was not lent, or is needed no longer; the pages come all the same.
+  using PageDone = std::function<void(PageIndex, const Status&)>;
+  bool fetch(std::span<const PageIndex> pages, const PageDone& done, const Lending& lending);
+
   // Asks for a page nobody waits for yet.
   void prefetch(PageIndex page);
   // Asks for the absent ones of a run, which nobody waits for yet, and counts them in `*asked`.
   // `done` is called for each, once, as that of want(). Error: the source is gone, nothing is
   // asked.
-  using PageDone = std::function<void(PageIndex, const Status&)>;
   Status prefetch(PageIndex first, uint64_t count, const PageDone& done, uint64_t* asked);
 
   // All that its users need, as fast as it comes, see PageFetcher. False: not now, or not so.
@@ -140,6 +146,7 @@ class Replica final : public PageProvider {
   // Adds a waiter if the page is absent; otherwise `done` stays, and `*status` is what to tell it.
   // True: it is to be asked for.
   bool enlist(PageIndex page, Done* done, Status* status);
+  bool lend(std::span<const PageIndex> ask, const Lending& lending);
   bool count_bits();  // false: there are bits beyond the last page
   void check_complete();
   bool all_known() const;
