@@ -145,8 +145,8 @@ class Client final : public PageFetcher {
     sockaddr_in address;
     TimeNs tried;
   };
-  Named* unheard();         // to be tried next, of those that have not made themselves known
-  size_t servers_usable();  // the current one among them
+  Named* unheard();          // to be tried next, of those that have not made themselves known
+  size_t servers_usable();   // the current one among them
   size_t servers_hopeful();  // but for the current one, and those found silent
 
   const Options options_;

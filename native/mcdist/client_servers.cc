@@ -12,8 +12,8 @@ namespace {
 constexpr TimeNs kSilence = 500 * kMillisecond;
 constexpr uint64_t kSilentRetries = 3;
 // One that has not answered since it was turned to gets less while there are others that were not
-// found silent: so that all are tried within half the time in which the source counts as lost. But it
-// gets this much.
+// found silent: so that all are tried within half the time in which the source counts as lost. But
+// it gets this much.
 constexpr TimeNs kLeastPatience = 50 * kMillisecond;
 constexpr uint64_t kUnansweredGreetings = 2;
 
@@ -92,10 +92,10 @@ size_t Client::servers_usable() {
 
 size_t Client::servers_hopeful() {
   const size_t servers = senders_.hopeful(server_, options_.interface_address, home_);
-  return servers + static_cast<size_t>(std::count_if(
-                       named_.begin(), named_.end(), [this](const Named& one) {
-                         return one.tried == 0 && senders_.at(one.address) == nullptr;
-                       }));
+  return servers +
+         static_cast<size_t>(std::count_if(named_.begin(), named_.end(), [this](const Named& one) {
+           return one.tried == 0 && senders_.at(one.address) == nullptr;
+         }));
 }
 
 }  // namespace sf::mcdist

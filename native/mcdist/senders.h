@@ -77,10 +77,10 @@ class SenderTable {
   static constexpr TimeNs kFresh = 3 * kSecond;
 
   // Whom to turn to instead of the server at `current`: not one that was silent when it was tried
-  // last and since; if somebody who answers is looked for (`heard_since`, else 0), one that was heard
-  // after that; of those the one tried longest ago; of those one that is complete, or holds most. A
-  // server at `own` address serves this very host's replica: never, but for `home`, the one that
-  // was set, for a host's clone may be cloned on that host. nullptr: nobody is left.
+  // last and since; if somebody who answers is looked for (`heard_since`, else 0), one that was
+  // heard after that; of those the one tried longest ago; of those one that is complete, or holds
+  // most. A server at `own` address serves this very host's replica: never, but for `home`, the one
+  // that was set, for a host's clone may be cloned on that host. nullptr: nobody is left.
   Sender* other(const sockaddr_in& current, const in_addr& own, const sockaddr_in& home,
                 TimeNs heard_since) {
     Sender* best = nullptr;

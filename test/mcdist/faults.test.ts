@@ -318,8 +318,9 @@ test('pages that pack go in one packet each, the others as ever', async () => {
   for (const host of good) {
     await net.lose(host, 2);
     await startReceiver(net, host, generation, server, { pages: PAGES });
-    await subscribe(host);
   }
+  // Together: else a push could be over before the second one comes.
+  await Promise.all(good.map((host) => subscribe(host)));
   for (const host of good) await filled(host);
   await expectSame(source, ...good);
   const stats = await serverStats(source);
