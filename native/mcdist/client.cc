@@ -160,7 +160,7 @@ bool Client::subscribed() const {
   return requester_.subscribed();
 }
 
-void Client::set_server(const sockaddr_in& server) {
+void Client::set_server(const sockaddr_in& server, const std::vector<sockaddr_in>& others) {
   std::lock_guard reviving(lost_mutex_);
   bool revived;
   {
@@ -168,6 +168,11 @@ void Client::set_server(const sockaddr_in& server) {
     if (closing_) return;
     const TimeNs now = now_ns();
     home_ = server;
+    named_.clear();
+    for (const sockaddr_in& other : others) {
+      const bool here = other.sin_addr.s_addr == options_.interface_address.s_addr;
+      if (!here && named_.size() < SenderTable::kMaxSenders) named_.push_back({other, 0});
+    }
     turn_to(server, 0, now);
     server_set_ = true;
     busy_since_ = now;  // the new server gets the whole time-out

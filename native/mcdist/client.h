@@ -87,7 +87,8 @@ class Client final : public PageFetcher {
   // Pages beyond the end are left out; all pages: subscribes. False: too many ranges, none was
   // taken.
   bool prefetch(PageIndex first, uint64_t count) override;
-  void set_server(const sockaddr_in& server);
+  // `others` (32 at most) are turned to as well as those that announce themselves.
+  void set_server(const sockaddr_in& server, const std::vector<sockaddr_in>& others = {});
   // All pages that the replica's users need, as fast as the server sends them. Until all are here,
   // or none can be had any more, or taken back.
   bool subscribe(bool on) override;
@@ -151,6 +152,14 @@ class Client final : public PageFetcher {
   void give_back();
   void end_subscription();
   void turn_to(const sockaddr_in& server, uint64_t cookie, TimeNs now);
+  // Of those that were named with the server that was set.
+  struct Named {
+    sockaddr_in address;
+    TimeNs tried;
+  };
+  Named* unheard();          // to be tried next, of those that have not made themselves known
+  size_t servers_usable();   // the current one among them
+  size_t servers_hopeful();  // but for the current one, and those found silent
 
   const Options options_;
   const std::shared_ptr<Replica> replica_;
@@ -188,6 +197,7 @@ class Client final : public PageFetcher {
   uint64_t loss_permille_ = 0;  // as told last
   uint64_t asked_from_ = 0;     // counter of the last request before the current server's first
   sockaddr_in home_;            // the server that was set, to fall back to
+  std::vector<Named> named_;
   Request request_;
   std::vector<uint8_t> body_;
   std::vector<uint8_t> packet_;

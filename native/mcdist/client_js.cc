@@ -141,7 +141,13 @@ class ClientJs : public Napi::ObjectWrap<ClientJs> {
     open(info.Env()).subscribe(info[0].IsUndefined() || info[0].ToBoolean());
   }
   void SetServer(const Napi::CallbackInfo& info) {
-    open(info.Env()).set_server(server_of(info[0]));
+    std::vector<sockaddr_in> others;
+    if (!info[1].IsUndefined()) {
+      if (!info[1].IsArray()) throw bad_option(info.Env(), "others", "an array");
+      const auto given = info[1].As<Napi::Array>();
+      for (uint32_t i = 0; i < given.Length(); i++) others.push_back(server_of(given.Get(i)));
+    }
+    open(info.Env()).set_server(server_of(info[0]), others);
   }
   Napi::Value Close(const Napi::CallbackInfo& info) {
     closed_ = true;

@@ -282,7 +282,7 @@ void Client::handle_negative(const Sender* sender, const std::vector<Run>& runs,
   uint32_t servers;
   {
     std::lock_guard lock(mutex_);
-    servers = static_cast<uint32_t>(senders_.usable(server_, options_.interface_address, home_));
+    servers = static_cast<uint32_t>(servers_usable());
   }
   bool elsewhere = false;
   for (const Run& run : runs) {

@@ -256,9 +256,9 @@ void Requester::collect_timeouts(TimeNs now, size_t max_runs, std::vector<Run>* 
     }
     // After a negative answer nothing was lost: the question is simply put again.
     const bool lost = state.negatives == 0;
+    if (!state.refused) retries_++;
     if (lost) {
       if (state.tries < 255) state.tries++;
-      retries_++;
       loss(1, 1);
       Rtt& rtt = rtt_[static_cast<size_t>(state.urgency)];
       if (rtt.backoff < kMaxBackoff && now - rtt.backed_off_at > config_.rto_min) {

@@ -135,7 +135,7 @@ class Requester {
   size_t faults() const { return fault_since_.size(); }  // wanted and not here
   size_t faults_asked() const { return in_flight_[0]; }
   size_t under_way() const { return pages_.size(); }
-  uint64_t retries() const { return retries_; }
+  uint64_t retries() const { return retries_; }  // since no answer came, not even a refusal
   uint32_t window() const { return window_; }
   TimeNs timeout(Urgency urgency) const;
   TimeNs smoothed_rtt(Urgency urgency) const { return rtt_[static_cast<size_t>(urgency)].smoothed; }

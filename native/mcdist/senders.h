@@ -23,6 +23,9 @@ struct Sender {
   uint64_t held = 0;         // pages, as announced
   bool complete = false;
   TimeNs tried = 0;  // when it became the current one last
+  TimeNs left = 0;   // when it was left, since it was silent
+  // Nothing was heard of it since.
+  bool silent() const { return left != 0 && heard <= left; }
 };
 
 inline bool same_address(const sockaddr_in& a, const sockaddr_in& b) {
@@ -70,17 +73,22 @@ class SenderTable {
       return other.get() != now && same_address(other->address, now->address);
     });
   }
-  // Whom to turn to instead of the server at `current`: one tried longest ago, of those one that is
-  // complete, or holds most. A server at `own` address serves this very host's replica: never, but
-  // for `home`, the one that was set, for a host's clone may be cloned on that host.
-  // nullptr: nobody is left.
-  Sender* other(const sockaddr_in& current, const in_addr& own, const sockaddr_in& home) {
+  // Whoever announces itself does so each second: not heard for three, it is most likely dead.
+  static constexpr TimeNs kFresh = 3 * kSecond;
+
+  // Whom to turn to instead of the server at `current`: not one that was silent when it was tried
+  // last and since; if somebody who answers is looked for (`heard_since`, else 0), one that was
+  // heard after that; of those the one tried longest ago; of those one that is complete, or holds
+  // most. A server at `own` address serves this very host's replica: never, but for `home`, the one
+  // that was set, for a host's clone may be cloned on that host. nullptr: nobody is left.
+  Sender* other(const sockaddr_in& current, const in_addr& own, const sockaddr_in& home,
+                TimeNs heard_since) {
     Sender* best = nullptr;
     for (auto& sender : senders_) {
       if (sender->address.sin_port == 0 || same_address(sender->address, current)) continue;
       if (excluded(*sender, own, home)) continue;
       if (sender->held == 0 && !sender->complete) continue;
-      if (best == nullptr || better(*sender, *best)) best = sender.get();
+      if (best == nullptr || better(*sender, *best, heard_since)) best = sender.get();
     }
     return best;
   }
@@ -94,13 +102,32 @@ class SenderTable {
     }
     return others + 1;
   }
+  // Of those but the current one, how many were not found silent.
+  size_t hopeful(const sockaddr_in& current, const in_addr& own, const sockaddr_in& home) const {
+    size_t others = 0;
+    for (const auto& sender : senders_) {
+      if (sender->address.sin_port == 0 || same_address(sender->address, current)) continue;
+      if (excluded(*sender, own, home) || sender->silent()) continue;
+      others += sender->held > 0 || sender->complete ? 1 : 0;
+    }
+    return others;
+  }
   size_t size() const { return senders_.size(); }
+  Sender* at(const sockaddr_in& address) {
+    for (auto& sender : senders_) {
+      if (same_address(sender->address, address)) return sender.get();
+    }
+    return nullptr;
+  }
 
  private:
   static bool excluded(const Sender& sender, const in_addr& own, const sockaddr_in& home) {
     return sender.address.sin_addr.s_addr == own.s_addr && !same_address(sender.address, home);
   }
-  static bool better(const Sender& a, const Sender& b) {
+  static bool better(const Sender& a, const Sender& b, TimeNs heard_since) {
+    if (a.silent() != b.silent()) return b.silent();
+    const bool fresh = a.heard >= heard_since;
+    if (fresh != (b.heard >= heard_since)) return fresh;
     if (a.tried != b.tried) return a.tried < b.tried;
     if (a.complete != b.complete) return a.complete;
     if (a.held != b.held) return a.held > b.held;

@@ -77,9 +77,17 @@ export interface DataplaneMethods {
     };
     result: Record<string, never>;
   };
-  /** Another server of the same generation and key from now on; one that was lost is tried again. */
+  /**
+   * Another server of the same generation and key from now on; one that was lost is tried again. What
+   * it does not hold is asked of the others.
+   */
   'replica.server': {
-    params: { generation: string; address: string; port: number };
+    params: {
+      generation: string;
+      address: string;
+      port: number;
+      others: { address: string; port: number }[];
+    };
     result: Record<string, never>;
   };
   'replica.missing': { params: { generation: string }; result: MissingPages };

@@ -115,7 +115,7 @@ export class Dataplane {
         return {};
       },
       'replica.server': (p) => {
-        this.#replica(p.generation).reconnect({ address: p.address, port: p.port });
+        this.#replica(p.generation).reconnect({ address: p.address, port: p.port }, p.others);
         return {};
       },
       'replica.missing': (p) => {

@@ -158,6 +158,11 @@ export interface McdistServerStats {
   readonly strayPackets: number;
 }
 
+export interface ServerAddress {
+  readonly address: string;
+  readonly port: number;
+}
+
 export interface McdistClientOptions {
   readonly generation: string;
   readonly key: Buffer;
@@ -252,7 +257,7 @@ interface NativeClient {
   fetch(page: number): Promise<void>;
   prefetch(first: number, count: number): void;
   subscribe(on: boolean): void;
-  setServer(server: { address: string; port: number }): void;
+  setServer(server: ServerAddress, others?: readonly ServerAddress[]): void;
   stats(): McdistClientStats;
   close(): Promise<void>;
 }
@@ -352,9 +357,12 @@ export class McdistClient {
     typed(() => this.#native.subscribe(on));
   }
 
-  /** The source speaks from another address now (or again, after it was given up). */
-  setServer(server: { address: string; port: number }): void {
-    typed(() => this.#native.setServer(server));
+  /**
+   * The source speaks from another address now (or again, after it was given up). `others`: servers
+   * of the same generation that are turned to as well as those that announce themselves; 32 at most.
+   */
+  setServer(server: ServerAddress, others: readonly ServerAddress[] = []): void {
+    typed(() => this.#native.setServer(server, others));
   }
 
   stats(): McdistClientStats {

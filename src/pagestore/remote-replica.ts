@@ -1,6 +1,6 @@
 import { EventEmitter } from 'node:events';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
-import { McdistClient, type McdistClientStats } from '../mcdist/mcdist.js';
+import { McdistClient, type McdistClientStats, type ServerAddress } from '../mcdist/mcdist.js';
 import {
   newPrefetcher,
   openReplica,
@@ -121,10 +121,13 @@ export class RemoteReplica extends EventEmitter<{
     this.#prefetcher?.resume();
   }
 
-  /** Tries a source that was lost again, at the address given or the same one. */
-  reconnect(server?: { address: string; port: number }): void {
+  /**
+   * Tries a source that was lost again, at the address given or the same one. `others` hold pages of
+   * the same generation.
+   */
+  reconnect(server?: ServerAddress, others: readonly ServerAddress[] = []): void {
     const to = server ?? this.#source;
-    if (to !== undefined) this.#client?.setServer({ address: to.address, port: to.port });
+    if (to !== undefined) this.#client?.setServer({ address: to.address, port: to.port }, others);
   }
 
   /** Another source of the same generation from now on. Who waits for pages gets them from it. */

@@ -17,7 +17,7 @@
  *
  * The data plane finds other servers of a generation by itself, by their announces (docs/mcdist.md).
  * It is told of a server from here, too, where it cannot know: it has just been started, or hears no
- * multicast. Only of one that holds all that is needed, so it is never worse than the source.
+ * multicast. Of one that holds all that is needed, if there is one; else of all that hold some.
  *
  * Left out: a parent that moves. A clone without its parent's host cannot be joined, and cannot fork
  * if that host gives out its family's vmids.
@@ -206,11 +206,14 @@ export class Orphans {
       }),
     );
     const found = coverage(kind, generation, pages, needed, answers.flat());
-    const server = found.held_by.find(({ all }) => all);
-    const address = host.config.hosts.find(({ name }) => name === server?.host)?.address;
-    if (server !== undefined && address !== undefined) {
-      await this.#useServer(generation, kind, address, server.port);
-    }
+    const holders = found.held_by.flatMap(({ host: name, port, all }) => {
+      const address = host.config.hosts.find((one) => one.name === name)?.address;
+      return address === undefined ? [] : [{ address, port, all }];
+    });
+    const full = holders.find(({ all }) => all);
+    // In the order of the hosts' addresses, so that the same ones are not told of twice.
+    holders.sort((a, b) => (a.address < b.address ? -1 : 1));
+    await this.#useServers(generation, kind, full === undefined ? holders : [full]);
     return found;
   }
 
@@ -227,23 +230,32 @@ export class Orphans {
       for (const kind of KINDS) {
         const { generation, source } = record.base[kind];
         if (!told.delete(generation)) continue;
-        await this.#useServer(generation, kind, source.address, source.port);
+        await this.#useServers(generation, kind, [source]);
         this.#told.delete(generation);
       }
     }
     for (const generation of told) this.#told.delete(generation); // no clone stands on it any more
   }
 
-  async #useServer(generation: string, kind: Kind, address: string, port: number): Promise<void> {
+  async #useServers(
+    generation: string,
+    kind: Kind,
+    servers: { address: string; port: number }[],
+  ): Promise<void> {
     const host = this.#host;
+    const [first, ...rest] = servers;
+    if (first === undefined) return;
     const { call, restarts } = host.dataplane;
-    const server = `${address}:${port}/${restarts}`;
-    if (this.#told.get(generation) === server) return;
+    const { address, port } = first;
+    const others = rest.map((one) => ({ address: one.address, port: one.port }));
+    const names = servers.map((one) => `${one.address}:${one.port}`);
+    const told = `${names.join()}/${restarts}`;
+    if (this.#told.get(generation) === told) return;
     try {
-      await call('replica.server', { generation, address, port });
+      await call('replica.server', { generation, address, port, others });
       await fill(call, host, generation, kind);
-      this.#told.set(generation, server);
-      host.log.info({ generation, address, port }, 'another server of a generation');
+      this.#told.set(generation, told);
+      host.log.info({ generation, servers: names }, 'other servers of a generation');
     } catch (error) {
       const { code, message } = asSnowflockError(error);
       if (code !== 'E_NOT_FOUND') host.log.warn({ generation, code }, message); // else: just closed

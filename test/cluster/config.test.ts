@@ -37,6 +37,7 @@ describe('host configuration', () => {
       mcdistPort: 7448,
       prefetchBytesPerS: 0,
       prefetchRamBytesPerS: 0,
+      replayBytes: 32 * 2 ** 20,
       maxOpenFiles: 2048,
       leaseMs: 15_000,
       vmUid: 1_900_000_000,

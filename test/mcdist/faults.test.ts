@@ -240,6 +240,48 @@ test('announces that lie about place, pages and position: left for the server th
   expect(await clientStats(good)).toMatchObject({ lost: false, pagesFailed: 0 });
 });
 
+test('thirty servers that died use up little of the time-out: the one that lives is found', async () => {
+  const generation = newGeneration();
+  const [source, bad, full, good] = [
+    await net.host(),
+    await net.host(),
+    await net.host(),
+    await net.host(),
+  ];
+  const server = await startSource(net, source, generation, { pages: PAGES });
+  await startReceiver(net, full, generation, server, { pages: PAGES });
+  // All but one, so that those who say that they have all come first.
+  await full.call('fetchAll', { name: 'client', count: PAGES - 1 });
+  await full.call('close', { name: 'client' });
+  const sourceTimeoutMs = 6000;
+  await startReceiver(net, good, generation, server, { pages: PAGES, sourceTimeoutMs });
+  await good.call('reached', { name: 'client', counter: 'welcomes', least: 1 });
+  const pages = BigInt(PAGES);
+  await full.call('server', {
+    ...{ name: 'server', bindAddress: full.address, port: 0, interfaceAddress: full.address },
+  });
+  await full.call('serve', {
+    ...{ name: 'server', provider: 'replica', ...generation, policy: { announceMs: 100 } },
+  });
+  await good.call('reached', { name: 'client', counter: 'serversKnown', least: 2 });
+  for (let port = 9; port < 39; port++) {
+    const truth = { address: bad.address, held: pages, position: pages, pages };
+    await new Liar(bad, generation, server).announce({ ...truth, complete: true, port });
+  }
+  await good.call('reached', { name: 'client', counter: 'serversKnown', least: 32 });
+  const held = Array.from({ length: PAGES - 1 }, (_, page) => page);
+  const expected = await source.call<string>('digest', { name: 'source', pages: held });
+  await source.kill();
+  await good.call('fetchAll', { name: 'client', count: PAGES - 1 });
+  expect(await good.call('digest', { name: 'replica', pages: held })).toBe(expected);
+  const stats = await clientStats(good);
+  expect(stats).toMatchObject({ lost: false, pagesFailed: 0, serverAddress: full.address });
+  // Each once at most.
+  expect(stats.failOvers).toBeGreaterThan(1);
+  expect(stats.failOvers).toBeLessThanOrEqual(31);
+  console.log(`${stats.failOvers} servers tried`);
+});
+
 test('a host that repeats and alters all it hears, during a push: no byte is wrong', async () => {
   const generation = newGeneration();
   const [source, bad, ...good] = [await net.host(), await net.host(), await net.host()];
@@ -276,8 +318,9 @@ test('pages that pack go in one packet each, the others as ever', async () => {
   for (const host of good) {
     await net.lose(host, 2);
     await startReceiver(net, host, generation, server, { pages: PAGES });
-    await subscribe(host);
   }
+  // Together: else a push could be over before the second one comes.
+  await Promise.all(good.map((host) => subscribe(host)));
   for (const host of good) await filled(host);
   await expectSame(source, ...good);
   const stats = await serverStats(source);

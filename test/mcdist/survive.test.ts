@@ -38,8 +38,11 @@ const absent = async (host: Host): Promise<number> =>
   Number(/^absent (\d+)$/.exec(await digest(host))?.[1] ?? -1);
 
 /** The replica of a host is served to the others as well. */
-async function serveReplica(host: Host, generation: TestGeneration): Promise<void> {
-  await host.call('server', {
+async function serveReplica(
+  host: Host,
+  generation: TestGeneration,
+): Promise<{ address: string; port: number }> {
+  const port = await host.call<number>('server', {
     name: 'server',
     bindAddress: host.address,
     port: 0,
@@ -51,6 +54,7 @@ async function serveReplica(host: Host, generation: TestGeneration): Promise<voi
     ...generation,
     policy: { announceMs: 100 },
   });
+  return { address: host.address, port };
 }
 
 /** Which pages are here are those of the source. */
@@ -156,6 +160,33 @@ test('the source is killed: what two replicas hold together both get, the rest f
   await expect(one.call('fetch', { name: 'client', pages: [700] })).rejects.toMatchObject({
     code: 'E_SOURCE_LOST',
   });
+});
+
+test('the source is killed: without multicast, what hosts hold together is had from those that are named', async () => {
+  const generation = newGeneration();
+  const source = await net.host();
+  const [one, two, late] = [await net.host(), await net.host(), await net.host()];
+  const server = await startSource(net, source, generation, { pages: PAGES });
+  const range = (first: number, count: number) =>
+    Array.from({ length: count }, (_, i) => first + i);
+  for (const host of [one, two, late]) {
+    await net.noMulticast(host);
+    await startReceiver(net, host, generation, server, { pages: PAGES });
+  }
+  await one.call('fetch', { name: 'client', pages: range(0, 300) });
+  await two.call('fetch', { name: 'client', pages: range(300, 300) });
+  await late.call('reached', { name: 'client', counter: 'welcomes', least: 1 });
+  const expected = await digest(source, 'source', range(0, 600));
+  const named: { address: string; port: number }[] = [];
+  for (const host of [one, two]) named.push(await serveReplica(host, generation));
+  await source.kill();
+  const [first, ...others] = named;
+  await late.call('call', { name: 'client', method: 'setServer', args: [first, others] });
+  await late.call('fetch', { name: 'client', pages: range(0, 600) });
+  expect(await digest(late, 'replica', range(0, 600))).toBe(expected);
+  const stats = await clientStats(late);
+  expect(stats).toMatchObject({ announces: 0, lost: false, pagesFailed: 0 });
+  expect(stats.negativeAnswers).toBeGreaterThan(0);
 });
 
 test('a receiver is killed and comes back: it and the others end with every page', async () => {
