@@ -11,6 +11,8 @@
  *   - a frame leaves from_guest only by bpf_redirect: no guest reaches the host's stack;
  *   - it leaves with the wire source MAC of its sender and to a VM of the sender's family;
  *   - a guest receives only IPv4 unicast of its own family, the filter's ARP replies and DHCP;
+ *   - what it has looked at in a frame is not changed behind it: a sum that the guest leaves to the
+ *     kernel is written behind addresses and ports, or the frame is dropped;
  *   - the host's own traffic on the uplink is neither changed nor slowed by a map look-up;
  *   - every other frame is dropped under exactly one reason (reasons.h);
  *   - the work per frame does not depend on how many VMs are known: hash look-ups, no loop.
@@ -36,6 +38,7 @@
 #include <linux/ip.h>
 #include <linux/pkt_cls.h>
 
+#include <bpf/bpf_core_read.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
@@ -47,6 +50,9 @@
 #define PORT_DHCP_SERVER 67
 #define PORT_DHCP_CLIENT 68
 #define FRAGMENT_OFFSET 0x1fff
+#define CHECKSUM_PARTIAL 3 /* linux/skbuff.h */
+#define TCP_CHECKSUM_AT 16
+#define UDP_CHECKSUM_AT 6
 /* linux/if_arp.h pulls in the C library's headers, which do not exist for this target. */
 #define ARPHRD_ETHER 1
 #define ARPOP_REQUEST 1
@@ -81,6 +87,24 @@ struct {
 	__type(key, __u32);
 	__type(value, __u64);
 } sf_stats SEC(".maps");
+
+/*
+ * Of the kernel's own sk_buff (CO-RE finds the places): what __sk_buff does not show. The offsets
+ * are from the start of the buffer.
+ */
+struct sk_buff {
+	__u8 ip_summed : 2;
+	__u16 csum_start;
+	__u16 csum_offset;
+	__u16 mac_header;
+} __attribute__((preserve_access_index));
+
+/* From Linux 6.2 on. Before, each read of the same is a call that takes 40 ns. */
+extern void *bpf_cast_to_kern_ctx(void *context) __ksym __weak;
+/* Of the kernel's verifier: it tells whether there is that function. */
+enum special_kfunc_type {
+	KF_bpf_cast_to_kern_ctx = 1,
+};
 
 struct arp_frame {
 	__u8 eth_dst[6];
@@ -218,6 +242,38 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct ipv4 *out)
 	return 1;
 }
 
+/*
+ * A guest may leave its checksum to whoever sends the frame on (virtio 1.2, 5.1.6.2, NEEDS_CSUM),
+ * and names any two bytes for it, which are written when the filter has looked. 0 if they are before
+ * the checksum of the packet's own TCP or UDP header, where addresses and ports are. Behind it they
+ * may be: sums inside of tunnels are there.
+ */
+static __always_inline int checksum_is_own(struct __sk_buff *context, const struct ipv4 *ip)
+{
+	__u32 least = ETH_HLEN + ip->header_bytes;
+	const struct sk_buff *skb;
+	__u16 start, offset, frame;
+
+	if (bpf_core_enum_value_exists(enum special_kfunc_type, KF_bpf_cast_to_kern_ctx)) {
+		skb = bpf_cast_to_kern_ctx(context);
+		if (BPF_CORE_READ_BITFIELD(skb, ip_summed) != CHECKSUM_PARTIAL)
+			return 1;
+		start = skb->csum_start;
+		offset = skb->csum_offset;
+		frame = skb->mac_header;
+	} else {
+		skb = (const void *)context;
+		if (BPF_CORE_READ_BITFIELD_PROBED(skb, ip_summed) != CHECKSUM_PARTIAL)
+			return 1;
+		if (bpf_core_read(&start, sizeof(start), &skb->csum_start) ||
+		    bpf_core_read(&offset, sizeof(offset), &skb->csum_offset) ||
+		    bpf_core_read(&frame, sizeof(frame), &skb->mac_header))
+			return 0;
+	}
+	least += ip->protocol == IPPROTO_TCP ? TCP_CHECKSUM_AT : UDP_CHECKSUM_AT;
+	return start >= frame && (__u32)start - frame + offset >= least;
+}
+
 static __always_inline int send(struct __sk_buff *skb, __u64 destination, __u64 source,
 				__u32 ifindex, __u32 mark, __u32 reason)
 {
@@ -311,6 +367,8 @@ static __always_inline int ipv4_from_guest(struct __sk_buff *skb, const struct n
 
 	if (!parse_ipv4(skb, &ip))
 		return drop(NETBACK_guest_malformed_ip);
+	if (!checksum_is_own(skb, &ip))
+		return drop(NETBACK_guest_checksum);
 	/* Of a fragmented datagram the first fragment has the ports; without it none is rebuilt. */
 	if (ip.protocol == IPPROTO_UDP && !(ip.fragment & FRAGMENT_OFFSET)) {
 		__be16 ports[2];
