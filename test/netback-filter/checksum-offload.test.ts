@@ -64,7 +64,9 @@ async function isDropped(frame: Buffer, to: Guest, marking: Buffer): Promise<voi
   const last = marker();
   attacker.send(offloadedNothing(attacker.frameTo(to, String(last))));
   await to.receive((it) => it.includes(last));
-  expect(to.frames.filter((it) => it.includes(marking)).map((it) => it.toString('hex'))).toEqual([]);
+  expect(to.frames.filter((it) => it.includes(marking)).map((it) => it.toString('hex'))).toEqual(
+    [],
+  );
   await expect
     .poll(() => gained(before, attacker.host.stats()))
     .toMatchObject({ guest_checksum: 1 });

@@ -4,7 +4,7 @@
  * addresses here are their wire MACs: rewriting, done in full, leaves the frame as it was.
  */
 import { execFileSync } from 'node:child_process';
-import { nativePath } from '../src/common/native.js';
+import { nativePath } from '../../src/common/native.js';
 import {
   addressOfVmid,
   ipNumber,
@@ -12,17 +12,16 @@ import {
   macNumber,
   type Place,
   wireMac,
-} from '../src/network/addresses.js';
-import { type NativeFilter, netback } from '../src/network/native.js';
-import { inNetns } from '../src/network/tap.js';
-import type { Bench } from './lib/bench.js';
-import { ratio } from './lib/table.js';
+} from '../../src/network/addresses.js';
+import { type NativeFilter, netback } from '../../src/network/native.js';
+import { inNetns } from '../../src/network/tap.js';
 
-interface NetbackFigure {
-  path: string;
-  known_vms: number;
+export interface PacketTime {
+  readonly path: string;
+  /** VMs that the filter knows besides the sender. */
+  readonly known: number;
   /** Median of the rounds, one CPU. */
-  packet_ns: number;
+  readonly packet_ns: number;
 }
 
 const REDIRECT = 7;
@@ -55,28 +54,11 @@ function identity(place: Place) {
   return { tap: 'bench', wireMac: mac, guestMac: mac, ip: ipNumber(addressOfVmid(place.vmid)) };
 }
 
-const bench: Bench = {
-  name: 'netback',
-  description: 'nanoseconds per packet in the eBPF filter, with 1 and with 10,000 known VMs',
-  async run({ quick }) {
-    const figures = await benchNetback({ quick });
-    const few = figures.filter((figure) => figure.known_vms === 1);
-    const rows = few.map(({ path, packet_ns: one }) => {
-      const many = figures.find((figure) => figure.path === path && figure.known_vms > 1);
-      const ns = many?.packet_ns ?? Number.NaN;
-      return [path, one, ns, ratio(ns, one)];
-    });
-    return {
-      tables: [{ title: 'ns per packet', columns: ['path', '1 VM', '10,000 VMs', 'ratio'], rows }],
-      figures: { packets: figures },
-    };
-  },
-};
-
-export default bench;
-
 /** Needs root. Makes and removes a namespace of its own. */
-async function benchNetback(options: { quick: boolean }): Promise<NetbackFigure[]> {
+export async function packetTimes(options: {
+  quick: boolean;
+  known: readonly number[];
+}): Promise<PacketTime[]> {
   const name = `sfbench${process.pid}`;
   const repeat = options.quick ? 100_000 : 1_000_000;
   const rounds = options.quick ? 3 : 9;
@@ -87,7 +69,7 @@ async function benchNetback(options: { quick: boolean }): Promise<NetbackFigure[
     const path = `/run/netns/${name}`;
     const filter = await inNetns(path, () => netback().attach(nativePath('netback.bpf.o'), 'eth0'));
     try {
-      return inNetns(path, () => [1, 10_000].flatMap((known) => measure(filter, known)));
+      return inNetns(path, () => options.known.flatMap((known) => measure(filter, known)));
     } finally {
       filter.close();
     }
@@ -95,7 +77,7 @@ async function benchNetback(options: { quick: boolean }): Promise<NetbackFigure[
     execFileSync('ip', ['netns', 'del', name]);
   }
 
-  function measure(filter: NativeFilter, known: number): NetbackFigure[] {
+  function measure(filter: NativeFilter, known: number): PacketTime[] {
     // vmid 0 sends; vmids 1 to `known` are here too; the VM after them is on another host.
     const [self, local, remote] = [0, 1, known + 1].map((vmid) => ({ family: FAMILY, vmid }));
     if (self === undefined || local === undefined || remote === undefined) return [];
@@ -117,7 +99,7 @@ async function benchNetback(options: { quick: boolean }): Promise<NetbackFigure[
         if (run.verdict !== verdict) throw new Error(`${path}: verdict ${run.verdict}`);
         return run.meanNs;
       }).sort((a, b) => a - b);
-      return { path, known_vms: known, packet_ns: times[rounds >> 1] ?? Number.NaN };
+      return { path, known, packet_ns: times[rounds >> 1] ?? Number.NaN };
     });
   }
 }
