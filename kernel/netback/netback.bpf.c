@@ -11,6 +11,8 @@
  *   - a frame leaves from_guest only by bpf_redirect: no guest reaches the host's stack;
  *   - it leaves with the wire source MAC of its sender and to a VM of the sender's family;
  *   - a guest receives only IPv4 unicast of its own family, the filter's ARP replies and DHCP;
+ *   - what it has looked at in a frame is not changed behind it: a sum that the guest leaves to the
+ *     kernel is written behind addresses and ports, or the frame is dropped;
  *   - the host's own traffic on the uplink is neither changed nor slowed by a map look-up;
  *   - every other frame is dropped under exactly one reason (reasons.h);
  *   - the work per frame does not depend on how many VMs are known: hash look-ups, no loop.
@@ -28,7 +30,8 @@
  * frames on it can pretend to be a remote VM.
  *
  * Frames may be GSO, non-linear and with partial checksums; only MAC addresses are written, which
- * no checksum above Ethernet covers.
+ * no checksum above Ethernet covers. They are written in place: of a frame that somebody else holds
+ * too (a packet socket), the kernel copies the headers before the program runs.
  */
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
@@ -36,6 +39,7 @@
 #include <linux/ip.h>
 #include <linux/pkt_cls.h>
 
+#include <bpf/bpf_core_read.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
@@ -47,6 +51,9 @@
 #define PORT_DHCP_SERVER 67
 #define PORT_DHCP_CLIENT 68
 #define FRAGMENT_OFFSET 0x1fff
+#define CHECKSUM_PARTIAL 3 /* linux/skbuff.h */
+#define TCP_CHECKSUM_AT 16
+#define UDP_CHECKSUM_AT 6
 /* linux/if_arp.h pulls in the C library's headers, which do not exist for this target. */
 #define ARPHRD_ETHER 1
 #define ARPOP_REQUEST 1
@@ -82,6 +89,24 @@ struct {
 	__type(value, __u64);
 } sf_stats SEC(".maps");
 
+/*
+ * Of the kernel's own sk_buff (CO-RE finds the places): what __sk_buff does not show. The offsets
+ * are from the start of the buffer.
+ */
+struct sk_buff {
+	__u8 ip_summed : 2;
+	__u16 csum_start;
+	__u16 csum_offset;
+	__u16 mac_header;
+} __attribute__((preserve_access_index));
+
+/* From Linux 6.2 on. Before, each read of the same is a call that takes 40 ns. */
+extern void *bpf_cast_to_kern_ctx(void *context) __ksym __weak;
+/* Of the kernel's verifier: it tells whether there is that function. */
+enum special_kfunc_type {
+	KF_bpf_cast_to_kern_ctx = 1,
+};
+
 struct arp_frame {
 	__u8 eth_dst[6];
 	__u8 eth_src[6];
@@ -115,6 +140,27 @@ static __always_inline __u64 mac_at(const __u8 *p)
 {
 	return (__u64)p[0] << 40 | (__u64)p[1] << 32 | (__u64)p[2] << 24 | (__u64)p[3] << 16 |
 	       (__u64)p[4] << 8 | p[5];
+}
+
+/*
+ * The addresses of an Ethernet header, each with one load of eight bytes, two of which are not its
+ * own: the header is long enough. Loads need no alignment here; on a machine where they do, the
+ * verifier refuses the program.
+ */
+static __always_inline __u64 destination_of(const struct ethhdr *eth)
+{
+	return bpf_be64_to_cpu(*(const __be64 *)eth->h_dest) >> 16;
+}
+
+static __always_inline __u64 source_of(const struct ethhdr *eth)
+{
+	return bpf_be64_to_cpu(*(const __be64 *)eth->h_source) >> 16;
+}
+
+static __always_inline void put_addresses(struct ethhdr *eth, __u64 destination, __u64 source)
+{
+	*(__be64 *)eth->h_dest = bpf_cpu_to_be64(destination << 16 | source >> 32);
+	*(__be32 *)(eth->h_source + 2) = bpf_htonl((__u32)source);
 }
 
 static __always_inline void put_mac(__u8 *p, __u64 mac)
@@ -218,15 +264,60 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct ipv4 *out)
 	return 1;
 }
 
+/*
+ * A guest may leave its checksum to whoever sends the frame on (virtio 1.2, 5.1.6.2, NEEDS_CSUM),
+ * and names any two bytes for it, which are written when the filter has looked. 0 if they are
+ * before the checksum of the packet's own TCP or UDP header, where addresses and ports are. Behind
+ * it they may be: sums inside of tunnels are there.
+ */
+static __always_inline int checksum_is_own(struct __sk_buff *context, const struct ipv4 *ip)
+{
+	__u32 least = ETH_HLEN + ip->header_bytes;
+	const struct sk_buff *skb;
+	__u16 start, offset, frame;
+
+	if (bpf_core_enum_value_exists(enum special_kfunc_type, KF_bpf_cast_to_kern_ctx)) {
+		skb = bpf_cast_to_kern_ctx(context);
+		if (BPF_CORE_READ_BITFIELD(skb, ip_summed) != CHECKSUM_PARTIAL)
+			return 1;
+		start = skb->csum_start;
+		offset = skb->csum_offset;
+		frame = skb->mac_header;
+	} else {
+		skb = (const void *)context;
+		if (BPF_CORE_READ_BITFIELD_PROBED(skb, ip_summed) != CHECKSUM_PARTIAL)
+			return 1;
+		if (bpf_core_read(&start, sizeof(start), &skb->csum_start) ||
+		    bpf_core_read(&offset, sizeof(offset), &skb->csum_offset) ||
+		    bpf_core_read(&frame, sizeof(frame), &skb->mac_header))
+			return 0;
+	}
+	least += ip->protocol == IPPROTO_TCP ? TCP_CHECKSUM_AT : UDP_CHECKSUM_AT;
+	return start >= frame && (__u32)start - frame + offset >= least;
+}
+
+/* Source and destination port behind an IPv4 header; 0 if they cannot be read. */
+static __always_inline int load_ports(struct __sk_buff *skb, __u32 header_bytes, __u32 *out)
+{
+	const __u8 *at = (void *)(long)skb->data + ETH_HLEN + header_bytes;
+	__be32 ports;
+
+	if (at + sizeof(ports) <= (const __u8 *)(long)skb->data_end)
+		ports = *(const __be32 *)at;
+	else if (bpf_skb_load_bytes(skb, ETH_HLEN + header_bytes, &ports, sizeof(ports)))
+		return 0;
+	*out = bpf_ntohl(ports);
+	return 1;
+}
+
 static __always_inline int send(struct __sk_buff *skb, __u64 destination, __u64 source,
 				__u32 ifindex, __u32 mark, __u32 reason)
 {
-	__u8 macs[12];
+	struct ethhdr *eth = (void *)(long)skb->data;
 
-	put_mac(macs, destination);
-	put_mac(macs + 6, source);
-	if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
-		return drop(NETBACK_helper_failed);
+	if ((void *)(eth + 1) > (void *)(long)skb->data_end)
+		return drop(NETBACK_helper_failed); /* never: it was read before */
+	put_addresses(eth, destination, source);
 	if (mark)
 		skb->mark = mark;
 	count(reason);
@@ -311,18 +402,21 @@ static __always_inline int ipv4_from_guest(struct __sk_buff *skb, const struct n
 
 	if (!parse_ipv4(skb, &ip))
 		return drop(NETBACK_guest_malformed_ip);
+	if (!checksum_is_own(skb, &ip))
+		return drop(NETBACK_guest_checksum);
 	/* Of a fragmented datagram the first fragment has the ports; without it none is rebuilt. */
 	if (ip.protocol == IPPROTO_UDP && !(ip.fragment & FRAGMENT_OFFSET)) {
-		__be16 ports[2];
+		__u32 ports;
+		__u16 from, to;
 
-		if (ip.payload_bytes < 8 ||
-		    bpf_skb_load_bytes(skb, ETH_HLEN + ip.header_bytes, ports, sizeof(ports)))
+		if (ip.payload_bytes < 8 || !load_ports(skb, ip.header_bytes, &ports))
 			return drop(NETBACK_guest_malformed_ip);
-		if (ports[0] == bpf_htons(PORT_DHCP_SERVER) ||
-		    ports[1] == bpf_htons(PORT_DHCP_CLIENT))
+		from = ports >> 16;
+		to = ports;
+		if (from == PORT_DHCP_SERVER || to == PORT_DHCP_CLIENT)
 			return drop(NETBACK_guest_dhcp_server);
 		/* The DHCP service saw the frame on its packet socket, which comes before tc. */
-		if (ports[1] == bpf_htons(PORT_DHCP_SERVER))
+		if (to == PORT_DHCP_SERVER)
 			return drop(NETBACK_dhcp_to_host);
 	}
 	if (ip.source != port->ip && !(is_gateway(port->wire_mac) && is_outside(ip.source)))
@@ -382,12 +476,12 @@ int from_guest(struct __sk_buff *skb)
 	eth = (void *)(long)skb->data;
 	if ((void *)(eth + 1) > (void *)(long)skb->data_end)
 		return drop(NETBACK_guest_runt);
-	if (mac_at(eth->h_source) != port->guest_mac)
+	if (source_of(eth) != port->guest_mac)
 		return drop(NETBACK_guest_source_mac);
 	/* The kernel takes an outer tag off before tc: then only vlan_present tells of it. */
 	if (skb->vlan_present)
 		return drop(NETBACK_guest_vlan);
-	destination = mac_at(eth->h_dest);
+	destination = destination_of(eth);
 	switch (eth->h_proto) {
 	case bpf_htons(ETH_P_IP):
 		return ipv4_from_guest(skb, port, destination);
@@ -415,8 +509,8 @@ int from_wire(struct __sk_buff *skb)
 	/* An Ethernet driver has always pulled the Ethernet header into the linear part. */
 	if ((void *)(eth + 1) > (void *)(long)skb->data_end)
 		return TC_ACT_UNSPEC;
-	destination = mac_at(eth->h_dest);
-	source = mac_at(eth->h_source);
+	destination = destination_of(eth);
+	source = source_of(eth);
 	if (!is_wire(destination)) {
 		if (is_wire(source))
 			return drop(NETBACK_wire_stray_source);

@@ -51,7 +51,8 @@
 	X(40, guest_to_wire_gateway)                                                               \
 	X(41, gateway_to_wire)                                                                     \
 	X(42, wire_to_gateway)                                                                     \
-	X(43, gateway_from_wire)
+	X(43, gateway_from_wire)                                                                   \
+	X(44, guest_checksum)
 
 enum netback_reason {
 #define NETBACK_REASON_ENUM(number, name) NETBACK_##name = number,

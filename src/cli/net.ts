@@ -1,4 +1,5 @@
 import { type Command, InvalidArgumentError } from 'commander';
+import { NatHost } from '../nat/gateway.js';
 import { NetbackFilter } from '../netback-filter/filter.js';
 import { REASONS } from '../netback-filter/reasons.js';
 import { addressOfVmid, FAMILY_MAX, GUEST_MAC, VMID_MAX, wireMac } from '../network/addresses.js';
@@ -144,9 +145,20 @@ run in. On a host with a daemon, sfld does all this for its VMs.`,
     .argument('<uplink>', 'interface that has the filter')
     .option('-y, --yes', 'do not ask')
     .action(async (uplink: string, options: { yes?: boolean }) => {
-      const vms = await onUplink(uplink, (filter) => filter.vms().length);
-      if (vms > 0) await confirm(`Cut ${vms} VMs on ${uplink} off the network?`, options.yes);
-      await onUplink(uplink, (filter) => filter.detach());
-      if (json()) printJson({ uplink, vms });
+      const there = await onUplink(uplink, (filter) => ({
+        vms: filter.vms().length,
+        gateways: filter.gateways().length,
+      }));
+      const { vms, gateways } = there;
+      const also = gateways > 0 ? ` and remove ${gateways} NAT gateways, with their policy` : '';
+      if (vms > 0 || gateways > 0) {
+        await confirm(`Cut ${vms} VMs on ${uplink} off the network${also}?`, options.yes);
+      }
+      await onUplink(uplink, async (filter) => {
+        // Without the filter no command would find them any more.
+        if (filter.gateways().length > 0) await new NatHost({ filter }).remove();
+        filter.detach();
+      });
+      if (json()) printJson({ uplink, vms, gateways });
     });
 }

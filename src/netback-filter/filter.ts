@@ -11,6 +11,7 @@ import {
   type Place,
   placeOfWireMac,
   VMID_GATEWAY,
+  WIRE_PREFIX,
   wireMac,
 } from '../network/addresses.js';
 import {
@@ -31,7 +32,7 @@ export interface FilteredVm {
   family: number;
   /** 0 to 65532. */
   vmid: number;
-  /** What the guest believes to have. Default GUEST_MAC. */
+  /** What the guest believes to have: no group address, not 5e:... Default GUEST_MAC. */
   guestMac?: string;
   /** Default, and only accepted value: the scheme's for this vmid. */
   ip?: string;
@@ -46,6 +47,18 @@ export const GATEWAY_MODES: Readonly<Record<GatewayMode, number>> = {
 
 const isGatewayMac = (mac: number) => mac % 2 ** 16 === VMID_GATEWAY;
 
+/** To a group address every guest would listen; 5e:.. tells the filter's own addresses apart. */
+function guestMacNumber(mac: string): number {
+  const number = macNumber(mac);
+  const first = Math.floor(number / 2 ** 40);
+  if (number === 0 || first % 2 === 1 || first === WIRE_PREFIX) {
+    const what =
+      first === WIRE_PREFIX ? 'begins with 5e, as the addresses on the wire do' : 'is none';
+    throw new SnowflockError('E_ARGUMENT', `a guest's own MAC address: ${mac} ${what}`);
+  }
+  return number;
+}
+
 function toNative(vm: FilteredVm): NativeVm {
   const ip = addressOfVmid(vm.vmid);
   if (vm.ip !== undefined && vm.ip !== ip) {
@@ -54,7 +67,7 @@ function toNative(vm: FilteredVm): NativeVm {
   return {
     tap: vm.tap,
     wireMac: macNumber(wireMac(vm)),
-    guestMac: macNumber(vm.guestMac ?? GUEST_MAC),
+    guestMac: guestMacNumber(vm.guestMac ?? GUEST_MAC),
     ip: ipNumber(ip),
   };
 }

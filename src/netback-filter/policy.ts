@@ -8,6 +8,7 @@
  *  - a guest sends from its own MAC address, untagged, IPv4 or ARP and nothing else;
  *  - ARP requests are answered from the address scheme, never for the guest's own address; replies
  *    are nobody's business;
+ *  - a sum that a guest leaves to the kernel is written behind addresses and ports;
  *  - no guest acts as a DHCP server; its requests to one end at the host;
  *  - IPv4 leaves with the guest's own address, to the wire MAC of a VM of its family that has the
  *    packet's destination address; it leaves with the sender's wire MAC;
@@ -70,6 +71,11 @@ export interface Arrival {
   readonly frame: Uint8Array;
   /** The kernel took a VLAN tag off before the filter saw the frame. */
   readonly tagged?: boolean;
+  /**
+   * A sum is left to the kernel, which writes it here (two bytes, from the start of the frame) when
+   * the filter has seen the frame.
+   */
+  readonly checksumAt?: number;
   /** The mark the filter itself puts on what it sends to a tap. */
   readonly marked?: boolean;
 }
@@ -105,7 +111,10 @@ const TYPE_IPV4 = 0x0800;
 const TYPE_ARP = 0x0806;
 const TYPE_IPV6 = 0x86dd;
 const TYPES_VLAN = [0x8100, 0x88a8];
+const TCP = 6;
 const UDP = 17;
+const TCP_CHECKSUM_AT = 16;
+const UDP_CHECKSUM_AT = 6;
 const FRAGMENT_OFFSET = 0x1fff;
 const PORT_DHCP_SERVER = 67;
 const PORT_DHCP_CLIENT = 68;
@@ -189,10 +198,20 @@ function arpFromGuest(frame: Buffer, vm: PolicyVm): Decision {
   return { verdict: 'redirect', reason: 'arp_answered', to: vm.ifindex, frame: out };
 }
 
-function ipv4FromGuest(frame: Buffer, vm: PolicyVm, table: PolicyTable): Decision {
+function ipv4FromGuest(
+  frame: Buffer,
+  vm: PolicyVm,
+  table: PolicyTable,
+  checksumAt: number | undefined,
+): Decision {
   const drop = (reason: string): Decision => ({ verdict: 'drop', reason, frame });
   const ip = parseIpv4(frame);
   if (ip === undefined) return drop('guest_malformed_ip');
+  // It must not become an address or a port. Further behind are sums inside of tunnels.
+  const ownChecksum = ip.protocol === TCP ? TCP_CHECKSUM_AT : UDP_CHECKSUM_AT;
+  if (checksumAt !== undefined && checksumAt < ETHERNET_BYTES + ip.headerBytes + ownChecksum) {
+    return drop('guest_checksum');
+  }
   // Of a fragmented datagram the first fragment has the ports; without it none is rebuilt.
   if (ip.protocol === UDP && ip.fragmentOffset === 0) {
     if (ip.payloadBytes < 8) return drop('guest_malformed_ip');
@@ -252,7 +271,7 @@ function fromGuest(arrival: Arrival, frame: Buffer, table: PolicyTable): Decisio
   if (frame.readUIntBE(6, 6) !== vm.guestMac) return drop('guest_source_mac');
   const type = frame.readUInt16BE(12);
   if (arrival.tagged === true || TYPES_VLAN.includes(type)) return drop('guest_vlan');
-  if (type === TYPE_IPV4) return ipv4FromGuest(frame, vm, table);
+  if (type === TYPE_IPV4) return ipv4FromGuest(frame, vm, table, arrival.checksumAt);
   if (type === TYPE_ARP) return arpFromGuest(frame, vm);
   return drop(type === TYPE_IPV6 ? 'guest_ipv6' : 'guest_ethertype');
 }

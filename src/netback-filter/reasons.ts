@@ -58,4 +58,5 @@ export const REASONS: readonly Reason[] = [
   pass('gateway_to_wire', 'from a gateway of this router to a guest of its family elsewhere'),
   pass('wire_to_gateway', "from a guest elsewhere to its family's gateway on this router"),
   pass('gateway_from_wire', "from the router's gateway to a guest of its family"),
+  drop('guest_checksum', 'from a guest, a sum left to the kernel that overwrites its headers'),
 ];

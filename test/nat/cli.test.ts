@@ -85,6 +85,26 @@ test('apply, show, explain and rm, with figures as JSON and statuses that say wh
   });
 });
 
+test('net detach takes gateways with it: without the filter nothing else could', () => {
+  const { netns } = lab.host;
+  const look = () => ({
+    links: netns.exec('ip', '-o', 'link').match(/\bsf[gn][\da-f]{6}@/g) ?? [],
+    rules: netns.exec('nft', 'list', 'ruleset', 'ip'),
+    forwarding: netns.exec('cat', '/proc/sys/net/ipv4/ip_forward').trim(),
+    spaces: netns.exec('ip', 'netns', 'list').match(/^sfnat-\S+/gm) ?? [],
+  });
+  const before = look();
+  lab.guest(7, 1);
+  expect(snowflock('nat', 'apply', file).status).toBe(0);
+  expect(look().links).toHaveLength(2);
+  // Nobody is there to say yes.
+  expect(snowflock('net', 'detach', 'eth0').stderr).toContain('1 NAT gateways');
+  expect(look().links).toHaveLength(2);
+  const done = snowflock('net', 'detach', 'eth0', '--yes', '--json');
+  expect(JSON.parse(done.stdout)).toEqual({ uplink: 'eth0', vms: 1, gateways: 1 });
+  expect(look()).toEqual(before);
+});
+
 test('the daemon: a gateway comes with the first VM of a family and goes with the last', async () => {
   await lab.serve(80);
   const { filter, ...place } = lab.place();

@@ -39,6 +39,7 @@ export class FrameGenerator {
   constructor(
     seed: number,
     readonly vms: readonly PolicyVm[],
+    readonly payloads: readonly number[] = [0, 1, 7, 8, 9, 26, 64, 200, 1480, 3400],
   ) {
     this.#random = new Random(seed);
   }
@@ -86,7 +87,7 @@ export class FrameGenerator {
   /** From `near`'s guest, to another VM of its family, right. */
   #right(near: PolicyVm, outward: boolean): Buffer {
     const random = this.#random;
-    const payloadBytes = random.pick([0, 1, 7, 8, 9, 26, 64, 200, 1480]);
+    const payloadBytes = random.pick(this.payloads);
     const vmid = random.pick([0, 1, 2, 3, 4, 5, 77, 0xfffc, GATEWAY]);
     const other = near.wireMac - (near.wireMac % 2 ** 16) + vmid;
     const beyond = () => random.pick([0x0808_0808, 0xc0a8_0101, 0x0a55_ffff, NETWORK + 1]);
@@ -159,7 +160,7 @@ export class FrameGenerator {
         return frame.subarray(0, 14 + random.below(frame.length - 13));
       case 8: {
         // IPv4 options, the lengths kept right.
-        if (frame.length < 34 || frame.length > 1400) break;
+        if (frame.length < 34) break;
         const words = 1 + random.below(10);
         const options = Buffer.alloc(words * 4, 1);
         const out = Buffer.concat([frame.subarray(0, 34), options, frame.subarray(34)]);

@@ -136,7 +136,7 @@ export class Host {
   }
 
   tap(name: string, vnetHdr = false): number {
-    return this.netns.do(() => openTap(name, { vnetHdr }));
+    return this.netns.do(() => openTap(name, { vnetHdr, mtu: this.lab.mtu }));
   }
 
   guest(family: number, vmid: number, options: { vnetHdr?: boolean } = {}): Guest {
@@ -153,8 +153,9 @@ export class Host {
     const netns = this.lab.namespace(`g${family}-${vmid}`);
     const tap = this.lab.interfaceName();
     this.netns.exec(
-      ...`ip link add ${tap} address 02:00:00:00:00:02 type veth`.split(' '),
-      ...`peer name eth0 address ${GUEST_MAC} netns ${netns.name}`.split(' '),
+      ...`ip link add ${tap} mtu ${this.lab.mtu} address 02:00:00:00:00:02 type veth`.split(' '),
+      ...`peer name eth0 mtu ${this.lab.mtu} address ${GUEST_MAC}`.split(' '),
+      ...['netns', netns.name],
     );
     this.netns.exec('sysctl', '-qw', `net.ipv6.conf.${tap}.disable_ipv6=1`);
     this.netns.do(() => this.attached.addVm({ tap, family, vmid }));
@@ -178,7 +179,10 @@ export class Lab {
   readonly #cleanup: (() => void)[] = [];
   #interfaces = 0;
 
-  private constructor(hosts: number) {
+  private constructor(
+    hosts: number,
+    readonly mtu: number,
+  ) {
     this.#switch = this.namespace('sw');
     const sw = this.#switch;
     sw.exec('sysctl', '-qw', 'net.ipv6.conf.all.disable_ipv6=1');
@@ -189,7 +193,7 @@ export class Lab {
     // All addresses are given: random ones can begin with 5e.
     sw.exec(...'ip link add br0 address 02:00:00:00:03:00 type bridge'.split(' '));
     sw.exec('ip', 'link', 'set', 'br0', 'up');
-    const stranger = sw.do(() => openTap('stranger', { vnetHdr: false }));
+    const stranger = sw.do(() => openTap('stranger', { vnetHdr: false, mtu }));
     this.stranger = new Wire(stranger);
     this.onDestroy(() => this.stranger.close());
     sw.exec('ip', 'link', 'set', 'stranger', 'master', 'br0');
@@ -199,8 +203,8 @@ export class Lab {
       const netns = this.namespace(`h${i}`);
       const address = `192.168.77.${i}`;
       sw.exec(
-        ...`ip link add port${i} address 02:00:00:00:02:0${i} type veth peer name eth0`.split(' '),
-        ...`address 02:00:00:00:01:0${i} netns ${netns.name}`.split(' '),
+        ...`ip link add port${i} mtu ${mtu} address 02:00:00:00:02:0${i} type veth`.split(' '),
+        ...`peer name eth0 mtu ${mtu} address 02:00:00:00:01:0${i} netns ${netns.name}`.split(' '),
       );
       sw.exec('ip', 'link', 'set', `port${i}`, 'master', 'br0', 'up');
       netns.exec('ip', 'address', 'add', `${address}/24`, 'dev', 'eth0');
@@ -210,8 +214,8 @@ export class Lab {
   }
 
   /** Hosts with their filters attached. */
-  static async create(hosts: number): Promise<Lab> {
-    const lab = new Lab(hosts);
+  static async create(hosts: number, { mtu = 1500 } = {}): Promise<Lab> {
+    const lab = new Lab(hosts, mtu);
     try {
       for (const host of lab.hosts) await host.attach();
     } catch (error) {
@@ -225,8 +229,9 @@ export class Lab {
   strangeMachine(): Namespace {
     const netns = this.namespace('strange');
     this.#switch.exec(
-      ...'ip link add port-s address 02:00:00:00:02:99 type veth peer name eth0'.split(' '),
-      ...`address 02:00:00:00:09:09 netns ${netns.name}`.split(' '),
+      ...`ip link add port-s mtu ${this.mtu} address 02:00:00:00:02:99 type veth`.split(' '),
+      ...`peer name eth0 mtu ${this.mtu} address 02:00:00:00:09:09`.split(' '),
+      ...['netns', netns.name],
     );
     this.#switch.exec('ip', 'link', 'set', 'port-s', 'master', 'br0', 'up');
     this.#switch.exec(...'bridge link set dev port-s learning off'.split(' '));

@@ -151,3 +151,20 @@ test('an uplink that cannot be one is refused', async () => {
   netns.exec(...'ip link add odd address 5e:01:02:03:04:05 type veth peer name even'.split(' '));
   await expect(attach('odd')).rejects.toMatchObject({ code: 'E_NETWORK' });
 });
+
+test("a guest's MAC address that cannot be one is refused", async () => {
+  lab = await Lab.create(1);
+  const host = lab.host(0);
+  const tap = lab.interfaceName();
+  const pair = `ip link add ${tap} address 02:00:00:00:05:01 type veth peer name p${tap}`;
+  host.netns.exec(...pair.split(' '));
+  const add = (guestMac: string) =>
+    host.netns.do(() => host.attached.addVm({ tap, family: 9, vmid: 1, guestMac }));
+  const none = ['ff:ff:ff:ff:ff:ff', '01:00:5e:00:00:01', '00:00:00:00:00:00', '5e:00:00:08:00:01'];
+  for (const mac of [...none, 'vm1', '52:54:00:12:34']) {
+    expect(() => add(mac)).toThrow(expect.objectContaining({ code: 'E_ARGUMENT' }));
+  }
+  expect(host.attached.vms()).toEqual([]);
+  add('52:54:00:12:34:56');
+  expect(host.attached.vms()).toMatchObject([{ tap, guestMac: '52:54:00:12:34:56' }]);
+});
