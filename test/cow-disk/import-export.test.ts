@@ -168,15 +168,18 @@ test.each(['folder', 'tar', 'tar.gz', 'tar.zst'])(
   },
 );
 
-test('a root file system that does not fit says so and leaves nothing', async () => {
-  const { folder, store } = await newStore();
-  const tree = join(folder, 'tree');
-  await mkdir(tree);
-  await writeFile(join(tree, 'large'), Buffer.alloc(40 * MIB, 1));
-  const request = { source: tree, name: 'web', sizeBytes: 32 * MIB };
-  expect(await codeOf(importDisk(store, request))).toBe('E_NO_SPACE');
-  expect((await store.list()).disks).toEqual([]);
-});
+test.each([32, 2, 1])(
+  'a root file system that does not fit into %i MiB leaves nothing',
+  async (mib) => {
+    const { folder, store } = await newStore();
+    const tree = join(folder, 'tree');
+    await mkdir(tree);
+    await writeFile(join(tree, 'large'), Buffer.alloc(40 * MIB, 1));
+    const request = { source: tree, name: 'web', sizeBytes: mib * MIB };
+    expect(await codeOf(importDisk(store, request))).toBe('E_NO_SPACE');
+    expect((await store.list()).disks).toEqual([]);
+  },
+);
 
 test('an image that reads other files of the host is refused unless it is trusted', async () => {
   const { folder, store } = await newStore();
