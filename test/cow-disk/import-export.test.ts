@@ -1,3 +1,4 @@
+import { randomBytes } from 'node:crypto';
 import { existsSync, readdirSync } from 'node:fs';
 import {
   chmod,
@@ -85,6 +86,26 @@ test.each(['qcow2', 'vmdk', 'vhdx'] as const)(
     if (format !== 'vmdk') await execute('qemu-img', ['check', '-f', format, back]);
   },
 );
+
+test('imports and exports, by nbdcopy and by qemu-img, tell how far they are', async () => {
+  const { folder, store } = await newStore();
+  const source = join(folder, 'source');
+  await writeFile(source, randomBytes(32 * MIB));
+  const told = async (work: (progress: (share: number) => void) => Promise<unknown>) => {
+    const shares: number[] = [];
+    await work((share) => shares.push(share));
+    expect(shares).toEqual([...shares].sort((a, b) => a - b));
+    expect(shares.at(-1)).toBe(1);
+    return shares.length;
+  };
+  const image = join(folder, 'image.qcow2');
+  await told((progress) => importDisk(store, { source, name: 'web', progress }));
+  await told((progress) => out(store, join(folder, 'back'), { progress }));
+  // nbdcopy tells after every 128 MiB and at the end, qemu-img more often.
+  const often = await told((progress) => out(store, image, { format: 'qcow2', progress }));
+  expect(often).toBeGreaterThan(2);
+  await told((progress) => importDisk(store, { source: image, name: 'again', progress }));
+});
 
 test('a generation is exported, not what was written since', async () => {
   const { folder, store } = await newStore();
