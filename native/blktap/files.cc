@@ -44,16 +44,16 @@ Status boot_id(std::string* out) {
   return Status::Ok();
 }
 
-Status files_of_slice(const std::string& directory, const std::string& slice,
-                      std::vector<std::string>* out) {
+Status files_of_slices(const std::string& directory,
+                       std::map<std::string, std::vector<std::string>>* out) {
   std::unique_ptr<DIR, int (*)(DIR*)> dir(::opendir(directory.c_str()), ::closedir);
   if (dir == nullptr) return file_error("open " + directory);
-  const std::string start = slice + ".";
   while (const dirent* entry = ::readdir(dir.get())) {
     const std::string name = entry->d_name;
-    if (name.rfind(start, 0) == 0 &&
+    const auto found = out->find(name.substr(0, name.find('.')));
+    if (found != out->end() &&
         (name.ends_with(".map") || name.ends_with(".live") || name.ends_with(".live-new"))) {
-      out->push_back(name);
+      found->second.push_back(name);
     }
   }
   return Status::Ok();
@@ -61,10 +61,10 @@ Status files_of_slice(const std::string& directory, const std::string& slice,
 
 Status remove_stale_live(const std::string& directory, const std::string& slice,
                          const std::string& keep) {
-  std::vector<std::string> names;
-  Status status = files_of_slice(directory, slice, &names);
+  std::map<std::string, std::vector<std::string>> names = {{slice, {}}};
+  Status status = files_of_slices(directory, &names);
   if (!status.ok()) return status;
-  for (const auto& name : names) {
+  for (const auto& name : names[slice]) {
     const std::string path = directory + "/" + name;
     if (name.ends_with(".live") && path != keep) ::unlink(path.c_str());
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cerrno>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -17,9 +18,10 @@ Status boot_id(std::string* out);
 // Removes SLICE.*.live other than `keep`: maps of an earlier boot, never true again.
 Status remove_stale_live(const std::string& directory, const std::string& slice,
                          const std::string& keep);
-// The names of a slice's files but for .data: maps of all editions, live maps, unfinished ones.
-Status files_of_slice(const std::string& directory, const std::string& slice,
-                      std::vector<std::string>* out);
+// Adds the names of the files of each slice in `out` but for .data: maps of all editions, live
+// maps, unfinished ones. One look through the folder, however many they are.
+Status files_of_slices(const std::string& directory,
+                       std::map<std::string, std::vector<std::string>>* out);
 bool is_zero_block(const void* block);  // 4096 bytes
 
 }  // namespace sf

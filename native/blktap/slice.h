@@ -80,8 +80,9 @@ class Slice {
   // left alone, and *removed is false.
   static Status RemoveSpare(const std::string& directory, const std::string& id,
                             uint64_t size_bytes, bool* removed);
-  // Removes all files of a slice and syncs the folder. The caller knows that nobody needs them.
-  static Status Remove(const std::string& directory, const std::string& id);
+  // Removes all files of slices: one look through the folder, and one sync of it, for all of them.
+  // The caller knows that nobody needs them.
+  static Status Remove(const std::string& directory, const std::vector<std::string>& ids);
 
   const std::string& id() const { return id_; }
   uint64_t size_bytes() const { return size_bytes_; }

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <map>
 #include <vector>
 
 #include "blktap/files.h"
@@ -64,15 +65,20 @@ Status Slice::RemoveSpare(const std::string& directory, const std::string& id, u
 }
 
 // The data last: a folder in which only some of it happened shows whose files the rest are.
-Status Slice::Remove(const std::string& directory, const std::string& id) {
-  if (!is_hex_id(id)) return Status::Error("E_ARGUMENT", "bad slice id " + id);
-  std::vector<std::string> names;
-  Status status = files_of_slice(directory, id, &names);
+Status Slice::Remove(const std::string& directory, const std::vector<std::string>& ids) {
+  std::map<std::string, std::vector<std::string>> names;
+  for (const auto& id : ids) {
+    if (!is_hex_id(id)) return Status::Error("E_ARGUMENT", "bad slice id " + id);
+    names[id];
+  }
+  Status status = files_of_slices(directory, &names);
   if (!status.ok()) return status;
-  names.push_back(id + ".data");
-  for (const auto& name : names) {
-    const std::string path = directory + "/" + name;
-    if (::unlink(path.c_str()) != 0 && errno != ENOENT) return file_error("remove " + path);
+  for (auto& [id, files] : names) {
+    files.push_back(id + ".data");
+    for (const auto& name : files) {
+      const std::string path = directory + "/" + name;
+      if (::unlink(path.c_str()) != 0 && errno != ENOENT) return file_error("remove " + path);
+    }
   }
   return sync_directory(directory);
 }

@@ -1,6 +1,8 @@
 #include "blktap/store.h"
 
 #include <algorithm>
+#include <iterator>
+#include <set>
 #include <shared_mutex>
 
 #include "blktap/files.h"
@@ -343,17 +345,18 @@ NodePtr Store::cut_loose(const NodePtr& top) {
   return below;
 }
 
-Status Store::remove_slice(const std::string& id) {
-  NodePtr used;
+Status Store::remove_slices(const std::vector<std::string>& ids,
+                            std::vector<std::string>* removed) {
   {
     std::lock_guard lock(mutex);
-    used = find(id);
-    const bool buried = std::ranges::any_of(buried_, [&](const auto& s) { return s->id() == id; });
-    if (used != nullptr || buried || claimed_.contains(id)) {
-      return Status::Error("E_IN_USE", "slice " + id + " of " + directory_ + " is in use");
-    }
+    std::set<std::string> buried;
+    for (const auto& slice : buried_) buried.insert(slice->id());
+    std::ranges::copy_if(ids, std::back_inserter(*removed), [&](const std::string& id) {
+      return find(id) == nullptr && !buried.contains(id) && !claimed_.contains(id);
+    });
   }
-  return Slice::Remove(directory_, id);
+  if (removed->empty()) return Status::Ok();
+  return Slice::Remove(directory_, *removed);
 }
 
 Status Store::slice_info(const SliceRef& ref, uint64_t* pages, uint64_t* zeros,

@@ -103,8 +103,8 @@ class Store : public std::enable_shared_from_this<Store> {
   bool in_use(const std::string& id);
   // E_STATE if a slice lies on this one that is not among `children`, as far as they are in use.
   Status check_children(const std::string& id, const std::vector<SliceRef>& children);
-  // Removes the files of a slice that is in no use. E_IN_USE.
-  Status remove_slice(const std::string& id);
+  // Removes the files of those slices that are in no use; `removed` says which.
+  Status remove_slices(const std::vector<std::string>& ids, std::vector<std::string>* removed);
   // What a slice's map says now. `map` counts only if the slice is not in use here.
   Status slice_info(const SliceRef& ref, uint64_t* pages, uint64_t* zeros,
                     uint64_t* allocated_bytes);

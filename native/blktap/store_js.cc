@@ -107,7 +107,7 @@ class StoreJs : public Napi::ObjectWrap<StoreJs> {
                                          InstanceMethod("openView", &StoreJs::OpenView),
                                          InstanceMethod("mergeBegin", &StoreJs::MergeBegin),
                                          InstanceMethod("punchBegin", &StoreJs::PunchBegin),
-                                         InstanceMethod("removeSlice", &StoreJs::RemoveSlice),
+                                         InstanceMethod("removeSlices", &StoreJs::RemoveSlices),
                                          InstanceMethod("inUse", &StoreJs::InUse),
                                          InstanceMethod("sliceInfo", &StoreJs::SliceInfo),
                                          InstanceMethod("close", &StoreJs::Close),
@@ -179,10 +179,26 @@ class StoreJs : public Napi::ObjectWrap<StoreJs> {
     return Napi::Boolean::New(info.Env(), open(info.Env())->in_use(info[0].ToString()));
   }
 
-  Napi::Value RemoveSlice(const Napi::CallbackInfo& info) {
-    const std::string id = info[0].ToString();
-    return Task::Run(info.Env(),
-                     [store = open(info.Env()), id] { return store->remove_slice(id); });
+  // removeSlices(ids): those that were
+  Napi::Value RemoveSlices(const Napi::CallbackInfo& info) {
+    std::vector<std::string> ids;
+    if (info[0].IsArray()) {
+      const auto array = info[0].As<Napi::Array>();
+      for (uint32_t i = 0; i < array.Length(); i++) ids.push_back(array.Get(i).ToString());
+    }
+    auto removed = std::make_shared<std::vector<std::string>>();
+    return Task::Run(
+        info.Env(),
+        [store = open(info.Env()), ids, removed] {
+          return store->remove_slices(ids, removed.get());
+        },
+        [removed](Napi::Env env) {
+          auto out = Napi::Array::New(env, removed->size());
+          for (uint32_t i = 0; i < removed->size(); i++) {
+            out.Set(i, Napi::String::New(env, (*removed)[i]));
+          }
+          return out;
+        });
   }
 
   // sliceInfo(id, map)

@@ -161,12 +161,13 @@ async function lookAtSlices(looking: Look): Promise<void> {
   const { tree } = looking;
   for (const [id, { size_bytes, map }] of tree.slices) {
     const expected = tree.diskAt(id) === undefined ? 'sealed' : 'open';
-    await lookAtSlice(looking, { id, size_bytes, map, expected, affects: affected(tree, id) });
+    const affects = () => affected(tree, id);
+    await lookAtSlice(looking, { id, size_bytes, map, expected, affects });
   }
   for (const [name, { top, spare }] of tree.disks) {
     if (spare === null) continue;
     const size_bytes = tree.slices.get(top)?.size_bytes ?? 0;
-    const affects = `affects ${name}`;
+    const affects = () => `affects ${name}`;
     await lookAtSlice(looking, { id: spare, size_bytes, map: 0, expected: 'spare', affects });
   }
 }
@@ -176,7 +177,8 @@ interface Slice {
   size_bytes: number;
   map: number;
   expected: 'spare' | 'open' | 'sealed';
-  affects: string;
+  /** Costs as much as lies on the slice: for those with a finding only. */
+  affects: () => string;
 }
 
 async function lookAtSlice(looking: Look, slice: Slice): Promise<void> {
@@ -185,7 +187,7 @@ async function lookAtSlice(looking: Look, slice: Slice): Promise<void> {
   const files = folder.slices.get(id);
   const data = join(directory, `${id}.data`);
   const error = (file: string, message: string) =>
-    found.push({ severity: 'error', file, message: `${message}; ${affects}`, repaired: false });
+    found.push({ severity: 'error', file, message: `${message}; ${affects()}`, repaired: false });
   if (files?.data !== true || !files.maps.includes(map)) {
     if (files?.data !== true) error(data, 'is missing');
     if (files?.maps.includes(map) !== true) error(join(directory, mapName(id, map)), 'is missing');
@@ -204,7 +206,7 @@ async function lookAtSlice(looking: Look, slice: Slice): Promise<void> {
     found.push({
       severity: 'note',
       file: data,
-      message: `a fork happened that the journal does not tell of yet; the next opening adds it (${affects})`,
+      message: `a fork happened that the journal does not tell of yet; the next opening adds it (${affects()})`,
       repaired: false,
     });
   } else if (checked.state !== expected && !settling(looking.tree, slice, checked.state)) {
@@ -215,7 +217,7 @@ async function lookAtSlice(looking: Look, slice: Slice): Promise<void> {
     found.push({
       severity: 'note',
       file: data,
-      message: `${checked.holes} pages with data take no space and read as zeros; right if zeros were written there (${affects})`,
+      message: `${checked.holes} pages with data take no space and read as zeros; right if zeros were written there (${affects()})`,
       repaired: false,
     });
   }

@@ -111,7 +111,8 @@ export class Cleaner {
   }
 
   #due(step: Step): boolean {
-    if (step.kind === 'files' && this.#parts.ledger.isGone(step.slice)) return false;
+    const { ledger } = this.#parts;
+    if (step.kind === 'files' && step.slices.every((id) => ledger.isGone(id))) return false;
     if (step.kind === 'punch' && this.#punched.get(step.slice) === this.#onTop(step.children)) {
       return false;
     }
@@ -163,7 +164,7 @@ export class Cleaner {
   async #do(step: Step): Promise<boolean> {
     switch (step.kind) {
       case 'files':
-        return this.#files(step.slice);
+        return this.#files(step.slices);
       case 'remove':
         return this.#remove(step.slices);
       case 'merge':
@@ -173,9 +174,13 @@ export class Cleaner {
     }
   }
 
-  async #files(slice: string): Promise<boolean> {
-    await native(() => this.#parts.native.removeSlice(slice));
-    this.#parts.ledger.gone(slice);
+  /** Together: each time costs a look through the folder and a sync of it. */
+  async #files(slices: string[]): Promise<boolean> {
+    const { ledger, native: store } = this.#parts;
+    const left = slices.filter((id) => !ledger.isGone(id));
+    const removed = await native(() => store.removeSlices(left));
+    for (const id of removed) ledger.gone(id);
+    if (removed.length < left.length) throw new Busy();
     return false;
   }
 
@@ -191,9 +196,9 @@ export class Cleaner {
       });
       return ids;
     });
-    for (const id of removed) {
-      if (this.#closed.signal.aborted) return true; // the journal lists them
-      await this.#try({ kind: 'files', slice: id });
+    // When the store is being closed: the journal lists them.
+    if (removed.length > 0 && !this.#closed.signal.aborted) {
+      await this.#try({ kind: 'files', slices: removed });
     }
     if (removed.length === 0 && left.length > 0) throw new Busy();
     return removed.length > 0;

@@ -12,7 +12,7 @@ import type { Tree } from './tree.js';
  */
 export type Step =
   /** Files of slices that the journal lists as removed. */
-  | { kind: 'files'; slice: string }
+  | { kind: 'files'; slices: string[] }
   /** Leaves first: each has nothing on it once those before it are gone. */
   | { kind: 'remove'; slices: string[] }
   /** Oldest first; all but the last have exactly the next one on them, and nobody wants them. */
@@ -29,7 +29,10 @@ export function stepKey(step: Step): string {
 /** In the order in which they are to be done. */
 export function plan(tree: Tree): Step[] {
   const steps: Step[] = [];
-  for (const slice of tree.removed) steps.push({ kind: 'files', slice });
+  const removed = [...tree.removed];
+  for (let at = 0; at < removed.length; at += MAX_RUN) {
+    steps.push({ kind: 'files', slices: removed.slice(at, at + MAX_RUN) });
+  }
   const leaves = unwantedLeaves(tree);
   for (let at = 0; at < leaves.length; at += MAX_RUN) {
     steps.push({ kind: 'remove', slices: leaves.slice(at, at + MAX_RUN) });

@@ -65,8 +65,8 @@ export interface NativeStore {
   mergeBegin(p: { slices: SliceRef[]; sizeBytes: number }): Promise<NativeMerge>;
   /** Punches pages of `slice` that every one of `children` (sealed or tops) covers. E_IN_USE. */
   punchBegin(p: { slice: SliceRef; children: SliceRef[]; sizeBytes: number }): Promise<NativeStep>;
-  /** Closes and removes the files of a slice that no disk or view uses any more. E_IN_USE. */
-  removeSlice(id: string): Promise<void>;
+  /** Removes the files of those slices that no disk or view uses any more; which they were. E_IO. */
+  removeSlices(ids: string[]): Promise<string[]>;
   close(): Promise<void>;
 }
 

@@ -26,7 +26,7 @@ function failingApply(native: NativeStore, applied: () => void): NativeStore {
     inUse: (id) => native.inUse(id),
     mergeBegin: async (p) => failing(await native.mergeBegin(p)),
     punchBegin: (p) => native.punchBegin(p),
-    removeSlice: (id) => native.removeSlice(id),
+    removeSlices: (ids) => native.removeSlices(ids),
     close: () => native.close(),
   };
 }

@@ -34,7 +34,7 @@ function brief(steps: Step[]): unknown[] {
     if (step.kind === 'punch') {
       return ['punch', ...numbers([step.slice]), numbers(step.children).sort()];
     }
-    return [step.kind, ...numbers('slice' in step ? [step.slice] : step.slices)];
+    return [step.kind, ...numbers(step.slices)];
   });
 }
 
@@ -96,7 +96,7 @@ function apply(of: Tree, step: Step, pick: (slices: string[]) => string): void {
   } else if (step.kind === 'merge') {
     of.apply(merged(of, step.slices, pick(step.slices), 1));
   } else if (step.kind === 'files') {
-    of.apply({ removed: { [step.slice]: null } });
+    of.apply({ removed: Object.fromEntries(step.slices.map((id) => [id, null])) });
   }
 }
 

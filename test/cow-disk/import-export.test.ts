@@ -1,3 +1,4 @@
+import { randomBytes } from 'node:crypto';
 import { existsSync, readdirSync } from 'node:fs';
 import {
   chmod,
@@ -86,6 +87,26 @@ test.each(['qcow2', 'vmdk', 'vhdx'] as const)(
   },
 );
 
+test('imports and exports, by nbdcopy and by qemu-img, tell how far they are', async () => {
+  const { folder, store } = await newStore();
+  const source = join(folder, 'source');
+  await writeFile(source, randomBytes(32 * MIB));
+  const told = async (work: (progress: (share: number) => void) => Promise<unknown>) => {
+    const shares: number[] = [];
+    await work((share) => shares.push(share));
+    expect(shares).toEqual([...shares].sort((a, b) => a - b));
+    expect(shares.at(-1)).toBe(1);
+    return shares.length;
+  };
+  const image = join(folder, 'image.qcow2');
+  await told((progress) => importDisk(store, { source, name: 'web', progress }));
+  await told((progress) => out(store, join(folder, 'back'), { progress }));
+  // nbdcopy tells after every 128 MiB and at the end, qemu-img more often.
+  const often = await told((progress) => out(store, image, { format: 'qcow2', progress }));
+  expect(often).toBeGreaterThan(2);
+  await told((progress) => importDisk(store, { source: image, name: 'again', progress }));
+});
+
 test('a generation is exported, not what was written since', async () => {
   const { folder, store } = await newStore();
   const source = join(folder, 'source');
@@ -168,15 +189,18 @@ test.each(['folder', 'tar', 'tar.gz', 'tar.zst'])(
   },
 );
 
-test('a root file system that does not fit says so and leaves nothing', async () => {
-  const { folder, store } = await newStore();
-  const tree = join(folder, 'tree');
-  await mkdir(tree);
-  await writeFile(join(tree, 'large'), Buffer.alloc(40 * MIB, 1));
-  const request = { source: tree, name: 'web', sizeBytes: 32 * MIB };
-  expect(await codeOf(importDisk(store, request))).toBe('E_NO_SPACE');
-  expect((await store.list()).disks).toEqual([]);
-});
+test.each([32, 2, 1])(
+  'a root file system that does not fit into %i MiB leaves nothing',
+  async (mib) => {
+    const { folder, store } = await newStore();
+    const tree = join(folder, 'tree');
+    await mkdir(tree);
+    await writeFile(join(tree, 'large'), Buffer.alloc(40 * MIB, 1));
+    const request = { source: tree, name: 'web', sizeBytes: mib * MIB };
+    expect(await codeOf(importDisk(store, request))).toBe('E_NO_SPACE');
+    expect((await store.list()).disks).toEqual([]);
+  },
+);
 
 test('an image that reads other files of the host is refused unless it is trusted', async () => {
   const { folder, store } = await newStore();
