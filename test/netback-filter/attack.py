@@ -1,6 +1,6 @@
 """Attacks on the netback filter, by scapy, from the interface eth0 of the namespace it is run in.
 
-attack.py guest|wire NAME TARGETS COUNT SEED: sends the frames of one attack and prints, as JSON,
+attack.py guest|foreign|wire NAME[,NAME]... TARGETS COUNT SEED: sends the frames of attacks and prints, as JSON,
 how many it sent by the reason under which the filter has to drop them. TARGETS is JSON: `self`,
 `victim`, `peer`, `foreign`, each {"mac", "ip"} (wire addresses); `guest_mac`. IPv4 frames carry the
 TOS byte MARK and ARP a trailer, so that a capture tells a forged frame from a real one with the same
@@ -192,6 +192,21 @@ class Guest:
             yield kinds[i % len(kinds)]
 
 
+class Foreign(Guest):
+    """A guest of another family than its victim's: `foreign` is the victim here. What is wrong with a
+    packet's destination is not asked any more, since the frame's is in the wrong family."""
+
+    def __getattribute__(self, name):
+        attacks = object.__getattribute__(self, name)
+        if name not in Guest.ATTACKS:
+            return attacks
+        late = {"guest_destination_ip": "guest_foreign_family"}
+        return lambda: ((late.get(reason, reason), frame) for reason, frame in attacks())
+
+
+Guest.ATTACKS = {name for name in vars(Guest) if name not in ("eth", "own") and name[0] != "_"}
+
+
 class Wire:
     """What a machine on the wire can do that is none of the hosts."""
 
@@ -223,6 +238,20 @@ class Wire:
             yield "wire_ethertype", self.eth(source=peer["mac"]) / message
             yield "wire_stray_source", self.eth(BROADCAST, source=peer["mac"]) / message
             yield "wire_foreign_source", self.eth(source=foreign["mac"]) / message
+            # Gratuitous, in the gateway's name and in the peer's.
+            for address in GATEWAY, peer["ip"]:
+                gratuitous = ARP(op=op, hwsrc=peer["mac"], psrc=address, pdst=address)
+                yield "wire_stray_source", self.eth(BROADCAST, source=peer["mac"]) / gratuitous
+                yield None, self.eth(BROADCAST, source="02:00:00:00:09:09") / gratuitous
+
+    def dhcp_starvation(self):
+        for i in range(count):
+            message = (ip("0.0.0.0", "255.255.255.255") / UDP(sport=68, dport=67) /
+                       dhcp("discover" if i % 2 else "request", random_mac(0x52)))
+            yield "wire_stray_source", self.eth(BROADCAST, source=peer["mac"]) / message
+            yield "wire_source_ip", self.eth(source=peer["mac"]) / message
+            yield "wire_foreign_source", self.eth(source=random_mac(0x52)) / message
+            yield None, self.eth(BROADCAST, source=random_mac(0x52)) / message
 
     def rogue_dhcp_server(self):
         for kind in "offer", "ack", "nak":
@@ -263,6 +292,14 @@ class Wire:
         for size in range(14, 34):
             yield "wire_malformed_ip", whole[:size]
 
+    def giants(self):
+        for size in 1515, 4000, 9000:
+            load = Raw(b"G" * (size - 42))
+            yield "wire_foreign_source", self.eth() / self.as_peer() / UDP() / load
+            yield "wire_source_ip", self.eth(source=peer["mac"]) / ip(GATEWAY, victim["ip"]) / UDP() / load
+            yield "wire_malformed_ip", (self.eth(source=peer["mac"]) /
+                                        ip(peer["ip"], victim["ip"], len=65535) / UDP() / load)
+
     def fragments(self):
         for piece in fragment(ip(self_["ip"], victim["ip"], id=8) / UDP() / Raw(b"F" * 3000), 8):
             yield "wire_source_ip", self.eth(source=peer["mac"]) / piece
@@ -277,11 +314,11 @@ class Wire:
             yield kinds[i % len(kinds)]
 
 
-sender = {"guest": Guest, "wire": Wire}[side]()
+sender = {"guest": Guest, "foreign": Foreign, "wire": Wire}[side]()
 port = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
 port.bind(("eth0", 0))
 sent = {}
-for reason, frame in getattr(sender, attack)():
+for reason, frame in (each for name in attack.split(",") for each in getattr(sender, name)()):
     if not isinstance(frame, bytes):
         frame = bytes(frame / Raw(b"forged") if ARP in frame else frame)
     port.send(frame)

@@ -1,6 +1,6 @@
 /**
- * Attacks by tools (scapy, attack.py) from inside a clone and from a machine on the wire. All the
- * while a TCP stream runs between the victim and its peer on the other host, and tcpdump listens at
+ * Attacks by tools (scapy, attack.py) from inside a clone, from a VM of another family on the same
+ * host and on another, and from a machine on the wire that is no host. All the while a TCP stream runs between the victim and its peer on the other host, and tcpdump listens at
  * every guest and on the wire for frames that must not be there. Each attack ends with a control: a
  * datagram to every listener that its filter takes, so that silence before it means something.
  */
@@ -8,7 +8,7 @@ import { type ChildProcess, execFile, spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
-import { afterAll, beforeAll, expect, test } from 'vitest';
+import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { projectRoot } from '../../src/common/native.js';
 import { REASONS } from '../../src/netback-filter/reasons.js';
 import { addressOfVmid, GUEST_MAC, wireMac } from '../../src/network/addresses.js';
@@ -22,6 +22,8 @@ const FLOOD_FRAMES = 30_000;
 const SEED = Number(process.env.SEED ?? Math.floor(Math.random() * 2 ** 31));
 const folder = join(projectRoot, 'test/netback-filter');
 const execute = promisify(execFile);
+
+type Side = 'clone' | 'foreign' | 'foreign, other host' | 'wire';
 
 interface Station {
   netns: Namespace;
@@ -43,7 +45,8 @@ const captures: Capture[] = [];
 const dropped: number[] = [];
 let answer: string; // to the guest's own ARP requests
 let genuine: string; // of the stream
-let attackedFrom: 'guest' | 'wire' | undefined;
+let attackedFrom: Side | undefined;
+const extra: Capture[] = []; // at those who attack in other turns
 const children: ChildProcess[] = [];
 let serial = 0;
 
@@ -87,17 +90,19 @@ async function streamGoesOn(): Promise<number> {
 
 beforeAll(async () => {
   console.log(`SEED=${SEED}`);
-  lab = await Lab.create(2);
+  lab = await Lab.create(2, { mtu: 9000 });
   const [one, two] = [lab.host(0), lab.host(1)];
   victim = station(one, 7, 0);
   attacker = station(one, 7, 1);
   peer = station(two, 7, 2);
   foreign = station(one, 8, 1);
-  foreignPeer = station(two, 8, 2);
+  foreignPeer = station(two, 8, 3);
   strange = lab.strangeMachine();
-  // As a tap does, the attacker's interface takes frames of any length.
-  one.netns.exec('ip', 'link', 'set', attacker.tap, 'mtu', '10000');
-  attacker.netns.exec('ip', 'link', 'set', 'eth0', 'mtu', '10000');
+  // As a tap does, the attackers' interfaces take frames of any length.
+  for (const { host, netns, tap } of [attacker, foreign, foreignPeer]) {
+    host.netns.exec('ip', 'link', 'set', tap, 'mtu', '10000');
+    netns.exec('ip', 'link', 'set', 'eth0', 'mtu', '10000');
+  }
 
   const server = child(victim.netns, 'serve', victim.ip, String(PORT));
   expect(await word(server)).toBe('ready');
@@ -111,15 +116,13 @@ beforeAll(async () => {
   const listeners: [string, Namespace, string][] = [
     ['victim', victim.netns, `not ${answer} and not ${ofStream(peer, victim)}`],
     ['peer', peer.netns, `not ${answer} and not ${ofStream(victim, peer)}`],
-    ['foreign', foreign.netns, `not ${answer}`],
-    ['foreignPeer', foreignPeer.netns, `not ${answer}`],
   ];
   for (const listener of listeners) captures.push(await Capture.start(...listener));
 });
 
 afterAll(async () => {
   try {
-    for (const capture of captures) dropped.push(await capture.stop());
+    for (const capture of [...captures, ...extra]) dropped.push(await capture.stop());
   } finally {
     for (const started of children) started.kill('SIGKILL');
     lab?.destroy();
@@ -142,22 +145,23 @@ async function datagram(from: Station, toIp: string, text: string): Promise<void
   await execute('ip', words);
 }
 
-/** The side that attacks does not listen: its own flood would fill the capture's buffer. */
-async function listenAgainst(side: 'guest' | 'wire'): Promise<void> {
+/** Who attacks does not listen: its own flood would fill the capture's buffer. All others do. */
+async function listenAgainst(side: Side): Promise<void> {
   if (attackedFrom === side) return;
-  if (attackedFrom !== undefined) {
-    const idle = captures.pop();
-    if (idle !== undefined) dropped.push(await idle.stop());
-  }
+  for (const idle of extra.splice(0)) dropped.push(await idle.stop());
   attackedFrom = side;
-  if (side === 'wire') {
-    captures.push(await Capture.start('clone', attacker.netns, `not ${answer}`));
-    return;
-  }
   // On the wire nothing of a guest is seen but the stream while the switch has not learnt yet.
   const guests = `(ether[6] = 0x5e or ether[6] = 0x52 or ip[1] = ${MARK})`;
   const known = `(host ${peer.ip} and host ${victim.ip} and ${genuine})`;
-  captures.push(await Capture.start('wire', strange, `${guests} and not ${known}`));
+  const listeners: [Side, Namespace, string][] = [
+    ['clone', attacker.netns, `not ${answer}`],
+    ['foreign', foreign.netns, `not ${answer}`],
+    ['foreign, other host', foreignPeer.netns, `not ${answer}`],
+    ['wire', strange, `${guests} and not ${known}`],
+  ];
+  for (const listener of listeners) {
+    if (listener[0] !== side) extra.push(await Capture.start(...listener));
+  }
 }
 
 /** Every listener hears an honest datagram, and has heard nothing else. */
@@ -169,8 +173,9 @@ async function onlyControlIsHeard(): Promise<void> {
   await datagram(foreign, foreignPeer.ip, text);
   await datagram(foreignPeer, foreign.ip, text);
   await datagram(attacker, addressOfVmid(9999), text); // nobody has it: flooded on the wire
-  for (const capture of captures) await capture.seen(text);
-  for (const capture of captures) {
+  const all = [...captures, ...extra];
+  for (const capture of all) await capture.seen(text);
+  for (const capture of all) {
     // Answers that no such port is open hold what they answer.
     const forbidden = capture.frames.filter((it) => !it.includes('control '));
     expect({ at: capture.name, frames: forbidden.map((it) => it.toString('hex')) }).toEqual({
@@ -181,17 +186,31 @@ async function onlyControlIsHeard(): Promise<void> {
   }
 }
 
-async function attack(side: 'guest' | 'wire', name: string, count: number) {
+async function attack(side: Side, name: string, count: number) {
   await listenAgainst(side);
-  const targets = { self: attacker, victim, peer, foreign };
+  const senders: Record<Exclude<Side, 'wire'>, Station> = {
+    clone: attacker,
+    foreign,
+    'foreign, other host': foreignPeer,
+  };
+  const from = side === 'wire' ? undefined : senders[side];
+  const other = side === 'clone' || side === 'wire' ? foreign : victim;
+  const targets = { self: from ?? attacker, victim, peer, foreign: other };
   const addresses = Object.fromEntries(
     Object.entries(targets).map(([role, { mac, ip }]) => [role, { mac, ip }]),
   );
-  const netns = side === 'guest' ? attacker.netns : strange;
-  const before = lab.host(0).stats();
+  const netns = from?.netns ?? strange;
+  const host = from?.host ?? lab.host(0);
+  const before = host.stats();
+  const kind = {
+    clone: 'guest',
+    foreign: 'foreign',
+    'foreign, other host': 'foreign',
+    wire: 'wire',
+  };
   const ended = execute('ip', [
-    ...['netns', 'exec', netns.name, '/usr/bin/python3', join(folder, 'attack.py'), side, name],
-    JSON.stringify({ ...addresses, guest_mac: GUEST_MAC, port: PORT }),
+    ...['netns', 'exec', netns.name, '/usr/bin/python3', join(folder, 'attack.py')],
+    ...[kind[side], name, JSON.stringify({ ...addresses, guest_mac: GUEST_MAC, port: PORT })],
     ...[String(count), String(SEED)],
   ]);
   // During the attack and after it.
@@ -199,11 +218,11 @@ async function attack(side: 'guest' | 'wire', name: string, count: number) {
   await streamGoesOn();
   const sent = JSON.parse(stdout) as Record<string, number>;
   expect(Object.keys(sent).length).toBeGreaterThan(0);
-  await expect.poll(() => dropsSince(before, lab.host(0)), { timeout: 10_000 }).toEqual(sent);
+  await expect.poll(() => dropsSince(before, host), { timeout: 10_000 }).toEqual(sent);
   await onlyControlIsHeard();
 }
 
-test.each([
+const BY_GUESTS = [
   'spoofed_mac',
   'spoofed_ip',
   'arp_poisoning',
@@ -217,31 +236,37 @@ test.each([
   'giants',
   'fragments',
   'other_family',
-])('from a clone: %s', async (name) => {
-  await attack('guest', name, 100);
+];
+
+describe('from a clone', () => {
+  test.each(BY_GUESTS)('%s', async (name) => {
+    await attack('clone', name, 100);
+  });
+
+  test('a flood of all kinds', async () => {
+    await attack('clone', 'flood', FLOOD_FRAMES);
+  });
 });
 
-test('from a clone: a flood of all kinds', async () => {
-  await attack('guest', 'flood', FLOOD_FRAMES);
+describe.each(['foreign', 'foreign, other host'] as const)('from another family: %s', (side) => {
+  test('all attacks', async () => {
+    await attack(side, BY_GUESTS.join(','), 100);
+  });
+
+  test('a flood of all kinds', async () => {
+    await attack(side, 'flood', FLOOD_FRAMES);
+  });
 });
 
-test.each([
-  'spoofed_mac',
-  'spoofed_ip',
-  'arp_poisoning',
-  'rogue_dhcp_server',
-  'vlan_hopping',
-  'multicast',
-  'ipv6_router',
-  'ethertypes',
-  'runts',
-  'fragments',
-])('from a machine on the wire: %s', async (name) => {
-  await attack('wire', name, 100);
-});
+describe('from a machine on the wire', () => {
+  // Of another family than its own is all it sends.
+  test.each(BY_GUESTS.filter((name) => name !== 'other_family'))('%s', async (name) => {
+    await attack('wire', name, 100);
+  });
 
-test('from a machine on the wire: a flood of all kinds', async () => {
-  await attack('wire', 'flood', FLOOD_FRAMES);
+  test('a flood of all kinds', async () => {
+    await attack('wire', 'flood', FLOOD_FRAMES);
+  });
 });
 
 test('ARP tables of victim and peer hold the true addresses after all of it', () => {
