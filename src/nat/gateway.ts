@@ -33,14 +33,14 @@ import {
   nftList,
   setSysctl,
 } from './netns.js';
-import { dnsNames, type NatPolicy, parsePolicy, policyOf } from './policy.js';
+import { dnsNames, type FamilyPolicy, type NatPolicy, parsePolicy, policyOf } from './policy.js';
 import { type Resolved, type Resolver, refresh } from './resolve.js';
 import {
   FAMILY_TABLE,
-  familyTransaction,
+  familyTransactions,
   GUESTS_PREFIX,
   HOST_TABLE,
-  hostTransaction,
+  hostTransactions,
   LINK_PREFIX,
   type Linked,
 } from './ruleset.js';
@@ -49,6 +49,8 @@ export const NAT_RUN_DIR = '/run/snowflock';
 const LINK_BASE = ipNumber('100.86.0.0');
 const LINKS_MAX = 32_768;
 const LOCK_LIMIT_S = 30;
+/** Linux' GSO_MAX_SEGS. */
+const SEGMENTS_MAX = 65_535;
 
 export interface NatHostOptions {
   /** Of the host's namespace, in which its taps are. */
@@ -348,7 +350,10 @@ export class NatHost {
       }
       const netns = this.#netnsOf(family);
       const present = fresh ? [] : await this.#table(netns, FAMILY_TABLE);
-      await nft(netns, familyTransaction(policy, state.resolved, parentHere, present));
+      await this.#cutSegments(family, limitsPackets(policy));
+      for (const one of familyTransactions(policy, state.resolved, parentHere, present)) {
+        await nft(netns, one);
+      }
       if (fresh) this.#filter.addGateway({ port: `${GUESTS_PREFIX}${hex(family)}`, family });
       const inbound = parentHere ? (policy.inbound ?? []) : [];
       linked.push({ address: familyEnd(slot), inbound });
@@ -369,9 +374,8 @@ export class NatHost {
     const gatewayMac = wireMac({ family, vmid: VMID_GATEWAY });
     // Any but 5e:..; the pairs are point to point, so all hosts and families may have the same.
     const [hostMac, innerMac] = ['02:53:46:00:00:01', '02:53:46:00:00:02'];
-    // Segments are cut here, so that packets are counted and limited as they are on the wire.
     const pair = (outer: string, inner: string, mac: string) =>
-      `link add ${outer} address ${hostMac} mtu ${MTU} gso_max_segs 1 type veth ` +
+      `link add ${outer} address ${hostMac} mtu ${MTU} type veth ` +
       `peer name ${inner} address ${mac} mtu ${MTU} netns ${name}`;
     await command(this.#netns, 'ip', ['netns', 'add', name]);
     const netns = this.#netnsOf(family);
@@ -399,6 +403,19 @@ export class NatHost {
     setSysctl(netns, 'net/ipv4/ip_forward', '1');
   }
 
+  /**
+   * TCP comes in segments of up to 64 KiB, which are packets of the wire's size only at its end. A
+   * limit of packets is for those: then they are cut on their way into the namespace, for a price.
+   */
+  async #cutSegments(family: number, cut: boolean): Promise<void> {
+    const most = cut ? 1 : SEGMENTS_MAX;
+    const links = [GUESTS_PREFIX, LINK_PREFIX].map((prefix) => `${prefix}${hex(family)}`);
+    await ip(
+      this.#netns,
+      links.map((name) => `link set ${name} gso_max_segs ${most}`),
+    );
+  }
+
   async #takeDown(family: number): Promise<void> {
     for (const { port, family: its } of this.#filter.gateways()) {
       if (its === family) this.#filter.removeVm(port);
@@ -419,7 +436,9 @@ export class NatHost {
     const present = await this.#table(this.#netns, HOST_TABLE);
     const guarded = present.some((it) => (it.chain as { name?: string })?.name === 'guard');
     const off = getSysctl(this.#netns, 'net/ipv4/ip_forward') === '0';
-    await nft(this.#netns, hostTransaction(linked, guarded || off, present));
+    for (const one of hostTransactions(linked, guarded || off, present)) {
+      await nft(this.#netns, one);
+    }
     if (off) setSysctl(this.#netns, 'net/ipv4/ip_forward', '1');
   }
 
@@ -455,6 +474,9 @@ export class NatHost {
     }
   }
 }
+
+const limitsPackets = ({ per_clone, per_family }: FamilyPolicy): boolean =>
+  (per_clone?.packets_per_s ?? per_family?.packets_per_s) !== undefined;
 
 function familyOfName(name: string | undefined, prefix: string): number | undefined {
   if (name === undefined || !name.startsWith(prefix)) return undefined;

@@ -1,5 +1,5 @@
 /**
- * A policy as nftables commands (libnftables-json(5)), for one transaction.
+ * A policy as nftables commands (libnftables-json(5)), in transactions of which one is the change.
  *
  * The table of a family, in its namespace, with interfaces `guests` and `uplink`:
  *
@@ -17,11 +17,16 @@
  *    are still allowed go on, others get a reset;
  *  - counters have names and outlive a change of the rules; so do limits, each in a chain whose name
  *    has its value: what is used up or open counts on, until that limit itself is changed;
+ *  - a packet under way while the rules change is never refused for that. An interval set that is new
+ *    in a transaction has nothing in it yet for a moment in which its rules hold already (seen with
+ *    Linux 6.18, some packets in each change). So sets and maps are named after what is in them, made
+ *    by a transaction of their own before that of the rules, and removed by one after it;
  *  - a packet sees as many rules of nftables with one rule of the policy as with a thousand.
  *
  * explain.ts is the same as a pure function. Meters (nft: `meter`) are what nftables 1.0.6 can say
  * in JSON about sets that rules fill.
  */
+import { createHash } from 'node:crypto';
 import { addressOfVmid, ipText } from '../network/addresses.js';
 import { classify } from './classes.js';
 import { LINK_NETWORK } from './explain.js';
@@ -55,12 +60,8 @@ const meta = (key: string): Json => ({ meta: { key } });
 const ct = (key: string): Json => ({ ct: { key } });
 /** Of the flow as it began, whatever direction the packet has. */
 const original = (key: string): Json => ({ ct: { key, dir: 'original' } });
-const lookUp = (key: Json, pairs: readonly [Expression, Expression][]): Json => ({
-  map: { key, data: { set: pairs } },
-});
-const choose = (key: Json, pairs: readonly [Expression, Json][]): Json => ({
-  vmap: { key, data: { set: pairs } },
-});
+const lookUp = (key: Json, map: string): Json => ({ map: { key, data: `@${map}` } });
+const choose = (key: Json, map: string): Json => ({ vmap: { key, data: `@${map}` } });
 const goTo = (target: string): Json => ({ goto: { target } });
 const jump = (target: string): Json => ({ jump: { target } });
 const accept: Json = { accept: null };
@@ -76,8 +77,12 @@ const state = (name: string): Json => match(ct('state'), name, 'in');
 const begins: Json = match({ '&': [ct('status'), 'confirmed'] }, 0);
 const perSecond = (rate: number): Json => ({ limit: { rate, per: 'second', burst: rate } });
 
-/** Collects a table's objects and rules, and makes the transaction. */
+const span = (first: number, last: number, text: (value: number) => Expression): Expression =>
+  first === last ? text(first) : { range: [text(first), text(last)] };
+
+/** Collects a table's objects and rules, and makes the transactions. */
 class Table {
+  readonly #stores = new Map<string, { kind: 'set' | 'map'; commands: Json[] }>();
   readonly #objects = new Map<string, Json[]>();
   readonly #chains = new Map<string, Json>();
   readonly #rules: Json[] = [];
@@ -98,16 +103,32 @@ class Table {
     return name;
   }
 
-  set(name: string, ranges: readonly AddressRange[]): void {
-    const elem = joinRanges(ranges).map(({ first, last }) =>
-      first === last ? ipText(first) : { range: [ipText(first), ipText(last)] },
+  /** The set's name. */
+  addresses(ranges: readonly AddressRange[]): string {
+    const elem = joinRanges(ranges).map(({ first, last }) => span(first, last, ipText));
+    return this.#store('set', { type: 'ipv4_addr', flags: ['interval'] }, elem);
+  }
+
+  /** From addresses or ports, to addresses, ports or verdicts. The map's name. */
+  map(from: string, to: string, elem: readonly [Expression, Expression][]): string {
+    const interval = elem.some(([key]) => typeof key === 'object');
+    return this.#store(
+      'map',
+      { type: from, map: to, ...(interval && { flags: ['interval'] }) },
+      elem,
     );
-    const set = this.#with({ name });
-    this.#objects.set(`set ${name}`, [
-      { add: { set: { ...set, type: 'ipv4_addr', flags: ['interval'] } } },
-      { flush: { set } },
-      ...(elem.length === 0 ? [] : [{ add: { element: { ...set, elem } } }]),
-    ]);
+  }
+
+  #store(kind: 'set' | 'map', shape: Json, elem: readonly unknown[]): string {
+    const content = JSON.stringify([shape, elem]);
+    const name = `${kind}-${createHash('sha256').update(content).digest('hex').slice(0, 16)}`;
+    const it = this.#with({ name });
+    const commands = [
+      { add: { [kind]: { ...it, ...shape } } },
+      ...(elem.length === 0 ? [] : [{ add: { element: { ...it, elem } } }]),
+    ];
+    this.#stores.set(name, { kind, commands });
+    return name;
   }
 
   /** A chain that is made once and left alone: its name says all that is in it. */
@@ -115,8 +136,11 @@ class Table {
     this.#lasting.set(name, expr);
   }
 
-  /** `present`: what `nft -j list table` shows, to take away what is not wanted any more. */
-  transaction(present: readonly Json[]): object[] {
+  /**
+   * `present`: what `nft -j list table` shows. Transactions, one after the other; the second one is
+   * the change.
+   */
+  transactions(present: readonly Json[]): object[][] {
     const add = (kind: string, value: Json) => ({ add: { [kind]: this.#with(value) } });
     const there = (kind: string): string[] =>
       present.flatMap((entry) => (entry[kind] as { name?: string } | undefined)?.name ?? []);
@@ -126,8 +150,18 @@ class Table {
       there(kind)
         .filter((name) => !kept(name))
         .map((name) => ({ delete: { [kind]: this.#with({ name }) } }));
-    return [
-      { add: { table: { family: 'ip', name: this.name } } },
+    const stored = [...there('set'), ...there('map')];
+    const fresh = [...this.#stores].filter(([name]) => !stored.includes(name));
+    const table = { add: { table: { family: 'ip', name: this.name } } };
+    const plain = [...this.#chains].filter(([, base]) => base.type === undefined);
+    const before = [
+      table,
+      // Maps lead to them.
+      ...plain.filter(([name]) => !chains.includes(name)).map(([name]) => add('chain', { name })),
+      ...fresh.flatMap(([, { commands }]) => commands),
+    ];
+    const change = [
+      table,
       ...chains
         .filter((name) => !isLeft(name))
         .map((name) => ({ flush: { chain: this.#with({ name }) } })),
@@ -137,11 +171,15 @@ class Table {
         .filter(([name]) => !isLeft(name))
         .flatMap(([name, expr]) => [add('chain', { name }), add('rule', { chain: name, expr })]),
       ...this.#rules.map((rule) => add('rule', rule)),
-      // Chains first: what they used is free then.
+    ];
+    const after = [
+      // What led to chains goes first, and they before what they used.
+      ...gone('map', (name) => this.#stores.has(name)),
+      ...gone('set', (name) => this.#stores.has(name)),
       ...gone('chain', (name) => this.#chains.has(name) || this.#lasting.has(name)),
-      ...gone('set', (name) => this.#objects.has(`set ${name}`)),
       ...gone('counter', (name) => this.#objects.has(`counter ${name}`)),
     ];
+    return [fresh.length === 0 ? [] : before, change, after].filter((one) => one.length > 0);
   }
 
   #with(value: Json): Json {
@@ -235,9 +273,6 @@ function passing(table: Table, name: string): void {
   table.rule(name, count(`${name}-in`), accept);
 }
 
-const span = (first: number, last: number, text: (value: number) => Expression): Expression =>
-  first === last ? text(first) : { range: [text(first), text(last)] };
-
 /** The rules of `allow`, as look-ups: class of the address, then the port in it (classes.ts). */
 function allowRules(table: Table, policy: FamilyPolicy, resolved: Resolved): void {
   const rules = policy.allow ?? [];
@@ -263,7 +298,8 @@ function allowRules(table: Table, policy: FamilyPolicy, resolved: Resolved): voi
         goTo(rule),
       ]);
       // The protocol again: nft wants it in each rule that speaks of ports.
-      table.rule(chain, isProtocol(protocol), choose(original('proto-dst'), answers));
+      const map = table.map('inet_service', 'verdict', answers);
+      table.rule(chain, isProtocol(protocol), choose(original('proto-dst'), map));
       table.rule(chain, goTo('refuse-out'));
       return chain;
     });
@@ -271,7 +307,8 @@ function allowRules(table: Table, policy: FamilyPolicy, resolved: Resolved): voi
       span(first, last, ipText),
       goTo(chains[its] ?? 'refuse-out'),
     ]);
-    table.rule('out', isProtocol(protocol), choose(original('ip daddr'), answers));
+    const map = table.map('ipv4_addr', 'verdict', answers);
+    table.rule('out', isProtocol(protocol), choose(original('ip daddr'), map));
   }
   table.rule('out', goTo('refuse-out'));
 }
@@ -289,17 +326,18 @@ function inboundRules(table: Table, rules: readonly InboundRule[]): void {
     const ones = rules.filter((rule) => rule.protocol === protocol);
     if (ones.length === 0) continue;
     const ports = ones.map(({ port, to_port }): [number, number] => [port, to_port ?? port]);
+    const toPorts = table.map('inet_service', 'inet_service', ports);
     table.rule('prerouting', from('uplink'), isProtocol(protocol), {
-      dnat: { addr: PARENT, port: lookUp(field(protocol, 'dport'), ports) },
+      dnat: { addr: PARENT, port: lookUp(field(protocol, 'dport'), toPorts) },
     });
     const answers = ones.map(({ name, port }): [number, Json] => [port, goTo(`in-${name}`)]);
-    table.rule('in', isProtocol(protocol), choose(original('proto-dst'), answers));
+    const map = table.map('inet_service', 'verdict', answers);
+    table.rule('in', isProtocol(protocol), choose(original('proto-dst'), map));
   }
   table.rule('in', goTo('refuse-in'));
   for (const rule of rules) {
     const name = `inbound-${rule.name}`;
-    table.set(
-      name,
+    const clients = table.addresses(
       (rule.from ?? ['0.0.0.0/0']).flatMap((text) => parseBlock(text) ?? []),
     );
     table.chain(`in-${rule.name}`);
@@ -309,7 +347,7 @@ function inboundRules(table: Table, rules: readonly InboundRule[]): void {
       // A flow that began when the rule led to another port goes there still.
       match({ ct: { key: 'ip saddr', dir: 'reply' } }, PARENT),
       match({ ct: { key: 'proto-src', dir: 'reply' } }, rule.to_port ?? rule.port),
-      match(original('ip saddr'), `@${name}`),
+      match(original('ip saddr'), `@${clients}`),
       goTo(name),
     );
     table.rule(`in-${rule.name}`, goTo('refuse-in'));
@@ -321,12 +359,12 @@ function inboundRules(table: Table, rules: readonly InboundRule[]): void {
  * Replaces what the namespace of a family has. `parentHere`: ports of the host lead to the parent
  * only where the parent is, or on the router for all. E_CONFIG: classify().
  */
-export function familyTransaction(
+export function familyTransactions(
   policy: FamilyPolicy,
   resolved: Resolved,
   parentHere: boolean,
   present: readonly Json[],
-): object[] {
+): object[][] {
   const table = new Table(FAMILY_TABLE);
   const { forward, input } = baseChains(table);
   allowRules(table, policy, resolved);
@@ -340,7 +378,7 @@ export function familyTransaction(
   limitRules(table, 'family', policy.per_family ?? {}, all);
   table.rule(forward, count(table.counter('other')), drop);
   table.rule(input, goTo('refuse-gateway'));
-  return table.transaction(present);
+  return table.transactions(present);
 }
 
 /** What does not depend on the policy. */
@@ -402,11 +440,11 @@ export interface Linked {
 }
 
 /** The host's table; `links` in the order of family numbers. `guard`: forwarding was switched on for gateways, and is for them alone. */
-export function hostTransaction(
+export function hostTransactions(
   links: readonly Linked[],
   guard: boolean,
   present: readonly Json[],
-): object[] {
+): object[][] {
   const table = new Table(HOST_TABLE);
   const any = `${LINK_PREFIX}*`;
   const notFrom = match(meta('iifname'), any, '!=');
@@ -430,7 +468,8 @@ export function hostTransaction(
       }
     }
     if (ports.size === 0) continue;
-    const addr = lookUp(field(protocol, 'dport'), [...ports]);
+    const map = table.map('inet_service', 'ipv4_addr', [...ports]);
+    const addr = lookUp(field(protocol, 'dport'), map);
     table.rule('prerouting', notFrom, local, isProtocol(protocol), { dnat: { addr } });
   }
   table.rule('postrouting', from(any), notTowards, { masquerade: null });
@@ -445,5 +484,5 @@ export function hostTransaction(
     table.rule('forward', jump('guard'));
   }
   table.rule('input', from(any), goTo('refuse-host'));
-  return table.transaction(present);
+  return table.transactions(present);
 }

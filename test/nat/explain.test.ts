@@ -33,6 +33,7 @@ const FIRST_FLOWS: Flow[] = [
   { ...out, destination: HOST, port: 80 },
   { ...out, destination: '100.86.0.1', port: 80 },
   { ...out, destination: '10.86.0.1', port: 80 },
+  { ...out, destination: '10.86.0.1', port: 0, protocol: 'icmp' },
   { ...into, port: 80 },
   { ...into, port: 81 },
 ];
@@ -95,6 +96,7 @@ test('explain says what the kernel does, of flows in both directions', async () 
       hostAddresses: [HOST, '100.86.0.0'],
       parentHere: true,
     };
+    let before = await counted();
     for (let i = 0; i < FLOWS; i++) {
       const inward = random.chance(4);
       const protocol = inward ? 'tcp' : random.pick(['tcp', 'tcp', 'udp', 'icmp'] as const);
@@ -110,7 +112,6 @@ test('explain says what the kernel does, of flows in both directions', async () 
       const expected = explain(flow, context);
       if (isIn && expected.counter === 'host') continue; // the host's own server would answer
       counters.add(expected.counter.replace(/-[ri]\d+$/, ''));
-      const before = await counted();
       const op = flow.protocol === 'icmp' ? 'ping' : flow.protocol;
       const { outcome } = await lab.peers.ask(isIn ? lab.outside : clone.netns, op, {
         to: flow.destination,
@@ -122,9 +123,11 @@ test('explain says what the kernel does, of flows in both directions', async () 
       const after = await counted();
       const name = [expected.counter, `${expected.counter}-out`].find((it) => it in after) ?? '';
       expect(after[name] ?? 0, what).toBeGreaterThan(before[name] ?? 0);
+      before = after;
     }
   }
-  for (const name of ['allow', 'inbound', 'refused-outbound', 'refused-inbound', 'refused-host']) {
+  const all = ['allow', 'inbound', 'gateway-ping', 'refused-outbound', 'refused-inbound'];
+  for (const name of [...all, 'refused-host', 'refused-links', 'refused-gateway']) {
     expect([...counters], `SEED=${SEED}`).toContain(name);
   }
 });

@@ -9,6 +9,7 @@ import { NatHost, type NatHostOptions } from '../../src/nat/gateway.js';
 import { type NatPolicy, parsePolicy } from '../../src/nat/policy.js';
 import type { Resolver } from '../../src/nat/resolve.js';
 import { addressOfVmid } from '../../src/network/addresses.js';
+import { filterIn } from '../../src/testbed/filter-in.js';
 import { type Host, Lab, type Namespace } from '../netback-filter/lab.js';
 
 export const SERVER = '192.168.77.100';
@@ -22,6 +23,8 @@ export interface Outcome {
   packets_per_s?: number;
   bytes_per_s?: number;
   sent?: number;
+  bytes?: number;
+  mtu?: number;
 }
 
 /** peer.py: see there what operations take. */
@@ -84,17 +87,9 @@ export class NatLab {
   }
 
   place(index = 0) {
-    const { attached: filter, netns } = this.lab.host(index);
+    const { attached, netns } = this.lab.host(index);
     const { runDir, resolver } = this;
-    // The filter's calls act on its own namespace: they hold its interfaces' numbers.
-    const inside = new Proxy(filter, {
-      get: (target, name) => {
-        const value = Reflect.get(target, name, target) as unknown;
-        if (typeof value !== 'function') return value;
-        return (...args: unknown[]) => netns.do(() => Reflect.apply(value, target, args));
-      },
-    });
-    return { filter: inside, netns: netns.path, runDir, resolver };
+    return { filter: filterIn(attached, netns.path), netns: netns.path, runDir, resolver };
   }
 
   static async create(resolver: Resolver = () => Promise.resolve([]), hosts = 1): Promise<NatLab> {

@@ -11,15 +11,17 @@ afterEach(async () => {
 const ALLOW = ['tcp', 'udp'].map((protocol) => ({ name: protocol, protocol, to: [SERVER] }));
 const FLOOD = { to: SERVER, size: 972, seconds: 4, lead: 2 };
 
-test('throttles hold within 10%: bytes of a clone, packets of a clone, bytes of a family', async () => {
+test('throttles hold within 10%: bytes and packets, of a clone and of a family', async () => {
   lab = await NatLab.create();
   const [one, two, other] = [lab.guest(7, 1), lab.guest(7, 2), lab.guest(8, 1)];
-  await lab.serve(1001, 1002, 1003);
+  const [nine, ten] = [lab.guest(9, 1), lab.guest(9, 2)];
+  await lab.serve(1001, 1002, 1003, 1004, 1005);
   const limits = { bytes_per_s: 200_000 };
   await lab.apply({
     families: {
       7: { allow: ALLOW, per_clone: limits, per_family: { bytes_per_s: 300_000 } },
       8: { allow: ALLOW, per_clone: { packets_per_s: 300 } },
+      9: { allow: ALLOW, per_family: { packets_per_s: 400 } },
     },
   });
   const flood = (guest: typeof one, port: number, rate: number): Promise<Outcome> =>
@@ -31,13 +33,16 @@ test('throttles hold within 10%: bytes of a clone, packets of a clone, bytes of 
   // 1,000 bytes each with the headers of UDP and IPv4, which the server does not see.
   const withHeaders = (outcome: Outcome) => (outcome.packets_per_s ?? 0) * 1000;
   near(withHeaders(await flood(one, 1001, 600)), 200_000);
-  const [a, b, c] = await Promise.all([
+  const [a, b, c, d, e] = await Promise.all([
     flood(one, 1001, 600),
     flood(two, 1002, 600),
     flood(other, 1003, 900),
+    flood(nine, 1004, 300),
+    flood(ten, 1005, 300),
   ]);
   near(withHeaders(a) + withHeaders(b), 300_000);
   near(c.packets_per_s, 300);
+  near((d.packets_per_s ?? 0) + (e.packets_per_s ?? 0), 400);
 
   // What was dropped and what was let through add up to what was sent.
   const seven = await lab.counters(7);
@@ -91,14 +96,18 @@ test('limits of connections hold: so many at once, and one that ends makes room'
   expect([await hold(one, 'k'), await hold(one, 'l')]).toEqual(['ok', 'ECONNREFUSED']);
 });
 
-test('new connections in a second are limited; more are refused and counted', async () => {
+test.each(['clone', 'family'])('new connections of a %s in a second are limited', async (who) => {
   lab = await NatLab.create();
-  const { netns } = lab.guest(7, 1);
+  const guests = [lab.guest(7, 1), ...(who === 'family' ? [lab.guest(7, 2)] : [])];
   await lab.serve(80);
-  await lab.apply({ default: { allow: ALLOW, per_clone: { new_connections_per_s: 10 } } });
+  const limits = { [`per_${who}`]: { new_connections_per_s: 10 } };
+  await lab.apply({ default: { allow: ALLOW, ...limits } });
   const begin = Date.now();
   const outcomes = await Promise.all(
-    Array.from({ length: 60 }, () => lab.peers.ask(netns, 'tcp', { to: SERVER, port: 80 })),
+    Array.from({ length: 60 }, (_, i) => {
+      const netns = guests[i % guests.length]?.netns ?? lab.outside;
+      return lab.peers.ask(netns, 'tcp', { to: SERVER, port: 80 });
+    }),
   );
   const seconds = (Date.now() - begin) / 1000;
   const passed = outcomes.filter(({ outcome }) => outcome === 'ok').length;
@@ -106,7 +115,7 @@ test('new connections in a second are limited; more are refused and counted', as
   expect(passed + refused).toBe(60);
   expect(passed).toBeGreaterThanOrEqual(10);
   expect(passed).toBeLessThanOrEqual(10 + Math.ceil(seconds * 10));
-  expect((await lab.counters(7))['over-clone-new']).toEqual({
+  expect((await lab.counters(7))[`over-${who}-new`]).toEqual({
     packets: refused,
     bytes: refused * 60,
   });

@@ -17,6 +17,7 @@ LIMIT_S = 10
 held = {}
 served = {}
 accepted = {}
+running = {}
 out = threading.Lock()
 
 
@@ -116,9 +117,46 @@ def push(request):
     return {}
 
 
+def stream(request):
+    """Words there and back without a pause, until `stop` names it; how many bytes came back."""
+    connection = opened(request)
+    running[request["name"]] = True
+    total = 0
+    with connection:
+        while running[request["name"]]:
+            talk(connection, 20000)
+            total += 20000
+    return {"bytes": total}
+
+
+def stop(request):
+    running[request["name"]] = False
+    return {}
+
+
+def pmtu(request):
+    """What a UDP socket learns of the path, from errors that answer datagrams with DF."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        one.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER, IP_PMTUDISC_DO
+        one.connect((request["to"], request["port"]))
+        limit = time.monotonic() + LIMIT_S
+        mtu = first = one.getsockopt(socket.IPPROTO_IP, 14)  # IP_MTU
+        while mtu == first and time.monotonic() < limit:
+            try:
+                one.send(b"d" * 1400)
+            except OSError as error:
+                if error.errno != errno.EMSGSIZE:
+                    raise
+            time.sleep(0.01)
+            mtu = one.getsockopt(socket.IPPROTO_IP, 14)
+    return {"mtu": mtu}
+
+
 def udp(request):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
-        one.settimeout(LIMIT_S)
+        one.settimeout(request.get("limit_s", LIMIT_S))
+        if "source" in request:
+            one.bind((request["source"], 0))
         one.connect((request["to"], request["port"]))
         one.send(b"echo")
         one.recv(100)
