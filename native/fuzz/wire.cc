@@ -105,10 +105,10 @@ class Host {
                std::equal(back.begin(), back.begin() + static_cast<ptrdiff_t>(used), body.begin()),
            "a request is encoded otherwise");
     const auto peer = in_.ConsumeIntegralInRange<uint32_t>(1, 6);
-    policy_.heard(
-        peer,
-        {request.receive_kbps * 1000.0, request.unicast_only, request.subscribe, request.history},
-        now_);
+    policy_.heard(peer,
+                  {request.receive_kbps * 1000.0, request.unicast_only, request.subscribe,
+                   request.history, request.room * kRoomUnit},
+                  now_);
     for (const Run& run : request.runs) {
       for (uint32_t i = 0; i < run.count; i++) {
         policy_.request(peer, run.first + i, run.urgent ? Urgency::kFault : Urgency::kPrefetch,

@@ -18,6 +18,7 @@ struct PeerReport {
   bool unicast_only = false;
   bool subscribe = false;
   bool history = false;
+  uint64_t room_bytes = 0;  // of its receive buffer; 0: not told
 };
 
 class Audience {
@@ -34,6 +35,7 @@ class Audience {
     uint64_t round = 0;  // the push it took part in
     uint64_t lost = 0;   // symbols, in window `window`
     uint64_t window = 0;
+    uint64_t credit = UINT64_MAX;  // of bytes sent to the group: it has room up to there
   };
   // Means over the peers heard lately that multicast reaches. A quarter at each end (with three:
   // one at each end) is left out, and nobody receives more than was sent: one liar, or one slow
@@ -56,7 +58,7 @@ class Audience {
     if (fresh) {
       order_.push_back(Peer{});
       order_.back().id = id;
-      order_.back().met = now;
+      order_.back().met = newest_met_ = now;
       found->second = std::prev(order_.end());
       if (oldest_live_ == order_.end()) oldest_live_ = found->second;
       if (oldest_present_ == order_.end()) oldest_present_ = found->second;
@@ -113,6 +115,8 @@ class Audience {
   size_t present() const { return present_; }
   size_t peers() const { return order_.size(); }
   size_t subscribers() const { return subscribers_; }
+  // When the one that is new was first heard.
+  TimeNs newest_met() const { return newest_met_; }
   // Was anybody heard within `span`?
   bool anybody(TimeNs span, TimeNs now) const {
     return first_heard_ != kNever && now - last_heard_ <= span;
@@ -143,6 +147,24 @@ class Audience {
     return {losses_.size(), trimmed(&losses_), trimmed(&rates_)};
   }
 
+  // Up to where those who subscribed have room: all of them, and all but the quarter that has
+  // least. UINT64_MAX: nobody says.
+  struct Credit {
+    uint64_t all = UINT64_MAX;
+    uint64_t most = UINT64_MAX;
+  };
+  Credit credit(TimeNs since) {
+    credits_.clear();
+    for (auto at = order_.rbegin(); at != order_.rend() && at->heard >= since; ++at) {
+      if (at->subscribed) credits_.push_back(at->credit);
+    }
+    const size_t n = credits_.size();
+    if (n == 0) return {};
+    const auto least = credits_.begin() + static_cast<std::ptrdiff_t>(n == 3 ? 1 : n / 4);
+    std::nth_element(credits_.begin(), least, credits_.end());
+    return {*std::min_element(credits_.begin(), least + 1), *least};
+  }
+
  private:
   void leave(Peer& peer) {
     subscribers_ -= peer.subscribed ? 1 : 0;
@@ -170,9 +192,11 @@ class Audience {
   std::list<Peer>::iterator oldest_present_ = order_.end();
   size_t subscribers_ = 0, present_ = 0;
   TimeNs silent_most_ = 0;
+  TimeNs newest_met_ = 0;
   uint32_t last_ = 0, other_ = 0;  // the two heard last
   TimeNs first_heard_ = kNever, last_heard_ = 0, other_heard_ = 0;
   std::vector<double> losses_, rates_;
+  std::vector<uint64_t> credits_;
 };
 
 }  // namespace sf::mcdist

@@ -19,7 +19,12 @@ constexpr size_t kDirectFaults = 4;
 constexpr unsigned kServeBatches = 4;  // received in a row
 constexpr TimeNs kGreetFirst = 20 * kMillisecond;
 constexpr TimeNs kGreetLast = 250 * kMillisecond;
-constexpr unsigned kGreetIdle = 8;  // greetings while nobody wants anything
+// 20 packets of 1 Gbit/s.
+constexpr TimeNs kDoze = 250 * kMicrosecond;
+constexpr size_t kDozePackets = 24;  // with as many at a time it is the processor that is short
+constexpr unsigned kGreetIdle = 8;   // greetings while nobody wants anything
+constexpr uint64_t kTellBytes = 1 << 20;
+constexpr double kTellS = 0.008;
 constexpr TimeNs kRateMemory = 100 * kMillisecond;
 // A page not answered for so many source time-outs, though the server speaks, is given up.
 constexpr TimeNs kPageTimeouts = 4;
@@ -117,6 +122,7 @@ void Client::want(PageIndex page, Urgency urgency) {
     send_request(now);
     arm(requester_.due_at());
     if (lent_ && !helping_) give_back();
+    if (dozing_) wake();
     return;
   }
   wake();
@@ -251,6 +257,12 @@ void Client::send_request(TimeNs now) {
   request_.unicast_only = unicast_only_;
   request_.subscribe = requester_.subscribed() && !unicast_only_;
   request_.history = options_.history;
+  untold_bytes_ = 0;
+  request_.room = 0;
+  if (request_.subscribe && !requester_.crowded()) {
+    request_.room =
+        static_cast<uint16_t>(std::min<uint64_t>(receive_room(member_) / kRoomUnit, UINT16_MAX));
+  }
   encode_request(request_, &body_);
   Header header;
   header.type = Type::kRequest;
@@ -292,6 +304,7 @@ void Client::greet(TimeNs now) {
 // --- the thread ---
 
 void Client::run() {
+  ::pthread_setname_np(::pthread_self(), "mcdist-client");
   pollfd watched[4] = {{member_.get(), POLLIN, 0},
                        {unicast_.get(), POLLIN, 0},
                        {timer_.get(), POLLIN, 0},
@@ -308,6 +321,7 @@ void Client::run() {
         if (!helping_ && now_ns() - helped_at_ >= lent_for_) lent_ = false;
       }
     }
+    doze(watched + 2);
     if (::poll(watched, 4, -1) <= 0) continue;
     std::unique_lock role(role_mutex_, std::try_to_lock);
     if (!role.owns_lock()) {
@@ -325,6 +339,21 @@ void Client::run() {
     // Whoever woke us: what has come is read before anything is taken for lost.
     serve();
   }
+}
+
+// Between two reads of a push, while nobody waits: each packet would wake the thread alone, and
+// many cost little more than one. Whoever starts to wait wakes it: want().
+void Client::doze(pollfd* others) {
+  {
+    std::lock_guard lock(mutex_);
+    dozing_ = last_batch_ < kDozePackets && requester_.subscription().pushing() &&
+              requester_.faults() == 0 && !wake_pending_;
+    if (!dozing_) return;
+  }
+  const timespec while_it_comes = {0, kDoze};
+  ::ppoll(others, 2, &while_it_comes, nullptr);
+  std::lock_guard lock(mutex_);
+  dozing_ = false;
 }
 
 bool Client::clear_wake() {
@@ -367,11 +396,21 @@ size_t Client::receive(const Fd& fd, bool group, bool* full) {
   settle(now);
   count(counters_.wire_bytes_received, bytes);
   std::lock_guard lock(mutex_);
+  last_batch_ = n;
   const double gap = static_cast<double>(now - rate_at_) / static_cast<double>(kRateMemory);
   receive_rate_ = receive_rate_ * std::exp(-std::max(gap, 0.0)) +
                   static_cast<double>(bytes) / (static_cast<double>(kRateMemory) / kSecond);
   rate_at_ = now;
+  untold_bytes_ += bytes;
   return n;
+}
+
+// Is it time to say that there is room again? Each so many bytes of a push, not more often than a
+// server with some peers can listen to.
+bool Client::tells() const {
+  if (!requester_.subscription().pushing() || requester_.crowded()) return false;
+  const auto each = static_cast<uint64_t>(receive_rate_ * kTellS);
+  return untold_bytes_ >= std::max(kTellBytes, each);
 }
 
 void Client::flush(bool drained) {
@@ -408,7 +447,7 @@ void Client::flush(bool drained) {
     if (!request_.runs.empty() || !request_.reports.empty()) {
       send_request(now);
     } else if (!requester_.more()) {
-      if (requester_.keepalive(now)) send_request(now);
+      if (requester_.keepalive(now) || tells()) send_request(now);
       // Not drained: at once again, even if the packets read last were the last ones there.
       if (!requester_.idle()) arm(drained ? requester_.due_at() : now);
       return;

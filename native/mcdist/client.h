@@ -25,6 +25,8 @@
 // with mutex_ held (state() and absent_mask() excepted, which take no lock).
 #pragma once
 
+#include <poll.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <memory>
@@ -103,6 +105,7 @@ class Client final : public PageFetcher {
  private:
   Client(const Options& options, const BootId& boot, std::shared_ptr<Replica> replica);
   void run();
+  void doze(pollfd* others);
   // With the role:
   void serve();
   void tend(bool drained);
@@ -146,6 +149,7 @@ class Client final : public PageFetcher {
   // With mutex_ held:
   void send_request(TimeNs now);  // of request_
   void greet(TimeNs now);
+  bool tells() const;
   void arm(TimeNs at);
   void busy(TimeNs now);
   void wake();
@@ -179,8 +183,10 @@ class Client final : public PageFetcher {
   bool lost_ = false;
   bool closing_ = false;
   bool wake_pending_ = false;
-  bool helping_ = false;  // a thread that lent itself has the role
-  bool lent_ = false;     // ... or had it a moment ago: the own thread waits in role_changed_
+  size_t last_batch_ = 0;  // packets
+  bool dozing_ = false;    // the own thread reads the sockets only soon
+  bool helping_ = false;   // a thread that lent itself has the role
+  bool lent_ = false;      // ... or had it a moment ago: the own thread waits in role_changed_
   TimeNs helped_at_ = 0;
   TimeNs lent_for_ = 0;  // how long after that
   std::condition_variable role_changed_;
@@ -202,6 +208,7 @@ class Client final : public PageFetcher {
   std::vector<uint8_t> body_;
   std::vector<uint8_t> packet_;
   double receive_rate_ = 0;
+  uint64_t untold_bytes_ = 0;  // received since the last request
   TimeNs rate_at_ = 0;
 
   // Of whoever has the role.

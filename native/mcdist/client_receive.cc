@@ -263,17 +263,24 @@ void Client::store(PageIndex page, const uint8_t* bytes, TimeNs now) {
 
 void Client::handle_zero(const std::vector<Run>& runs, TimeNs now) {
   for (const Run& run : runs) {
-    for (PageIndex page = run.first; page < run.first + run.count; page++) {
-      if (replica_->state(page) != PageState::kAbsent) {
-        count(counters_.duplicates);
-        continue;
-      }
-      (void)replica_->fill_zero(page);  // fails only beyond the end, which decode_runs() checked
+    const PageIndex end = run.first + run.count;
+    uint64_t fresh = 0;
+    for (PageIndex page = run.first; page < end; page++) {
+      if (replica_->state(page) != PageState::kAbsent) continue;
       reassembly_.forget(page);
-      count(counters_.zero_pages_filled);
-      std::lock_guard lock(mutex_);
-      if (!requester_.arrived(page, now)) count(counters_.pages_overheard);
+      fresh++;
     }
+    count(counters_.duplicates, run.count - fresh);
+    if (fresh == 0) continue;
+    // Fails only beyond the end, which decode_runs() checked.
+    (void)replica_->fill_zero(run.first, run.count);
+    count(counters_.zero_pages_filled, fresh);
+    uint64_t asked = 0;
+    std::lock_guard lock(mutex_);
+    for (PageIndex page = run.first; requester_.expects() && page < end; page++) {
+      asked += requester_.arrived(page, now) ? 1 : 0;
+    }
+    count(counters_.pages_overheard, fresh - std::min(fresh, asked));
   }
 }
 
@@ -356,6 +363,7 @@ void Client::handle_announce(Sender* sender, const Announce& announce, TimeNs no
   sender->held = announce.held;
   sender->complete = announce.complete;
   if (sender != current_) return;
+  settle(now);  // what was pushed before it: after the push's end it would be another push
   std::lock_guard lock(mutex_);
   requester_.announced(announce.pushing, announce.position, now);
   requester_.crowd(announce.peers);

@@ -15,6 +15,9 @@ constexpr TimeNs kAnnounceLeast = 5 * kMillisecond;
 constexpr TimeNs kAnnounceMemory = 2 * kSecond;   // "anything happens": somebody was heard
 constexpr TimeNs kLinkLook = 100 * kMicrosecond;  // some 12 KB at 1 Gbit/s
 constexpr size_t kIntroductions = 256;
+// Where there is no room a page is pushed nevertheless, each: a thousand a second, see min_rate.
+constexpr TimeNs kTrickle = kMillisecond;
+constexpr TimeNs kCreditLook = 200 * kMicrosecond;
 // A client that has not reported for this long is no longer part of the mean.
 constexpr TimeNs kReportMemory = 300 * kMillisecond;
 
@@ -39,6 +42,7 @@ void Policy::heard(uint32_t id, const PeerReport& report, TimeNs now) {
     peer.history = true;
     history_.replay(id, config_.push_delay, now);
   }
+  peer.credit = report.room_bytes == 0 ? UINT64_MAX : group_bytes_ + report.room_bytes;
   if (!peer.subscribed || config_.push != PushMode::kSubscribers) return;
   if (!push_.running()) {
     if (peer.round == push_.round() && peer.round != 0) {
@@ -49,6 +53,32 @@ void Policy::heard(uint32_t id, const PeerReport& report, TimeNs now) {
     }
   }
   peer.round = push_.round();
+  if (!push_.running() || now >= push_.starts()) return;
+  // Nobody new came for a while, and all who are there have subscribed: who would be waited for?
+  if (audience_.subscribers() < audience_.present()) {
+    push_.start_at(push_.begun() + 2 * config_.push_delay);
+  } else {
+    push_.start_at(std::max(now, audience_.newest_met() + config_.push_delay));
+  }
+  announce_at_ = std::min(announce_at_, push_.starts());
+}
+
+// Have those who are pushed to room for more? If only a few have not (a liar, a host that hangs),
+// half the rate lets them catch up, and holds up the others no further; see kTrickle.
+bool Policy::window_open(TimeNs now) {
+  if (group_bytes_ >= credit_.all && now >= credit_look_) {  // walks all peers
+    const auto peers = static_cast<TimeNs>(audience_.peers());
+    credit_look_ = now + std::max(kCreditLook, peers * kMicrosecond);
+    credit_ = audience_.credit(now - kReportMemory);
+  }
+  push_wait_ = 0;
+  if (group_bytes_ < credit_.all) return true;
+  flow_.waited();
+  push_wait_ = kTrickle;
+  if (group_bytes_ < credit_.most) {
+    push_wait_ = std::min(kTrickle, static_cast<TimeNs>(2e9 * kPageBytes / flow_.rate()));
+  }
+  return now - pushed_at_ >= push_wait_;
 }
 
 bool Policy::endgame(uint32_t peer, PageIndex page, bool lost, TimeNs now) const {
@@ -203,8 +233,11 @@ bool Policy::next_idle(TimeNs now, Item* out) {
   if (push_.running() && now >= push_.starts()) {
     if (audience_.subscribers() == 0) {
       push_.stop();
+    } else if (!window_open(now)) {
+      return false;
     } else if (push_.next(&out->page)) {
       out->pushed = true;
+      pushed_at_ = now;
       return true;
     }
     farewells_ = kAnnouncesOfEnd;
@@ -268,6 +301,7 @@ void Policy::sent(const Item& item, Outcome outcome, uint64_t wire_bytes, TimeNs
     }
     if (group && outcome != Outcome::kRefused && item.fragments == 0) push_.sent(item.page);
   }
+  if (group) group_bytes_ += wire_bytes;
   flow_.sent(wire_bytes, symbols, group);
 }
 
@@ -279,7 +313,10 @@ TimeNs Policy::ready_at(TimeNs now) const {
   } else if (push_.counting()) {
     at = link_busy_ ? now + kLinkLook : now;
   }
-  if (push_.running()) at = std::min(at, push_.starts());
+  if (push_.running()) {
+    const TimeNs look = std::min(now + kCreditLook, pushed_at_ + push_wait_);
+    at = std::min(at, push_wait_ > 0 ? look : push_.starts());
+  }
   if (history_.replaying()) at = std::min(at, history_.starts());
   if (at != kNever) at = std::max(at, flow_.ready_at(now));
   return std::max(now, std::min(at, announce_at_));

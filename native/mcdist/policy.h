@@ -115,6 +115,7 @@ class Policy {
   bool next_repair(TimeNs now, Item* out);
   bool next_idle(TimeNs now, Item* out);
   bool next_announce(TimeNs now, Item* out);
+  bool window_open(TimeNs now);
   bool wants_announces(TimeNs now) const;
   void advance(TimeNs now);
 
@@ -132,6 +133,12 @@ class Policy {
   uint32_t turn_ = 0;
   bool link_busy_ = false;
   unsigned symbols_ = 1;  // in a page, seen in reports
+
+  // The window: no more is pushed than those who subscribed have room for.
+  uint64_t group_bytes_ = 0;       // sent to the group, ever
+  Audience::Credit credit_{0, 0};  // as looked at last
+  TimeNs credit_look_ = 0;
+  TimeNs pushed_at_ = 0, push_wait_ = 0;  // until the next page, from the last one
 
   TimeNs announce_at_ = kNever;  // to the group
   TimeNs announced_ = 0;

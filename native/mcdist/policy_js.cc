@@ -158,7 +158,7 @@ class PolicyJs : public Napi::ObjectWrap<PolicyJs> {
   static TimeNs time(const Napi::Value& ms) {
     return static_cast<TimeNs>(number_of(ms, "nowMs") * 1e6);
   }
-  // ({peer, receiveRateBytesPerS, unicastOnly, subscribe, history, nowMs})
+  // ({peer, receiveRateBytesPerS, unicastOnly, subscribe, history, roomBytes, nowMs})
   void Heard(const Napi::CallbackInfo& info) {
     const Napi::Object given = object_of(info[0], "heard");
     PeerReport report;
@@ -166,6 +166,7 @@ class PolicyJs : public Napi::ObjectWrap<PolicyJs> {
     report.unicast_only = given.Get("unicastOnly").ToBoolean();
     report.subscribe = given.Get("subscribe").ToBoolean();
     report.history = given.Get("history").ToBoolean();
+    report.room_bytes = whole_of(given, "roomBytes", 0);
     policy_.heard(static_cast<uint32_t>(whole_of(given, "peer", 1)), report,
                   time(given.Get("nowMs")));
   }

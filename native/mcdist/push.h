@@ -36,9 +36,12 @@ class Push {
     }
     round_++;
     position_ = 0;
+    begun_ = now;
     starts_ = now + config_.push_delay;
     running_ = true;
   }
+  void start_at(TimeNs at) { starts_ = at; }
+  TimeNs begun() const { return begun_; }
   void stop() { running_ = false; }  // nobody listens
   void resume() { running_ = position_ < pages_; }
   bool running() const { return running_; }
@@ -113,7 +116,7 @@ class Push {
   Bits sent_, disjoint_;  // disjoint_ is empty if there are no such ranges
   uint64_t sent_count_ = 0;
   PageIndex position_ = 0;
-  TimeNs starts_ = 0;
+  TimeNs begun_ = 0, starts_ = 0;
   uint64_t round_ = 0;
   bool running_ = false;
   std::vector<PageIndex> counters_;

@@ -120,7 +120,7 @@ void Requester::outcome(bool lost) {
 }
 
 bool Requester::arrived(PageIndex page, TimeNs now) {
-  if (subscription_.on()) subscription_.arrived(page);
+  if (subscription_.on()) subscription_.arrived(page, now);
   auto found = pages_.find(page);
   if (found == pages_.end()) return false;
   const Page& state = found->second;

@@ -76,6 +76,8 @@ class Requester {
         random_(config.seed | 1),
         window_(config.prefetch_window_start) {}
 
+  // Is anything under way that arrived() could be told of?
+  bool expects() const { return !pages_.empty() || subscription_.reported_blocks() > 0; }
   // True if there is something new to send.
   bool want(PageIndex page, Urgency urgency, TimeNs now);
   // False: too many ranges, nothing was taken.
@@ -97,6 +99,7 @@ class Requester {
   }
   // How many the server says to have heard lately.
   void crowd(uint32_t peers) { peers_ = peers; }
+  bool crowded() const { return peers_ > config_.crowd_peers; }
   // Another server, or the same one restarted: it knows nothing of us.
   void new_server(TimeNs now);
   // A request was sent, of whatever kind.

@@ -161,6 +161,7 @@ std::vector<std::shared_ptr<const ServerStats>> Server::all_stats() const {
 }
 
 void Server::run() {
+  ::pthread_setname_np(::pthread_self(), "mcdist-server");
   pollfd watched[2] = {{socket_.get(), POLLIN, 0}, {wake_.get(), POLLIN, 0}};
   for (;;) {
     const TimeNs ready = pump();
@@ -250,10 +251,10 @@ void Server::handle(const uint8_t* data, size_t size, const sockaddr_in& from, T
   if (!peer->window.accept(header.counter)) return count(counters.replays);
   count(counters.requests);
   peer->address = from;
-  served.policy.heard(
-      peer->id,
-      {request_.receive_kbps * 1000.0, request_.unicast_only, request_.subscribe, request_.history},
-      now);
+  served.policy.heard(peer->id,
+                      {request_.receive_kbps * 1000.0, request_.unicast_only, request_.subscribe,
+                       request_.history, request_.room * kRoomUnit},
+                      now);
   if (request_.runs.empty() && request_.reports.empty()) {
     return welcome(served, *peer, header.counter, from);
   }

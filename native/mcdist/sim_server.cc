@@ -154,8 +154,10 @@ void SimServer::handle(const SimRequest& request, TimeNs now) {
   if (config_.unicast) {
     return body.runs.empty() ? welcome(request.client, peer, now) : take_direct(request);
   }
-  policy_->heard(
-      peer.id, {body.receive_kbps * 1000.0, body.unicast_only, body.subscribe, body.history}, now);
+  policy_->heard(peer.id,
+                 {body.receive_kbps * 1000.0, body.unicast_only, body.subscribe, body.history,
+                  body.room * kRoomUnit},
+                 now);
   if (body.runs.empty() && body.reports.empty()) return welcome(request.client, peer, now);
   take(peer.id, request, now);
 }

@@ -1,6 +1,7 @@
 #include "mcdist/socket.h"
 
 #include <arpa/inet.h>
+#include <linux/sock_diag.h>
 #include <linux/sockios.h>
 #include <netinet/udp.h>
 #include <poll.h>
@@ -18,11 +19,15 @@ constexpr int kBufferBytes = 16 << 20;
 // Gbit/s. Less than a link's queue takes, so that a slow link makes us wait and drops nothing, and
 // little for a fault's answer to wait behind.
 constexpr int kSendBufferBytes = 128 << 10;
+// Receive buffers of less are no window: what is on the way is more than they hold.
+constexpr uint32_t kWindowBytes = 4 << 20;
 constexpr int kSendWaitMs = 20;
 constexpr int kSendTries = 5;
 constexpr long kQueueWaitNs = 500'000;
 constexpr int kQueueTries = 40;
 constexpr size_t kErrorsAtOnce = 64;
+// Beside a power of two: messages that begin at multiples of it share few lines of the caches.
+constexpr size_t kColour = 25 * 64;
 constexpr size_t kTrainBytes = 65507;  // of an IP packet, without headers
 
 template <typename T>
@@ -142,8 +147,9 @@ void coalesce(const Fd& fd) {
 
 ReceiveBatch::ReceiveBatch(bool coalesced)
     : message_bytes_(coalesced ? kCoalescedBytes : kMaxMtuBytes),
+      stride_(message_bytes_ + kColour),
       count_(coalesced ? kCoalesced : kPackets),
-      buffer_(count_ * message_bytes_),
+      buffer_(count_ * stride_),
       control_(count_ * kControlBytes),
       from_(count_),
       vectors_(count_),
@@ -156,7 +162,7 @@ size_t ReceiveBatch::receive(const Fd& fd, bool* full) {
   for (size_t i = 0; i < count_; i++) {
     msghdr& message = messages_[i].msg_hdr;
     if (message.msg_iov != nullptr && messages_[i].msg_len == 0) break;
-    vectors_[i] = {buffer_.data() + i * message_bytes_, message_bytes_};
+    vectors_[i] = {buffer_.data() + i * stride_, message_bytes_};
     messages_[i] = {};
     message.msg_name = &from_[i];
     message.msg_namelen = sizeof(sockaddr_in);
@@ -183,7 +189,7 @@ size_t ReceiveBatch::receive(const Fd& fd, bool* full) {
       std::memcpy(&size, CMSG_DATA(at), sizeof size);
       if (size > 0) piece = static_cast<size_t>(size);
     }
-    const uint8_t* data = buffer_.data() + i * message_bytes_;
+    const uint8_t* data = buffer_.data() + i * stride_;
     do {
       const size_t size = std::min(piece, left);
       packets_.push_back({data, size, i});
@@ -307,6 +313,16 @@ Status report_errors(const Fd& fd) {
 uint64_t unsent_bytes(const Fd& fd) {
   int bytes = 0;
   return ::ioctl(fd.get(), SIOCOUTQ, &bytes) == 0 ? static_cast<uint64_t>(bytes) : 0;
+}
+
+uint64_t receive_room(const Fd& fd) {
+  uint32_t info[SK_MEMINFO_VARS] = {};
+  socklen_t size = sizeof info;
+  if (::getsockopt(fd.get(), SOL_SOCKET, SO_MEMINFO, info, &size) != 0) return 0;
+  const uint32_t all = info[SK_MEMINFO_RCVBUF];
+  if (all < 2 * kWindowBytes) return 0;
+  // The kernel counts its overhead: up to three times as much as the packets have bytes.
+  return (all - std::min(all, info[SK_MEMINFO_RMEM_ALLOC])) / 4;
 }
 
 size_t drain_errors(const Fd& fd) {

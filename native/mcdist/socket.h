@@ -47,7 +47,7 @@ class ReceiveBatch {
 
  private:
   static constexpr size_t kCoalescedBytes = 65536;
-  static constexpr size_t kCoalesced = 64;
+  static constexpr size_t kCoalesced = 32;
   static constexpr size_t kControlBytes = CMSG_SPACE(sizeof(int));
   struct Packet {
     const uint8_t* data;
@@ -55,6 +55,7 @@ class ReceiveBatch {
     size_t message;
   };
   const size_t message_bytes_;
+  const size_t stride_;  // between messages
   const size_t count_;
   std::vector<uint8_t> buffer_;
   std::vector<uint8_t> control_;
@@ -114,5 +115,8 @@ Status report_errors(const Fd& fd);
 size_t drain_errors(const Fd& fd);
 // Bytes sent that have not left the host's queues yet, with the system's own overhead.
 uint64_t unsent_bytes(const Fd& fd);
+
+// Bytes of packets that still fit the receive buffer; 0: it is too small to be told of.
+uint64_t receive_room(const Fd& fd);
 
 }  // namespace sf::mcdist

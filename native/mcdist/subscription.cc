@@ -1,6 +1,8 @@
 #include "mcdist/subscription.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <utility>
 
 namespace sf::mcdist {
 namespace {
@@ -103,9 +105,17 @@ void Subscription::forget(uint64_t block) {
   reported_.erase(found);
 }
 
-void Subscription::arrived(PageIndex page) {
+void Subscription::arrived(PageIndex page, TimeNs now) {
+  if (reported_.empty()) return;
   const uint64_t block = page / kBlockPages;
-  if (!reported_.contains(block)) return;
+  auto found = reported_.find(block);
+  if (found == reported_.end()) return;
+  if (const TimeNs asked = std::exchange(found->second.asked_at, 0); asked != 0) {
+    const TimeNs rtt = now - asked;
+    const TimeNs error = smoothed_ == 0 ? rtt / 2 : std::abs(rtt - smoothed_);
+    variation_ = smoothed_ == 0 ? error : variation_ + (error - variation_) / 4;
+    smoothed_ = smoothed_ == 0 ? rtt : smoothed_ + (rtt - smoothed_) / 8;
+  }
   BlockReport report;
   report.block = block;
   look_(&report);
@@ -137,6 +147,7 @@ void Subscription::collect(TimeNs now, TimeNs timeout, size_t max, std::vector<B
     }
     if (ready < config_.gap_reports) return;
   }
+  if (smoothed_ != 0) timeout = std::max(config_.timeout_min, smoothed_ + 4 * variation_);
   const size_t before = out->size();
   while (!due_.empty() && due_.begin()->first <= now && out->size() < max) {
     BlockReport report;
@@ -153,6 +164,7 @@ void Subscription::collect(TimeNs now, TimeNs timeout, size_t max, std::vector<B
     state.missing = left;
     due_.erase(due_.begin());
     state.due = now + (timeout << std::min<unsigned>(state.tries, 3));
+    state.asked_at = state.tries == 0 ? now : 0;
     state.tries++;
     due_.insert({state.due, report.block});
     out->push_back(report);

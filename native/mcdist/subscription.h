@@ -41,6 +41,8 @@ struct SubscriptionConfig {
   TimeNs gap = 2 * kMillisecond;
   uint32_t gap_reports = 16;  // so many go at once
   uint8_t tries = 6;
+  // Of what repairs a block, the least: above the server's own retry_window and repair_gather.
+  TimeNs timeout_min = 13 * kMillisecond;
   TimeNs keepalive = 100 * kMillisecond;
 };
 
@@ -65,11 +67,12 @@ class Subscription {
   void pushed(PageIndex page, TimeNs now, uint32_t packets = 1);
   void announced(bool pushing, PageIndex position, TimeNs now);
   // Something of the block came.
-  void arrived(PageIndex page);
+  void arrived(PageIndex page, TimeNs now);
 
   // Does the page come without being asked for, or will it be asked for from here?
   bool covers(PageIndex page) const;
-  // Appends the reports to be sent now, at most `max`. `timeout`: until they are asked again.
+  // Appends the reports to be sent now, at most `max`. `timeout`: until they are asked again, as
+  // long as it was not measured.
   void collect(TimeNs now, TimeNs timeout, size_t max, std::vector<BlockReport>* out);
   // The next block to be asked for page by page; false: none (now).
   bool sweep(uint64_t* block);
@@ -89,6 +92,7 @@ class Subscription {
   enum class State : uint8_t { kOff, kWaiting, kPushed, kEnded };
   struct Reported {
     TimeNs due = 0;
+    TimeNs asked_at = 0;  // 0: asked more than once, or repaired in part
     unsigned missing = 0;
     uint8_t tries = 0;
     bool give_up = false;
@@ -117,6 +121,7 @@ class Subscription {
   std::unordered_map<uint64_t, Reported> reported_;
   std::set<std::pair<TimeNs, uint64_t>> due_;
   TimeNs sent_at_ = 0;
+  TimeNs smoothed_ = 0, variation_ = 0;  // from a report to the first page that repairs it
   uint64_t reports_sent_ = 0;
   uint64_t lost_ = 0, looked_ = 0;
 };

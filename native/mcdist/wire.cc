@@ -153,7 +153,7 @@ void encode_request(const Request& request, std::vector<uint8_t>* out) {
   append(out, request.reports.size(), 2);
   append(out, 0, 2);
   append(out, request.loss_permille, 2);
-  append(out, 0, 2);
+  append(out, request.room, 2);
   encode_runs(request.runs, out);
   for (const BlockReport& report : request.reports) {
     append(out, report.block, 8);
@@ -180,7 +180,8 @@ bool decode_request(const uint8_t* data, size_t size, uint64_t pages, Request* o
   const size_t run_bytes = get(data + 14, 2) * kRunBytes;
   const size_t reports = get(data + 16, 2);
   out->loss_permille = static_cast<uint16_t>(get(data + 20, 2));
-  if (data[13] != 0 || get(data + 18, 2) != 0 || get(data + 22, 2) != 0) return false;
+  out->room = static_cast<uint16_t>(get(data + 22, 2));
+  if (data[13] != 0 || get(data + 18, 2) != 0) return false;
   const size_t bytes = kRequestFixed + run_bytes + reports * kReportBytes;
   if (size != std::max(kMinRequestBody, bytes)) return false;
   if (!decode_runs(data + kRequestFixed, run_bytes, pages, &out->runs)) return false;

@@ -110,13 +110,17 @@ struct BlockReport {
   SymbolSet missing;      // not held here, wanted or not
 };
 
+constexpr uint64_t kRoomUnit = 65536;
+
 struct Request {
   uint64_t cookie = 0;
   uint32_t receive_kbps = 0;   // kilobytes a second the client receives now
   uint16_t loss_permille = 0;  // of the packets sent to it lately
-  bool unicast_only = false;   // multicast does not reach it
-  bool subscribe = false;      // wants all of the generation: push to it
-  bool history = false;        // first what others faulted on
+  // What its receive buffer has room for, in units of kRoomUnit bytes; 0: not told.
+  uint16_t room = 0;
+  bool unicast_only = false;  // multicast does not reach it
+  bool subscribe = false;     // wants all of the generation: push to it
+  bool history = false;       // first what others faulted on
   std::vector<Run> runs;
   std::vector<BlockReport> reports;
 };

@@ -33,6 +33,7 @@ interface Policy {
     unicastOnly?: boolean;
     subscribe?: boolean;
     history?: boolean;
+    roomBytes?: number;
     nowMs: number;
   }): void;
   request(asked: Asked): string;
@@ -228,6 +229,60 @@ test('a subscription is pushed all pages in order, none twice, and its end is an
   // Long after, with nobody else: all of it again.
   policy.heard({ peer: 4, subscribe: true, nowMs: 10_000 });
   expect(drain(policy, 10_100)).toHaveLength(100);
+});
+
+test('a push begins at once when all who are there subscribed and nobody is new', () => {
+  const policy = new McdistPolicy({ pushDelayMs: 20, startRateBytesPerS: 1e9 }, 100);
+  for (const peer of [1, 2]) policy.heard({ peer, nowMs: 0 });
+  policy.heard({ peer: 1, subscribe: true, nowMs: 100 });
+  expect(drain(policy, 130)).toEqual([]); // the other one may follow
+  policy.heard({ peer: 2, subscribe: true, nowMs: 131 });
+  expect(drain(policy, 131)).toHaveLength(100);
+});
+
+test('who is there and does not subscribe is waited for twice as long as a newcomer', () => {
+  const policy = new McdistPolicy({ pushDelayMs: 20, startRateBytesPerS: 1e9 }, 100);
+  for (const peer of [1, 2]) policy.heard({ peer, nowMs: 0 });
+  policy.heard({ peer: 1, subscribe: true, nowMs: 100 });
+  expect(drain(policy, 139)).toEqual([]);
+  expect(drain(policy, 141)).toHaveLength(100);
+});
+
+test('no more is pushed than the receivers have room for, but for a trickle', () => {
+  const policy = new McdistPolicy({ pushDelayMs: 0, startRateBytesPerS: 1e9 }, 100_000);
+  const pages = 20;
+  for (const peer of [1, 2]) {
+    policy.heard({ peer, subscribe: true, roomBytes: pages * peer * wireBytes, nowMs: 0 });
+  }
+  const sent = (nowMs: number) => drain(policy, nowMs).length;
+  // To the one that has least; then a page each millisecond, see min_rate.
+  let first = 0;
+  for (let nowMs = 0; nowMs < 10; nowMs += 0.1) first += sent(nowMs);
+  expect(first).toBeGreaterThanOrEqual(pages);
+  expect(first).toBeLessThanOrEqual(pages + 11);
+  for (const peer of [1, 2]) {
+    policy.heard({ peer, subscribe: true, roomBytes: 1000 * wireBytes, nowMs: 11 });
+  }
+  let then = 0;
+  for (let nowMs = 11; nowMs < 30; nowMs += 0.1) then += sent(nowMs);
+  expect(then).toBeGreaterThanOrEqual(1000);
+  expect(then).toBeLessThanOrEqual(1020);
+});
+
+test('one among four without room slows a push to half the rate at most', () => {
+  const rate = 100e6;
+  const policy = new McdistPolicy({ pushDelayMs: 0, startRateBytesPerS: rate }, 1_000_000);
+  let sent = 0;
+  for (let nowMs = 0; nowMs < 200; nowMs += 0.02) {
+    if (Math.round(nowMs * 50) % 250 === 0) {
+      for (const peer of [1, 2, 3, 4]) {
+        const roomBytes = peer === 1 ? 1 : 64 << 20;
+        policy.heard({ peer, subscribe: true, receiveRateBytesPerS: rate, roomBytes, nowMs });
+      }
+    }
+    sent += drain(policy, nowMs).length * wireBytes;
+  }
+  expect(sent).toBeGreaterThan(0.4 * rate * 0.2);
 });
 
 test('a push pauses when its subscribers are silent, and goes on for one that comes back', () => {
