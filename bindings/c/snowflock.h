@@ -114,8 +114,8 @@ int sf_create_clones(const struct sf_checkpoint *checkpoint, const struct sf_tic
 
 /*
  * Names parts of the disk of which each clone will need a share of its own: they are not worth
- * multicasting. For forks from now on, in place of what was named before; `count` (SF_MAX_REGIONS at
- * most) may be 0. A hint: pages come as they are touched, named or not.
+ * multicasting. For forks from now on, in place of what was named before; `count` (SF_MAX_REGIONS
+ * at most) may be 0. A hint: pages come as they are touched, named or not.
  */
 int sf_disjoint(const struct sf_region *disk, size_t count);
 

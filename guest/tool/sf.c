@@ -23,7 +23,8 @@ static const char help[] =
     "  sf fork N              ticket and clone in one; prints vmid, ticket, granted number\n"
     "  sf checkpoint          keep this instant; prints 0 and the checkpoint, or a clone's vmid\n"
     "  sf create CHECKPOINT TICKET   make clones of a checkpoint\n"
-    "  sf disjoint FILE...    of these files each clone will need a part of its own; of nothing else\n"
+    "  sf disjoint FILE...    of these files each clone will need a part of its own; of nothing "
+    "else\n"
     "  sf exit [STATUS]       end this clone\n"
     "  sf join TICKET         wait for all clones of a ticket; prints vmid and status of each\n"
     "  sf kill TICKET | sf kill --vmid K     end clones\n"
@@ -142,7 +143,8 @@ static int run_create(const char *checkpoint_id, const char *ticket_id) {
   return result < 0 ? failed("create", result, NULL) : 0;
 }
 
-// Adds where on the disk a file lies; if there is no room, in place of something smaller: it is a hint.
+// Adds where on the disk a file lies; if there is no room, in place of something smaller: it is a
+// hint.
 static int add_file(const char *path, struct sf_region *regions, size_t *count) {
   enum { EXTENTS = 64 };
   union {
