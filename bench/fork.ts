@@ -22,6 +22,8 @@ import { ratio, spread } from './lib/table.js';
 
 const RAM_BYTES = 512 * 2 ** 20;
 const VM_ID = 64_947;
+/** Does the pause grow with RAM? These have nothing in most of it, as a guest that has just booted. */
+const SIZES_MIB = [512, 2048, 4096];
 /** What the VM holds when it is forked, or saved. */
 const LOAD = 'dd if=/dev/urandom of=/run/data bs=1M count=64';
 
@@ -36,6 +38,7 @@ const bench: Bench = {
     const testbed = await Testbed.create({ hosts: 4 });
     const single: ForkRecord[] = [];
     const eight: ForkRecord[] = [];
+    const bySize: { ram_mib: number; pause_ms: number[] }[] = [];
     const bytes = { one: [] as number[], eight: [] as number[] };
     let bootMs = 0;
     try {
@@ -62,6 +65,12 @@ const bench: Bench = {
         const done = await oneFork(client, 8);
         eight.push(done.fork);
         bytes.eight.push(done.bytes);
+      }
+      await client.kill('parent');
+      for (const ram_mib of SIZES_MIB) {
+        stop();
+        log(`forks of a VM of ${ram_mib} MiB`);
+        bySize.push({ ram_mib, pause_ms: await pauses(client, ram_mib, quick ? 3 : 7) });
       }
     } finally {
       await testbed.destroy();
@@ -94,6 +103,11 @@ const bench: Bench = {
             row('QEMU full restore', peer.restoreMs),
             row('QEMU cold boot to the guest agent', peer.bootMs),
           ],
+        },
+        {
+          title: 'Parent pause by size of RAM, ms: median (min–max)',
+          columns: ['MiB', 'ms'],
+          rows: bySize.map(({ ram_mib, pause_ms }) => [ram_mib, spread(summarize(pause_ms))]),
         },
         {
           title: 'Size',
@@ -133,6 +147,7 @@ const bench: Bench = {
         wire_bytes_eight: bytes.eight,
         wire_ratio_eight_to_one: summarize(bytes.eight).median / summarize(bytes.one).median,
         boot_ms: bootMs,
+        parent_pause_by_size: bySize,
         qemu: peer,
       },
       notes: [
@@ -155,6 +170,20 @@ async function work(client: SnowflockClient, vm: string, script: string): Promis
   child.stderr.resume();
   const { status } = await child.exited;
   if (status !== 0) throw new SnowflockError('E_GUEST', `${script} ended with ${status} in ${vm}`);
+}
+
+/** A parent of that size, with the same data in it; the pause of each of its forks. */
+async function pauses(client: SnowflockClient, ram_mib: number, forks: number): Promise<number[]> {
+  const spec = { image: 'minimal', ram_bytes: ram_mib * 2 ** 20, vcpus: 1 };
+  await client.run({ name: 'parent', ...spec });
+  await work(client, 'parent', LOAD);
+  const found: number[] = [];
+  for (let round = 0; round < forks; round++) {
+    const { fork } = await oneFork(client, 1);
+    found.push(fork.parent_pause_ms ?? Number.NaN);
+  }
+  await client.kill('parent');
+  return found;
 }
 
 /** One fork; the same small work in each clone; then the bytes its generations cost. */

@@ -28,6 +28,7 @@ extern "C" {
 
 /* Most clones of one ticket. */
 #define SF_MAX_CLONES 1024
+#define SF_MAX_REGIONS 90 /* of sf_disjoint */
 /* Bytes of a ticket's or a checkpoint's id, with the terminating NUL. */
 #define SF_ID_BYTES 80
 
@@ -62,6 +63,12 @@ struct sf_ticket {
   uint32_t requested;
   uint32_t allocation;           /* clones granted: at most `requested`, possibly fewer */
   uint16_t vmids[SF_MAX_CLONES]; /* of the clones to be, `allocation` of them */
+};
+
+/* A part of this VM's disk, in bytes from its begin. */
+struct sf_region {
+  uint64_t offset;
+  uint64_t bytes;
 };
 
 struct sf_checkpoint {
@@ -104,6 +111,13 @@ int sf_checkpoint_parent(struct sf_checkpoint *checkpoint);
 
 /* Makes clones of a checkpoint of this VM. Returns 0: the clones return elsewhere, see above. */
 int sf_create_clones(const struct sf_checkpoint *checkpoint, const struct sf_ticket *ticket);
+
+/*
+ * Names parts of the disk of which each clone will need a share of its own: they are not worth
+ * multicasting. For forks from now on, in place of what was named before; `count` (SF_MAX_REGIONS
+ * at most) may be 0. A hint: pages come as they are touched, named or not.
+ */
+int sf_disjoint(const struct sf_region *disk, size_t count);
 
 /* Ends this clone, with a status for sf_join. Returns only if that is not possible. */
 int sf_exit(int status);

@@ -1,10 +1,16 @@
 // sf: the SnowFlock API for shell scripts. Data on stdout, errors on stderr.
 
 #include <errno.h>
+#include <fcntl.h>
+#include <linux/fiemap.h>
+#include <linux/fs.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "snowflock.h"
 
@@ -17,6 +23,8 @@ static const char help[] =
     "  sf fork N              ticket and clone in one; prints vmid, ticket, granted number\n"
     "  sf checkpoint          keep this instant; prints 0 and the checkpoint, or a clone's vmid\n"
     "  sf create CHECKPOINT TICKET   make clones of a checkpoint\n"
+    "  sf disjoint FILE...    of these files each clone will need a part of its own; of nothing "
+    "else\n"
     "  sf exit [STATUS]       end this clone\n"
     "  sf join TICKET         wait for all clones of a ticket; prints vmid and status of each\n"
     "  sf kill TICKET | sf kill --vmid K     end clones\n"
@@ -135,6 +143,71 @@ static int run_create(const char *checkpoint_id, const char *ticket_id) {
   return result < 0 ? failed("create", result, NULL) : 0;
 }
 
+// Adds where on the disk a file lies; if there is no room, in place of something smaller: it is a
+// hint.
+static int add_file(const char *path, struct sf_region *regions, size_t *count) {
+  enum { EXTENTS = 64 };
+  union {
+    struct fiemap map;
+    char space[sizeof(struct fiemap) + EXTENTS * sizeof(struct fiemap_extent)];
+  } got;
+  const uint32_t elsewhere = FIEMAP_EXTENT_UNKNOWN | FIEMAP_EXTENT_ENCODED |
+                             FIEMAP_EXTENT_DATA_INLINE | FIEMAP_EXTENT_NOT_ALIGNED;
+  struct stat root, own;
+  int fd = open(path, O_RDONLY | O_CLOEXEC);
+  if (fd < 0 || fstat(fd, &own) || stat("/", &root)) goto failed;
+  if (own.st_dev != root.st_dev) {
+    fprintf(stderr, "sf: disjoint: %s is not on the VM's disk\n", path);
+    close(fd);
+    return 1;
+  }
+  for (uint64_t at = 0;;) {
+    memset(&got, 0, sizeof got.map);
+    got.map.fm_start = at;
+    got.map.fm_length = FIEMAP_MAX_OFFSET - at;
+    got.map.fm_flags = FIEMAP_FLAG_SYNC;
+    got.map.fm_extent_count = EXTENTS;
+    if (ioctl(fd, FS_IOC_FIEMAP, &got.map)) goto failed;
+    const struct fiemap_extent *extent = got.map.fm_extents;
+    const struct fiemap_extent *end = extent + got.map.fm_mapped_extents;
+    if (extent == end) break;
+    for (; extent < end; extent++) {
+      at = extent->fe_logical + extent->fe_length;
+      if (extent->fe_flags & elsewhere) continue;
+      struct sf_region found = {extent->fe_physical, extent->fe_length};
+      struct sf_region *last = *count ? &regions[*count - 1] : NULL;
+      if (last && last->offset + last->bytes == found.offset) {
+        last->bytes += found.bytes;
+        continue;
+      }
+      if (*count < SF_MAX_REGIONS) {
+        regions[(*count)++] = found;
+        continue;
+      }
+      struct sf_region *least = regions;
+      for (size_t i = 1; i < *count; i++)
+        if (regions[i].bytes < least->bytes) least = &regions[i];
+      if (least->bytes < found.bytes) *least = found;
+    }
+    if (end[-1].fe_flags & FIEMAP_EXTENT_LAST) break;
+  }
+  close(fd);
+  return 0;
+failed:
+  fprintf(stderr, "sf: disjoint: %s: %s\n", path, strerror(errno));
+  if (fd >= 0) close(fd);
+  return 1;
+}
+
+static int run_disjoint(int count, char **paths) {
+  struct sf_region regions[SF_MAX_REGIONS];
+  size_t used = 0;
+  for (int i = 0; i < count; i++)
+    if (add_file(paths[i], regions, &used)) return 1;
+  int result = sf_disjoint(regions, used);
+  return result < 0 ? failed("disjoint", result, NULL) : 0;
+}
+
 static int run_exit(const char *status) {
   unsigned value = 0;
   if (status && !number(status, 255, &value)) return usage("STATUS is a number from 0 to 255");
@@ -249,6 +322,8 @@ int main(int argc, char **argv) {
     status = run_checkpoint();
   else if (!strcmp(command, "create") && args == 2)
     status = run_create(arg[0], arg[1]);
+  else if (!strcmp(command, "disjoint"))
+    status = run_disjoint(args, arg);
   else if (!strcmp(command, "exit") && args <= 1)
     status = run_exit(args ? arg[0] : NULL);
   else if (!strcmp(command, "join") && args == 1)

@@ -1,7 +1,8 @@
 /** Hosts of later clones are sent what earlier clones touched first. Real guests. */
 import { afterEach, expect, it, vi } from 'vitest';
 import type { WireStats } from '../../src/api/client.js';
-import { Lab, sh } from './lab.js';
+import { count } from '../../src/sfld/holdings.js';
+import { Lab, MIB, sh, until } from './lab.js';
 
 // An emulated guest boots, forks and hashes on two cores.
 vi.setConfig({ testTimeout: 300_000 });
@@ -88,6 +89,10 @@ it('so do clones made later of one checkpoint: each host is sent as many pages a
     const made = clones.slice(-2);
     await work(here, made, hash);
     for (const { vmid } of made) await here.client.killClones(vm, { vmid });
+    // A clone that came before would stand on what the earlier ones fetched.
+    await until('the replicas are gone', 30_000, async () => {
+      return (await here.client.replicas()).replicas.length === 0;
+    });
     return sent(here, checkpoint.id, before);
   };
   // One of the hosts may come when the other's clone has faulted.
@@ -98,4 +103,42 @@ it('so do clones made later of one checkpoint: each host is sent as many pages a
     expect(second[kind].pagesReplayed).toBeGreaterThanOrEqual(16);
     expect(second[kind].pagesReplayed).toBeLessThanOrEqual(32);
   }
+});
+
+it('what is named as disjoint is answered to each host alone, and nothing else is', async () => {
+  lab = await Lab.start(2, { replay_bytes: 0 });
+  const here = lab;
+  const { vm, hash } = await parent(here);
+  await expect(
+    here.client.setDisjoint(vm, { disk: [{ offset_bytes: 2 ** 50, size_bytes: 4096 }] }),
+  ).rejects.toMatchObject({ code: 'E_ARGUMENT' });
+  const whole = { offset_bytes: 0, size_bytes: 128 * MIB };
+  expect(await here.client.setDisjoint(vm, { ram: [whole] })).toEqual({
+    ram: [0, (128 * MIB) / 4096],
+    disk: [],
+  });
+  const alone = async (): Promise<{ ram: number; disk: number; asked: number }> => {
+    const fork = await here.fork(vm, 2);
+    await work(here, fork.clones, hash);
+    const { ram, disk } = await sent(here, fork.id);
+    await here.client.killClones(vm, { fork: fork.id });
+    return {
+      ram: (ram.unicastAnswers ?? 0) / (ram.pagesServed ?? 0),
+      disk: (disk.unicastAnswers ?? 0) / (disk.pagesServed ?? 0),
+      asked: ram.pagesRequested ?? 0,
+    };
+  };
+  const named = await alone();
+  expect(named.ram).toBe(1);
+  expect(named.disk).toBeLessThan(0.5);
+  await here.client.setDisjoint(vm, {});
+  const shared = await alone();
+  expect(shared.ram).toBeLessThan(0.5);
+  console.log(`pages of RAM asked: ${named.asked} disjoint, ${shared.asked} multicast`);
+  // Said in the guest, of a file: where it lies on the disk, as far as it is cut into whole pages.
+  await sh(here.client, vm, 'sf disjoint /root/data');
+  const { disjoint } = await here.fork(vm, 1);
+  expect(disjoint.ram).toEqual([]);
+  expect(count(disjoint.disk)).toBe((4 * MIB) / 4096);
+  await expect(sh(here.client, vm, 'sf disjoint /proc/cmdline')).rejects.toThrow('not on the VM');
 });
