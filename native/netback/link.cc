@@ -172,8 +172,8 @@ Status OpenDhcpSocket(const std::string& name, bool relay, int receive_bytes, Fd
       BPF_STMT(BPF_RET | BPF_K, 0xffff),
       BPF_STMT(BPF_RET | BPF_K, 0),
   };
-  return OpenPacketSocket(name, {static_cast<uint16_t>(std::size(program)), program},
-                          receive_bytes, out);
+  return OpenPacketSocket(name, {static_cast<uint16_t>(std::size(program)), program}, receive_bytes,
+                          out);
 }
 
 Status OpenTcpSocket(const std::string& name, uint32_t address, Fd* out) {
