@@ -16,7 +16,6 @@ namespace sf {
 namespace {
 
 constexpr char kTun[] = "/dev/net/tun";
-constexpr int kDhcpReceiveBytes = 64 * 1024;
 constexpr int kTcpReceiveBytes = 512 * 1024;
 // Ethernet, IPv4 and TCP headers at their longest.
 constexpr uint32_t kTcpHeaderBytes = ETH_HLEN + 60 + 60;
@@ -153,7 +152,7 @@ Status OpenTap(const std::string& name, bool vnet_hdr, uint32_t mtu, Fd* out) {
   return status;
 }
 
-Status OpenDhcpSocket(const std::string& name, bool relay, Fd* out) {
+Status OpenDhcpSocket(const std::string& name, bool relay, int receive_bytes, Fd* out) {
   sock_filter program[] = {
       BPF_STMT(BPF_LD | BPF_B | BPF_ABS, kAncillary + SKF_AD_VLAN_TAG_PRESENT),
       BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 13),
@@ -173,8 +172,8 @@ Status OpenDhcpSocket(const std::string& name, bool relay, Fd* out) {
       BPF_STMT(BPF_RET | BPF_K, 0xffff),
       BPF_STMT(BPF_RET | BPF_K, 0),
   };
-  return OpenPacketSocket(name, {static_cast<uint16_t>(std::size(program)), program},
-                          kDhcpReceiveBytes, out);
+  return OpenPacketSocket(name, {static_cast<uint16_t>(std::size(program)), program}, receive_bytes,
+                          out);
 }
 
 Status OpenTcpSocket(const std::string& name, uint32_t address, Fd* out) {

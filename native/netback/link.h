@@ -24,9 +24,9 @@ Status OpenTap(const std::string& name, bool vnet_hdr, uint32_t mtu, Fd* out);
 
 // A packet(7) socket on the interface that receives what a DHCP client sends there (untagged,
 // unfragmented IPv4, UDP 68 to 67) before tc sees it, and nothing the host sends. What is written
-// to it goes out of the interface with the mark that lets it pass the filter. E_NOT_FOUND,
-// E_NETWORK.
-Status OpenDhcpSocket(const std::string& name, bool relay, Fd* out);
+// to it goes out of the interface with the mark that lets it pass the filter. `receive_bytes` is
+// what the kernel keeps at most (within net.core.rmem_max). E_NOT_FOUND, E_NETWORK.
+Status OpenDhcpSocket(const std::string& name, bool relay, int receive_bytes, Fd* out);
 
 // As OpenDhcpSocket, for TCP: receives the first bytes (headers) of segments that open or end a
 // connection (SYN, FIN, RST), and of all whose IPv4 source (host order) is another than `address`;

@@ -200,10 +200,11 @@ Napi::Value OpenTapJs(const Napi::CallbackInfo& info) {
   return Napi::Number::New(info.Env(), tap.release());
 }
 
-// openDhcpSocket(interface, relay): descriptor
+// openDhcpSocket(interface, relay, receiveBytes): descriptor
 Napi::Value OpenDhcpSocketJs(const Napi::CallbackInfo& info) {
   Fd socket;
-  throw_if(info.Env(), OpenDhcpSocket(info[0].ToString(), info[1].ToBoolean(), &socket));
+  throw_if(info.Env(), OpenDhcpSocket(info[0].ToString(), info[1].ToBoolean(),
+                                      info[2].ToNumber().Int32Value(), &socket));
   return Napi::Number::New(info.Env(), socket.release());
 }
 

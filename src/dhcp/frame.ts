@@ -3,7 +3,7 @@
  * wire. The packet socket's filter has seen EtherType, protocol, ports and that it is no fragment;
  * the lengths are checked here.
  */
-import { ipNumber, macBytes, macText } from '../network/addresses.js';
+import { ipNumber } from '../network/addresses.js';
 import { checksum } from '../network/checksum.js';
 
 const ETHERNET_BYTES = 14;
@@ -12,7 +12,8 @@ const UDP_BYTES = 8;
 const TTL = 64;
 
 export interface ClientDatagram {
-  sourceMac: string;
+  /** Six bytes. */
+  sourceMac: Uint8Array;
   /** To an address rather than to 255.255.255.255. */
   unicast: boolean;
   payload: Uint8Array;
@@ -37,15 +38,16 @@ export function parseClientFrame(frame: Uint8Array): ClientDatagram | undefined 
   const udpBytes = view.getUint16(udp + 4);
   if (udpBytes < UDP_BYTES || udpBytes > ipBytes - headerBytes) return undefined;
   return {
-    sourceMac: macText(view.getUint16(6) * 2 ** 32 + view.getUint32(8)),
+    sourceMac: frame.subarray(6, 12),
     unicast: view.getUint32(ETHERNET_BYTES + 16) !== 0xffff_ffff,
     payload: frame.subarray(udp + UDP_BYTES, udp + udpBytes),
   };
 }
 
 export interface ServerDatagram {
-  sourceMac: string;
-  destinationMac: string;
+  /** Six bytes each. */
+  sourceMac: Uint8Array;
+  destinationMac: Uint8Array;
   source: string;
   destination: string;
   port: number;
@@ -58,15 +60,16 @@ export function serverFrame(datagram: ServerDatagram): Uint8Array {
   const udpBytes = UDP_BYTES + payload.length;
   const frame = new Uint8Array(ETHERNET_BYTES + IP_BYTES + udpBytes);
   const view = new DataView(frame.buffer);
-  frame.set(macBytes(datagram.destinationMac), 0);
-  frame.set(macBytes(datagram.sourceMac), 6);
+  frame.set(datagram.destinationMac, 0);
+  frame.set(datagram.sourceMac, 6);
   view.setUint16(12, 0x0800);
 
   const ip = ETHERNET_BYTES;
-  frame.set([0x45, 0xc0], ip);
+  view.setUint16(ip, 0x45c0); // version 4, 20 bytes, class CS6
   view.setUint16(ip + 2, IP_BYTES + udpBytes);
   view.setUint16(ip + 6, 0x4000); // not to be fragmented
-  frame.set([TTL, 17], ip + 8);
+  frame[ip + 8] = TTL;
+  frame[ip + 9] = 17;
   view.setUint32(ip + 12, ipNumber(datagram.source));
   view.setUint32(ip + 16, ipNumber(datagram.destination));
   view.setUint16(ip + 10, checksum(frame.subarray(ip, ip + IP_BYTES)));
@@ -77,7 +80,8 @@ export function serverFrame(datagram: ServerDatagram): Uint8Array {
   view.setUint16(udp + 4, udpBytes);
   frame.set(payload, udp + UDP_BYTES);
   // The pseudo header's addresses, protocol and length (RFC 768).
-  const pseudo = [12, 14, 16, 18].reduce((sum, at) => sum + view.getUint16(ip + at), 17 + udpBytes);
+  let pseudo = 17 + udpBytes;
+  for (let at = 12; at < IP_BYTES; at += 2) pseudo += view.getUint16(ip + at);
   view.setUint16(udp + 6, checksum(frame.subarray(udp), pseudo) || 0xffff);
   return frame;
 }

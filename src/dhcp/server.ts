@@ -41,7 +41,7 @@ import {
   u16,
   u32,
 } from '../../packages/dhcp-packet/src/index.js';
-import { BROADCAST, GATEWAY, MTU, macText, NETMASK } from '../network/addresses.js';
+import { BROADCAST, GATEWAY, MTU, macBytes, NETMASK } from '../network/addresses.js';
 
 /** What the server tells its VM. */
 export interface DhcpIdentity {
@@ -95,6 +95,8 @@ export interface DhcpMachineOptions {
 }
 
 const NONE = '0.0.0.0';
+const SERVER_ID = addresses(GATEWAY);
+const MASK = addresses(NETMASK);
 const LEASE_SECONDS = 3600;
 const ETHERNET = 1;
 const CLIENT_PORT = 68;
@@ -109,9 +111,11 @@ export class DhcpMachine {
   #leaseEndMs = 0;
   readonly #relay: boolean;
   #parameters: ReadonlyMap<number, Uint8Array> | undefined;
+  #guestMac: Uint8Array;
 
   constructor(identity: DhcpIdentity, options: DhcpMachineOptions = {}) {
     this.#identity = identity;
+    this.#guestMac = macBytes(identity.guestMac);
     this.#relay = options.relay ?? false;
   }
 
@@ -128,6 +132,7 @@ export class DhcpMachine {
   setIdentity(identity: DhcpIdentity): void {
     this.#identity = identity;
     this.#parameters = undefined;
+    this.#guestMac = macBytes(identity.guestMac);
     this.#state = 'idle';
   }
 
@@ -142,7 +147,7 @@ export class DhcpMachine {
       (packet.giaddr !== NONE && !this.#relay) ||
       packet.hardwareType !== ETHERNET ||
       packet.hardwareAddress.length !== 6 ||
-      macText(Buffer.from(packet.hardwareAddress).readUIntBE(0, 6)) !== this.#identity.guestMac
+      !this.#isGuest(packet.hardwareAddress)
     ) {
       return { kind: 'ignored' };
     }
@@ -180,6 +185,10 @@ export class DhcpMachine {
       default:
         return { kind: 'ignored' };
     }
+  }
+
+  #isGuest(hardwareAddress: Uint8Array): boolean {
+    return hardwareAddress.every((byte, i) => byte === this.#guestMac[i]);
   }
 
   #leaseSeconds(): number {
@@ -236,7 +245,7 @@ export class DhcpMachine {
     const { address } = this.#identity;
     const options = new Map<number, Uint8Array>([
       [Option.MESSAGE_TYPE, u8(type)],
-      [Option.SERVER_ID, addresses(GATEWAY)],
+      [Option.SERVER_ID, SERVER_ID],
     ]);
     if (lease) {
       const seconds = this.#leaseSeconds();
@@ -247,7 +256,7 @@ export class DhcpMachine {
       options.set(Option.REBINDING_SECONDS, u32(rebind));
     }
     // Before the router, also where a client lists it behind (RFC 2132, 3.3).
-    options.set(Option.SUBNET_MASK, addresses(NETMASK));
+    options.set(Option.SUBNET_MASK, MASK);
     const reply = this.#header(packet, options);
     const optional: number[] = [];
     const offered = this.#offered();

@@ -1,6 +1,6 @@
 import { DhcpPacketError, decode } from '../../packages/dhcp-packet/src/index.js';
 import { SnowflockError } from '../common/errors.js';
-import { GATEWAY, VMID_GATEWAY, wireMac } from '../network/addresses.js';
+import { GATEWAY, macBytes, VMID_GATEWAY, wireMac } from '../network/addresses.js';
 import { FramePort } from '../network/frame-port.js';
 import { native, netback } from '../network/native.js';
 import { parseClientFrame, serverFrame } from './frame.js';
@@ -12,10 +12,13 @@ import {
   type DhcpState,
 } from './server.js';
 
-const EVERYBODY = { mac: 'ff:ff:ff:ff:ff:ff', address: '255.255.255.255' };
+const EVERYBODY = { mac: new Uint8Array(6).fill(0xff), address: '255.255.255.255' };
 /** A client sends a handful of packets in a life; more than this is a flood and is not read. */
 const FRAMES_PER_SECOND = 10;
 const BURST = 20;
+const RECEIVE_BYTES = 64 * 1024;
+
+const keyOf = (hardwareAddress: Uint8Array) => String.fromCharCode(...hardwareAddress);
 
 export type DhcpEvent = DhcpOutcome['kind'] | 'malformed' | 'lost';
 
@@ -27,6 +30,8 @@ export interface DhcpServiceOptions {
   identity: DhcpIdentity;
   /** Answer relayed packets, which come from the relay's MAC address. For tests. Default false. */
   relay?: boolean;
+  /** For benches: VMs that are asked for through relays, and as many packets as there are. */
+  load?: { others: readonly DhcpIdentity[]; receiveBytes: number };
   /** After each packet (its answer is out): what became of it, and the state of a REQUEST. */
   onEvent?: (event: DhcpEvent, clientState?: ClientState) => void;
   /** The interface has gone; the service is stopped. */
@@ -39,6 +44,11 @@ export interface DhcpServiceOptions {
  */
 export class DhcpService {
   readonly #machine: DhcpMachine;
+  /** By hardware address; empty but under `load`. */
+  readonly #others = new Map<string, DhcpMachine>();
+  /** From which the server speaks. */
+  readonly #mac: Uint8Array;
+  #guestKey: string;
   readonly #port: FramePort;
   readonly #options: DhcpServiceOptions;
   readonly #counts = new Map<DhcpEvent, number>();
@@ -48,12 +58,18 @@ export class DhcpService {
   /** E_NOT_FOUND (interface), E_NETWORK. */
   constructor(options: DhcpServiceOptions) {
     this.#options = options;
-    this.#machine = new DhcpMachine(options.identity, { relay: options.relay ?? false });
-    const onEnd = options.onEnd;
+    const { onEnd, load, relay = false } = options;
+    this.#machine = new DhcpMachine(options.identity, { relay });
+    this.#guestKey = keyOf(macBytes(options.identity.guestMac));
+    this.#mac = macBytes(wireMac({ family: options.family, vmid: VMID_GATEWAY }));
+    for (const other of load?.others ?? []) {
+      this.#others.set(keyOf(macBytes(other.guestMac)), new DhcpMachine(other, { relay }));
+    }
+    const receiveBytes = load?.receiveBytes ?? RECEIVE_BYTES;
     this.#port = new FramePort(
-      native(() => netback().openDhcpSocket(options.tap, options.relay ?? false)),
+      native(() => netback().openDhcpSocket(options.tap, relay, receiveBytes)),
       { onFrame: (frame) => this.#receive(frame), ...(onEnd === undefined ? {} : { onEnd }) },
-      { maxFrameBytes: 1514, framesPerSecond: FRAMES_PER_SECOND, burst: BURST },
+      { maxFrameBytes: 1514, framesPerSecond: load ? 0 : FRAMES_PER_SECOND, burst: BURST },
     );
   }
 
@@ -67,6 +83,7 @@ export class DhcpService {
 
   setIdentity(identity: DhcpIdentity): void {
     this.#machine.setIdentity(identity);
+    this.#guestKey = keyOf(macBytes(identity.guestMac));
   }
 
   /** Packets by what became of them. */
@@ -100,13 +117,17 @@ export class DhcpService {
   }
 
   #answer(frame: Buffer): [event: DhcpEvent, clientState?: ClientState | undefined] {
-    const { guestMac } = this.#machine.identity;
     const datagram = parseClientFrame(frame);
     if (datagram === undefined) return ['malformed'];
-    if (datagram.sourceMac !== guestMac && this.#options.relay !== true) return ['ignored'];
+    const foreign = keyOf(datagram.sourceMac) !== this.#guestKey;
+    if (foreign && this.#options.relay !== true) return ['ignored'];
     let outcome: DhcpOutcome;
     try {
-      outcome = this.#machine.handle(decode(datagram.payload), Date.now(), datagram.unicast);
+      const packet = decode(datagram.payload);
+      const machine =
+        (this.#others.size > 0 ? this.#others.get(keyOf(packet.hardwareAddress)) : undefined) ??
+        this.#machine;
+      outcome = machine.handle(packet, Date.now(), datagram.unicast);
     } catch (error) {
       if (error instanceof DhcpPacketError) return ['malformed'];
       throw error;
@@ -114,7 +135,7 @@ export class DhcpService {
     if (!('reply' in outcome)) return [outcome.kind];
     const { reply } = outcome;
     const bytes = serverFrame({
-      sourceMac: wireMac({ family: this.#options.family, vmid: VMID_GATEWAY }),
+      sourceMac: this.#mac,
       destinationMac: reply.broadcast ? EVERYBODY.mac : datagram.sourceMac,
       source: GATEWAY,
       destination: reply.broadcast ? EVERYBODY.address : reply.address,

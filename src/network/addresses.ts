@@ -72,24 +72,39 @@ export function macNumber(mac: string): number {
   return Number.parseInt(mac.replaceAll(':', ''), 16);
 }
 
+const HEX = Array.from({ length: 256 }, (_, byte) => byte.toString(16).padStart(2, '0'));
+
 export function macText(mac: number): string {
-  const digits = mac.toString(16).padStart(12, '0');
-  return (digits.match(/../g) ?? []).join(':');
+  const high = Math.floor(mac / 2 ** 24);
+  const pair = (of: number, shift: number) => HEX[(of >>> shift) & 0xff];
+  const top = `${pair(high, 16)}:${pair(high, 8)}:${pair(high, 0)}`;
+  return `${top}:${pair(mac, 16)}:${pair(mac, 8)}:${pair(mac, 0)}`;
 }
 
 export function macBytes(mac: string): Uint8Array {
-  return Buffer.from(macNumber(mac).toString(16).padStart(12, '0'), 'hex');
+  const number = macNumber(mac);
+  const bytes = new Uint8Array(6);
+  const view = new DataView(bytes.buffer);
+  view.setUint16(0, Math.floor(number / 2 ** 32));
+  view.setUint32(2, number % 2 ** 32);
+  return bytes;
 }
 
 /** An IPv4 address as a number. E_ARGUMENT unless four decimal bytes with dots. */
 export function ipNumber(address: string): number {
-  const bytes = address.split('.').map((part) => (/^\d{1,3}$/.test(part) ? Number(part) : 256));
-  if (bytes.length !== 4 || bytes.some((byte) => byte > 255)) {
+  const parts = /^(\d{1,3})\.(\d{1,3})\.(\d{1,3})\.(\d{1,3})$/.exec(address);
+  const [a, b, c, d] = [
+    Number(parts?.[1]),
+    Number(parts?.[2]),
+    Number(parts?.[3]),
+    Number(parts?.[4]),
+  ];
+  if (!(a <= 255 && b <= 255 && c <= 255 && d <= 255)) {
     throw new SnowflockError('E_ARGUMENT', `${address} is no IPv4 address`);
   }
-  return bytes.reduce((number, byte) => number * 256 + byte, 0);
+  return ((a * 256 + b) * 256 + c) * 256 + d;
 }
 
 export function ipText(address: number): string {
-  return [24, 16, 8, 0].map((shift) => (address >>> shift) & 0xff).join('.');
+  return `${address >>> 24}.${(address >>> 16) & 0xff}.${(address >>> 8) & 0xff}.${address & 0xff}`;
 }

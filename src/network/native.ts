@@ -67,8 +67,8 @@ interface NetbackAddon {
   /** `existing`: the filter that is there, or E_NOT_FOUND; nothing is attached. */
   attach(objectPath: string, uplink: string, existing?: boolean): Promise<NativeFilter>;
   openTap(name: string, vnetHdr: boolean, mtu: number): number;
-  /** `relay`: packets from port 67 too. */
-  openDhcpSocket(name: string, relay: boolean): number;
+  /** `relay`: packets from port 67 too. `receiveBytes`: of the kernel's buffer. */
+  openDhcpSocket(name: string, relay: boolean, receiveBytes: number): number;
   /** Headers of segments that open or end connections, or have another source than `address`; ARP replies. */
   openTcpSocket(name: string, address: number): number;
   inNetns<T>(path: string, work: () => T): T;

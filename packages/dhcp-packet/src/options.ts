@@ -50,7 +50,9 @@ function number(options: Options, code: number, bytes: 1 | 2 | 4): number | unde
   if (value.length !== bytes) {
     throw new DhcpPacketError('option-value', `option ${code} has ${value.length} bytes`);
   }
-  return value.reduce((sum, byte) => sum * 256 + byte, 0);
+  let sum = 0;
+  for (let i = 0; i < bytes; i++) sum = sum * 256 + (value[i] ?? 0);
+  return sum;
 }
 
 /** Undefined if absent. DhcpPacketError `option-value` if of another length. */
@@ -107,7 +109,10 @@ export function readText(options: Options, code: number): string | undefined {
 
 /** One or more addresses in dotted form. */
 export function addresses(...list: string[]): Uint8Array {
-  return Uint8Array.from(list.flatMap((address) => [...u32(addressNumber(address))]));
+  const bytes = new Uint8Array(4 * list.length);
+  const view = new DataView(bytes.buffer);
+  for (const [i, address] of list.entries()) view.setUint32(4 * i, addressNumber(address));
+  return bytes;
 }
 
 export function text(value: string): Uint8Array {
@@ -115,13 +120,19 @@ export function text(value: string): Uint8Array {
 }
 
 export function addressText(address: number): string {
-  return [24, 16, 8, 0].map((shift) => (address >>> shift) & 0xff).join('.');
+  return `${address >>> 24}.${(address >>> 16) & 0xff}.${(address >>> 8) & 0xff}.${address & 0xff}`;
 }
 
 export function addressNumber(address: string): number {
-  const parts = address.split('.');
-  if (parts.length !== 4 || parts.some((part) => !/^\d{1,3}$/.test(part) || Number(part) > 255)) {
+  const parts = /^(\d{1,3})\.(\d{1,3})\.(\d{1,3})\.(\d{1,3})$/.exec(address);
+  const [a, b, c, d] = [
+    Number(parts?.[1]),
+    Number(parts?.[2]),
+    Number(parts?.[3]),
+    Number(parts?.[4]),
+  ];
+  if (!(a <= 255 && b <= 255 && c <= 255 && d <= 255)) {
     throw new DhcpPacketError('address', `${address} is no IPv4 address`);
   }
-  return parts.reduce((sum, part) => sum * 256 + Number(part), 0);
+  return ((a * 256 + b) * 256 + c) * 256 + d;
 }
