@@ -133,7 +133,8 @@ test('udhcpc renews by unicast, gives up its address at the NAK after a fork, an
       client.kill('SIGUSR1');
       await says('lease of 10.86.0.2 obtained');
       await heard('offer', 'ack', 'ack');
-      host.netns.do(() => host.attached.addVm({ tap: guest.tap, family: FAMILY, vmid: 6 }));
+      const clone = { tap: guest.tap, family: FAMILY, vmid: 6 };
+      host.netns.do(() => host.attached.addVm(clone, { family: FAMILY, vmid: 0 }));
       service.setIdentity({ ...service.identity, address: addressOfVmid(6) });
       client.kill('SIGUSR1');
       await says('lease of 10.86.0.8 obtained');

@@ -99,7 +99,8 @@ async function lifeOf(kind: ClientKind, host: Host, vmid: number): Promise<void>
 
     const clone = vmid + 100;
     const clones = addressOfVmid(clone);
-    host.netns.do(() => host.attached.addVm({ tap, family: FAMILY, vmid: clone }));
+    const place = { family: FAMILY, vmid: clone };
+    host.netns.do(() => host.attached.addVm({ tap, ...place }, { family: FAMILY, vmid }));
     service.setIdentity({ ...service.identity, address: clones });
     await heard('nak renewing');
     await waiter.until(`has ${clones}`, has(clones));
