@@ -1,4 +1,4 @@
-import { accessSync } from 'node:fs';
+import { accessSync, existsSync } from 'node:fs';
 import { basename, dirname, join, resolve } from 'node:path';
 import { InvalidArgumentError } from 'commander';
 import { SnowflockError } from '../common/errors.js';
@@ -19,7 +19,7 @@ const NAME = /^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$/;
 
 /** `STORE/DISK[@GENERATION]`; without a `/`: in the default store. E_ARGUMENT. */
 export function parseDiskName(text: string): DiskName {
-  if (text.includes('/') && isStore(text)) {
+  if (text.includes('/') && existsSync(join(text, 'store.journal'))) {
     throw new SnowflockError(
       'E_ARGUMENT',
       `${text} is a store; say which disk of it: ${text}/DISK`,

@@ -48,7 +48,10 @@ export async function makeRootFs(fs: RootFs): Promise<number> {
       { env: { MKE2FS_CONFIG: '/dev/null' }, signal },
     );
   } catch (error) {
-    if (error instanceof SnowflockError && /no free|allocate|too small|too big for a/i.test(error.message)) {
+    if (
+      error instanceof SnowflockError &&
+      /no free|allocate|too small|too big for a/i.test(error.message)
+    ) {
       throw new SnowflockError(
         'E_NO_SPACE',
         `${tree} does not fit into ${sizeBytes} bytes; say a larger --size (${error.message})`,
