@@ -4,6 +4,7 @@
  * comes last. Rounds take turns, so that what the machine does besides hits all alike.
  */
 import { type ChildProcess, spawn } from 'node:child_process';
+import { setMaxListeners } from 'node:events';
 import { SnowflockError } from '../src/common/errors.js';
 import { run } from '../src/common/run.js';
 import { type NatPolicy, parsePolicy } from '../src/nat/policy.js';
@@ -87,6 +88,7 @@ const bench: Bench = {
     const [seconds = 2] = numbers(settings, 'seconds', [quick ? 1 : 2], 1, 60);
     const [rounds = 3] = numbers(settings, 'rounds', [quick ? 1 : 3], 1, 100);
     const most = Math.max(...guests);
+    setMaxListeners(most + 10, signal); // each client listens
     const nets: NatNet[] = [];
     const servers: ChildProcess[] = [];
     try {

@@ -159,6 +159,9 @@ export function parsePolicy(value: unknown, source: string): NatPolicy {
     if (fault?.keyword === 'required') {
       return fail(fault.instancePath, `${fault.params.requiredProperties.join(', ')} is missing`);
     }
+    if (fault?.keyword === 'const') {
+      return fail(fault.instancePath, `must be ${JSON.stringify(fault.params.allowedValue)}`);
+    }
     return fail(fault?.instancePath ?? '', fault?.message ?? 'is not valid');
   }
   for (const [i, server] of (value.dns_servers ?? []).entries()) {
