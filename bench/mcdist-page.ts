@@ -6,6 +6,8 @@
  *
  * One client asks as soon as it has its answer. Several ask in lockstep: all for the same page at the
  * same moment, a page each period; UDP and TCP get requests at the same moments.
+ *
+ * Before each round free memory is touched (lib/memory.ts): ours alone stores what comes.
  */
 import { randomBytes } from 'node:crypto';
 import { fileURLToPath } from 'node:url';
@@ -15,6 +17,7 @@ import type { Host } from '../test/mcdist/net.js';
 import { type Bench, type BenchContext, numbers } from './lib/bench.js';
 import { BenchNet } from './lib/mcdist-net.js';
 import { now_ms } from './lib/mcdist-systems.js';
+import { touchFreeMemory } from './lib/memory.js';
 import { quantile } from './lib/stats.js';
 import { figure, ratio, type Table } from './lib/table.js';
 
@@ -34,6 +37,7 @@ const SLICE = 100;
 const PERIOD_NS = 500_000;
 const LEAD_MS = 50; // from the order to the first page
 const UDP_GOAL = 1.5;
+const TOUCHED_BYTES = 64 << 20; // more than a round stores, for 16 clients
 
 type Waits = Record<Kind, number[]>;
 
@@ -63,13 +67,16 @@ const bench: Bench = {
       if (signal.aborted) throw new SnowflockError('E_INTERRUPTED', 'bench mcdist-page');
       throw error;
     }
-    const goals = measured.map(({ clients: count, waits }) => goalRow(count, waits));
+    const goals = measured.flatMap(({ clients: count, waits }) => [
+      goalRow('waiting', count, waits.want, waits),
+      goalRow('faulting', count, waits.fault, waits),
+    ]);
     return {
       tables: [
         ...measured.map(({ clients: count, waits }) => table(count, waits)),
         {
-          title: `Goals: a waiting thread within ${UDP_GOAL} × UDP and below TCP, p50`,
-          columns: ['clients', 'of UDP', '', 'of TCP', ''],
+          title: `Goals: within ${UDP_GOAL} × UDP and below TCP, p50`,
+          columns: ['clients', 'thread', 'of UDP', '', 'of TCP', ''],
           rows: goals,
         },
       ],
@@ -84,6 +91,8 @@ const bench: Bench = {
         'a client that asks after the page came by for another one waits for nothing, and counts',
         'UDP: a request of 100 bytes, a page in three datagrams; TCP: the same as one stream, no delay',
         'faulting thread: userfaultfd, the agent and memtap as under a VM, in a process that is none',
+        'UDP and TCP sleep in each wait; mcdist looks up to 50 us before it does, on both sides, where',
+        'that pays: so much CPU time a page at most; SNOWFLOCK_MCDIST_SPIN=0 shows what it brings',
       ],
     };
   },
@@ -115,6 +124,7 @@ async function measure(
     for (let round = 0; round < rounds; round++) {
       for (const kind of KINDS) {
         signal.throwIfAborted();
+        if (kind === KINDS[0]) await touchFreeMemory(TOUCHED_BYTES, signal);
         const from = (2 * round + (kind === 'fault' ? 1 : 0)) * SLICE;
         const turn = { from, count: SLICE, ...pace(clients) };
         const values = receivers.map((host) => ask(host, kind, turn, source.address, ports));
@@ -167,13 +177,18 @@ function table(clients: number, waits: Waits): Table {
   };
 }
 
-function goalRow(clients: number, waits: Waits): (string | number)[] {
-  const want = summary(waits.want).p50;
-  const of = (kind: Kind): number => want / summary(waits[kind]).p50;
+function goalRow(
+  thread: string,
+  clients: number,
+  ours: readonly number[],
+  waits: Waits,
+): (string | number)[] {
+  const { p50 } = summary(ours);
+  const of = (kind: Kind): number => p50 / summary(waits[kind]).p50;
   const met = (yes: boolean): string => (yes ? 'met' : 'missed');
   const [udp, tcp] = [of('udp'), of('tcp')];
   return [
-    ...[clients.toFixed(0), `${figure(udp)}×`, met(udp <= UDP_GOAL)],
+    ...[clients.toFixed(0), thread, `${figure(udp)}×`, met(udp <= UDP_GOAL)],
     ...[`${figure(tcp)}×`, met(tcp < 1)],
   ];
 }

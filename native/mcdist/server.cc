@@ -19,6 +19,8 @@ constexpr size_t kTurnCheapPages = 512;
 constexpr size_t kTurnRuns = 128;
 // Pages of one request packet that are looked at; honest clients ask for fewer at a time.
 constexpr size_t kPacketPages = 4096;
+// Of a look: then whoever is to ask may need this CPU.
+constexpr TimeNs kYieldAfter = 25 * kMicrosecond;
 
 void add_run(std::vector<Run>* runs, PageIndex page, bool error) {
   if (!runs->empty()) {
@@ -196,14 +198,15 @@ bool Server::look(TimeNs ready) {
   const TimeNs began = now_ns();
   const auto limit = static_cast<TimeNs>(Spin::kLimit_ns);
   if (ready - began < limit || !spin_.wanted()) return false;
+  TimeNs took = 0;
   for (;;) {
     const bool came = receive() > 0;
-    const TimeNs took = now_ns() - began;
+    if (!came) took = now_ns() - began;
     if (came || took >= limit) {
       spin_.looked(came, static_cast<uint64_t>(took));
       return came;
     }
-    ::sched_yield();  // whoever is to ask may need this CPU
+    if (took >= kYieldAfter) ::sched_yield();
   }
 }
 
