@@ -32,7 +32,13 @@ export class SnowflockClient {
     this.#socket = socket;
   }
 
-  host(): Promise<{ name: string; hosts: string[]; driver: string }> {
+  /** `groups`: multicast groups listened to for forks to come, and used by open ones. */
+  host(): Promise<{
+    name: string;
+    hosts: string[];
+    driver: string;
+    groups: { listening: number; used: number; busy: number; failures: number };
+  }> {
     return this.#call('GET', '/v1/host');
   }
 

@@ -92,6 +92,7 @@ function routes(host: Host, app: FastifyInstance): void {
     capabilities: await host.driver.probe(),
     dataplane_restarts: host.dataplane.restarts,
     free: host.resources.free(),
+    groups: host.groups.stats(),
   }));
   app.get('/v1/vms', () => listAll(host));
   app.get('/v1/replicas', () => allReplicas(host));

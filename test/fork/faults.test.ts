@@ -50,10 +50,14 @@ describe('failures during and after a fork', () => {
     const fork = await lab.fork(vm, 2);
     const daemon = lab.daemon(0);
     const pids = vmPids(lab);
+    const used = async (): Promise<number> => (await lab.client.host()).groups.used;
+    const groups = await used();
+    expect(groups).toBeGreaterThanOrEqual(2);
     daemon.process.kill('SIGKILL');
     await new Promise((resolve) => daemon.process.once('exit', resolve));
     lab.daemons[0] = await startDaemonOn(lab.testbed, daemon.host);
     expect(vmPids(lab)).toEqual(pids);
+    expect(await used()).toBe(groups);
     const { vms } = await lab.client.list();
     expect(new Set(vms.map((one) => one.id))).toEqual(
       new Set([vm, ...fork.clones.map((clone) => clone.vm)]),
