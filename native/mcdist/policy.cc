@@ -58,7 +58,8 @@ void Policy::heard(uint32_t id, const PeerReport& report, TimeNs now) {
   if (audience_.subscribers() < audience_.present()) {
     push_.start_at(push_.begun() + 2 * config_.push_delay);
   } else {
-    push_.start_at(std::max(now, audience_.newest_met() + config_.push_delay));
+    const TimeNs met = std::max(now, audience_.newest_met() + config_.push_delay);
+    push_.start_at(std::min(met, push_.begun() + config_.push_delay));
   }
   announce_at_ = std::min(announce_at_, push_.starts());
 }

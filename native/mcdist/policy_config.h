@@ -80,7 +80,9 @@ struct PolicyConfig {
 
   // --- Push (push.h) ---
   PushMode push = PushMode::kSubscribers;
-  // From the first subscription to the first page: who joins with the others misses nothing.
+  // From the first subscription to the first page: who joins with the others misses nothing. Less
+  // if all who are there subscribed and nobody new came for so long; twice that if somebody did
+  // not.
   TimeNs push_delay = 20 * kMillisecond;
   // A subscriber not heard of for so long is no reason to push. Clients speak each 100 ms.
   TimeNs subscriber_silence = 2 * kSecond;

@@ -147,7 +147,10 @@ void Subscription::collect(TimeNs now, TimeNs timeout, size_t max, std::vector<B
     }
     if (ready < config_.gap_reports) return;
   }
-  if (smoothed_ != 0) timeout = std::max(config_.timeout_min, smoothed_ + 4 * variation_);
+  // While it is pushed a block asked again too soon counts as lost twice, and slows the push.
+  if (smoothed_ != 0 && state_ == State::kEnded) {
+    timeout = std::max(config_.timeout_min, smoothed_ + 4 * variation_);
+  }
   const size_t before = out->size();
   while (!due_.empty() && due_.begin()->first <= now && out->size() < max) {
     BlockReport report;

@@ -59,7 +59,10 @@ export interface McdistPolicyOptions {
    * `behind`, the paper's: in idle time what follows each requested page.
    */
   readonly push?: 'off' | 'subscribers' | 'behind';
-  /** From the first subscription to the first page; default 20. */
+  /**
+   * From the first subscription to the first page; default 20. Less if all who are there subscribed
+   * and nobody new came for so long; twice that if somebody did not.
+   */
   readonly pushDelayMs?: number;
   /** Subscribers not heard of for so long are not pushed to; default 2000. */
   readonly subscriberSilenceMs?: number;
