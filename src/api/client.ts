@@ -3,7 +3,12 @@ import type { Duplex } from 'node:stream';
 import { asSnowflockError, isErrorCode, SnowflockError } from '../common/errors.js';
 import type { DisjointRegions, Region } from '../sfld/disjoint.js';
 import type { ReplicaSummary, VmCounters, VmSummary } from '../sfld/peers.js';
-import type { Addressing, CloneResult, Disjoint, ShownFork as ForkRecord } from '../sfld/records.js';
+import type {
+  Addressing,
+  CloneResult,
+  Disjoint,
+  ShownFork as ForkRecord,
+} from '../sfld/records.js';
 
 export type {
   CloneResult,
