@@ -2,7 +2,8 @@
 import { randomBytes } from 'node:crypto';
 import { setTimeout as delay } from 'node:timers/promises';
 import { afterEach, beforeEach, expect, test } from 'vitest';
-import { groupFor, McdistClient, McdistServer } from '../../src/mcdist/mcdist.js';
+import { randomGroup } from '../../src/mcdist/groups.js';
+import { McdistClient, McdistServer } from '../../src/mcdist/mcdist.js';
 import { Bench, differingPages, PAGE } from './harness.js';
 
 const PAGES = 256;
@@ -26,7 +27,7 @@ function remote() {
   }
   const replica = bench.replica(PAGES);
   const key = randomBytes(32);
-  const { group, port: groupPort } = groupFor(randomBytes(16).toString('hex'));
+  const { group, port: groupPort } = randomGroup();
   const server = new McdistServer({ bindAddress: LOOPBACK, interfaceAddress: LOOPBACK });
   bench.onEnd(() => server.close());
   const of = { generation: GENERATION, key, group, groupPort };
