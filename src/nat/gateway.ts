@@ -10,11 +10,11 @@
  * Invariants:
  *  - a gateway becomes a port of the filter last and stops being one first: what passes is filtered;
  *  - a half-made gateway (a process that was killed) is taken down and made anew;
- *  - one process at a time changes things: a lock on the folder.
+ *  - one process at a time changes things: a lock on a file that only root can open;
+ *  - all gateways of a host are ports of one uplink's filter; the policy's file says which.
  */
 
-import { spawn } from 'node:child_process';
-import { closeSync, mkdirSync, openSync, readFileSync } from 'node:fs';
+import { readFileSync } from 'node:fs';
 import { rm } from 'node:fs/promises';
 import { hostname } from 'node:os';
 import { join } from 'node:path';
@@ -23,6 +23,7 @@ import { readJson, writeJson } from '../common/files.js';
 import type { NetbackFilter } from '../netback-filter/filter.js';
 import type { GatewayMode } from '../netback-filter/policy.js';
 import { GATEWAY, ipNumber, ipText, MTU, VMID_GATEWAY, wireMac } from '../network/addresses.js';
+import { withLock } from './lock.js';
 import {
   command,
   getSysctl,
@@ -48,7 +49,6 @@ import {
 export const NAT_RUN_DIR = '/run/snowflock';
 const LINK_BASE = ipNumber('100.86.0.0');
 const LINKS_MAX = 32_768;
-const LOCK_LIMIT_S = 30;
 /** Linux' GSO_MAX_SEGS. */
 const SEGMENTS_MAX = 65_535;
 
@@ -81,6 +81,8 @@ interface State {
   /** As a daemon has told them: this host's name, families of other hosts. */
   host?: string;
   elsewhere?: number[];
+  /** Whose filter the gateways are ports of. */
+  uplink?: string;
 }
 
 export interface Counts {
@@ -156,7 +158,7 @@ export class NatHost {
    */
   apply(policy: NatPolicy): Promise<{ families: number[]; failed: Record<string, string> }> {
     return this.#locked(async () => {
-      const before = await this.#state();
+      const before = await this.#ownState();
       const found = await this.#resolve(policy, before?.resolved ?? {});
       const { names = {}, host, elsewhere } = before ?? {};
       const told = { ...(host && { host }), ...(elsewhere && { elsewhere }) };
@@ -169,7 +171,7 @@ export class NatHost {
   /** Gateways for the families that have VMs here now, none for others. Nothing without a policy. */
   sync(): Promise<number[]> {
     return this.#locked(async () => {
-      const state = await this.#state();
+      const state = await this.#ownState();
       return state === undefined ? [] : await this.#sync(state);
     });
   }
@@ -177,7 +179,7 @@ export class NatHost {
   /** Asks for all DNS names again. What failed. */
   refresh(): Promise<Record<string, string>> {
     return this.#locked(async () => {
-      const state = await this.#state();
+      const state = await this.#ownState();
       if (state === undefined) return {};
       const { resolved, failed } = await this.#resolve(state.policy, state.resolved);
       await this.#sync({ ...state, resolved });
@@ -188,6 +190,7 @@ export class NatHost {
   /** Takes all gateways away, and the policy. */
   remove(): Promise<number[]> {
     return this.#locked(async () => {
+      await this.#ownState();
       const families = await this.#families();
       for (const family of families) await this.#takeDown(family);
       this.#filter.setGatewayMode('own');
@@ -198,13 +201,13 @@ export class NatHost {
   }
 
   /** The policy in force, or undefined. */
-  async policy(): Promise<Pick<State, 'policy' | 'resolved' | 'elsewhere'> | undefined> {
+  async policy(): Promise<Pick<State, 'policy' | 'resolved' | 'names' | 'elsewhere'> | undefined> {
     return await this.#state();
   }
 
   async view(): Promise<NatView> {
     const gateways: GatewayView[] = [];
-    const state = await this.#state();
+    const state = await this.#ownState();
     const part = state === undefined ? undefined : this.#part(state);
     for (const { family, slot } of await this.#links()) {
       const netns = this.#netnsOf(family);
@@ -238,6 +241,24 @@ export class NatHost {
     if (value === undefined) return undefined;
     if (value.version !== 1) throw new SnowflockError('E_CONFIG', `${file} is of another version`);
     return { ...value, policy: parsePolicy(value.policy, file) };
+  }
+
+  /**
+   * As long as there are gateways on another uplink: E_STATE. This filter does not know their VMs, and
+   * would have them taken down.
+   */
+  async #ownState(): Promise<State | undefined> {
+    const state = await this.#state();
+    const { uplink } = this.#filter;
+    const other = state?.uplink;
+    if (other === undefined || other === uplink) return state;
+    const lost = !(await this.#linkNames()).includes(other);
+    if (lost || (await this.#families()).length === 0) return state;
+    throw new SnowflockError(
+      'E_STATE',
+      `the gateways of this host are on ${other}, not on ${uplink}: name that one (--uplink ${other}), ` +
+        `or take them away first (snowflock nat rm --uplink ${other})`,
+    );
   }
 
   #resolve(policy: NatPolicy, before: Resolved) {
@@ -336,11 +357,14 @@ export class NatHost {
       links.delete(family);
     }
     const linked: Linked[] = [];
+    // Also of families whose gateway is on the router: `explain` goes by them.
     const names: Record<string, string> = {};
-    for (const [family, parentHere] of [...wanted].sort(([a], [b]) => a - b)) {
+    for (const family of [...wanted.keys(), ...this.#localFamilies().keys()]) {
       const name = this.#nameOf(family) ?? elsewhere?.get(family) ?? state.names[family];
       if (name !== undefined) names[family] = name;
-      const policy = policyOf(state.policy, family, name);
+    }
+    for (const [family, parentHere] of [...wanted].sort(([a], [b]) => a - b)) {
+      const policy = policyOf(state.policy, family, names[family]);
       let slot = links.get(family);
       const fresh = slot === undefined;
       if (slot === undefined) {
@@ -364,7 +388,8 @@ export class NatHost {
       ...(this.#hostName !== undefined && { host: this.#hostName }),
       ...(elsewhere !== undefined && { elsewhere: [...elsewhere.keys()] }),
     };
-    await writeJson(this.#stateFile(), { ...state, ...told, names });
+    const { uplink } = this.#filter;
+    await writeJson(this.#stateFile(), { ...state, ...told, names, uplink });
     return [...wanted.keys()].sort((a, b) => a - b);
   }
 
@@ -450,28 +475,8 @@ export class NatHost {
     await nft(this.#netns, [{ delete: { table: { family: 'ip', name: HOST_TABLE } } }]);
   }
 
-  async #locked<T>(work: () => Promise<T>): Promise<T> {
-    mkdirSync(this.#runDir, { recursive: true });
-    const path = this.#runDir;
-    const fd = openSync(path, 'r'); // the folder itself, so that no file is left
-    try {
-      await new Promise<void>((resolve, reject) => {
-        // The lock belongs to the open file, which this process keeps.
-        const args = ['--exclusive', '--timeout', String(LOCK_LIMIT_S), '3'];
-        const child = spawn('flock', args, { stdio: ['ignore', 'ignore', 'ignore', fd] });
-        child.on('error', (error) =>
-          reject(new SnowflockError('E_REQUIREMENT', `cannot run flock(1): ${error.message}`)),
-        );
-        child.on('close', (code) =>
-          code === 0
-            ? resolve()
-            : reject(new SnowflockError('E_IN_USE', `another process changes gateways (${path})`)),
-        );
-      });
-      return await work();
-    } finally {
-      closeSync(fd);
-    }
+  #locked<T>(work: () => Promise<T>): Promise<T> {
+    return withLock(this.#runDir, work);
   }
 }
 

@@ -80,7 +80,11 @@ function toNative(vm: FilteredVm): NativeVm {
 export class NetbackFilter {
   readonly #filter: NativeFilter;
 
-  private constructor(filter: NativeFilter) {
+  private constructor(
+    filter: NativeFilter,
+    /** Its interface. */
+    readonly uplink: string,
+  ) {
     this.#filter = filter;
   }
 
@@ -92,7 +96,9 @@ export class NetbackFilter {
    */
   static async attach(options: { uplink: string }): Promise<NetbackFilter> {
     try {
-      return new NetbackFilter(await netback().attach(nativePath('netback.bpf.o'), options.uplink));
+      const object = nativePath('netback.bpf.o');
+      const filter = await netback().attach(object, options.uplink);
+      return new NetbackFilter(filter, options.uplink);
     } catch (error) {
       throw nativeError(error);
     }
@@ -105,7 +111,8 @@ export class NetbackFilter {
   static async open(options: { uplink: string }): Promise<NetbackFilter> {
     try {
       const object = nativePath('netback.bpf.o');
-      return new NetbackFilter(await netback().attach(object, options.uplink, true));
+      const filter = await netback().attach(object, options.uplink, true);
+      return new NetbackFilter(filter, options.uplink);
     } catch (error) {
       throw nativeError(error);
     }
