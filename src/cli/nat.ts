@@ -36,7 +36,7 @@ function routing({ router, host_name: self }: Pick<NatView, 'router' | 'host_nam
 
 function warn(failed: Record<string, string>): void {
   for (const [name, why] of Object.entries(failed)) {
-    note(`${name} cannot be resolved (${why}): it allows what it had before, or nothing`);
+    note(`${name}: ${why}; it allows what else it has or had before, or nothing`);
   }
 }
 
@@ -97,7 +97,9 @@ interface Known {
 async function known(options: ExplainOptions): Promise<Known> {
   if (options.file !== undefined) {
     const policy = loadPolicy(options.file);
-    const { resolved, failed } = await refresh(dnsNames(policy), {}, 0, Date.now());
+    const allowPrivate = policy.dns_private === true;
+    const now = { keepMs: 0, nowMs: Date.now(), allowPrivate };
+    const { resolved, failed } = await refresh(dnsNames(policy), {}, now);
     warn(failed);
     return { policy, resolved, names: {} };
   }
@@ -178,7 +180,10 @@ async function explainFlow(source: string, destination: string, options: Explain
       : Object.keys(resolved[to.host.toLowerCase()] ?? {}).slice(0, 1);
   const address = addresses[0];
   if (address === undefined) {
-    throw new SnowflockError('E_ARGUMENT', `${to.host} is no IPv4 address, and no rule names it`);
+    throw new SnowflockError(
+      'E_ARGUMENT',
+      `${to.host} is no IPv4 address, and no name that leads anywhere by a rule`,
+    );
   }
   const flow: Flow = {
     direction: inward ? 'in' : 'out',
@@ -204,8 +209,8 @@ its own; what no rule allows is refused and counted. Gateways and their state ar
 go on when the command has ended. With a daemon, sfld does this for its VMs (\`nat\` in host.json).
 
 Exit status: 0; of \`explain\` 1 for a flow that is refused; 2 an argument or policy that is wrong;
-4 no filter on the uplink; 5 no policy in force, or another process changes gateways for too long;
-16 the kernel or a command refused (the message says which).`,
+4 no filter on the uplink; 5 no policy in force, gateways on another uplink, or another process changes
+them for too long; 16 the kernel or a command refused (the message says which).`,
     );
   const command = (name: string, description: string): Command =>
     nat

@@ -49,6 +49,8 @@ import {
 export const NAT_RUN_DIR = '/run/snowflock';
 const LINK_BASE = ipNumber('100.86.0.0');
 const LINKS_MAX = 32_768;
+/** One gateway's share of the host's table of connections, so that a few cannot fill it. */
+const FLOWS_PART = 4;
 /** Linux' GSO_MAX_SEGS. */
 const SEGMENTS_MAX = 65_535;
 
@@ -69,6 +71,8 @@ export interface NatHostOptions {
    * what a daemon said, or those that the policy has by number.
    */
   elsewhere?: () => ReadonlyMap<number, string | undefined>;
+  /** Flows that one gateway's guests may have at once. Default: a quarter of the host's table. */
+  flowsMax?: number;
 }
 
 /** The policy in force. */
@@ -136,6 +140,7 @@ export class NatHost {
   readonly #nameOf: (family: number) => string | undefined;
   readonly #hostName: string | undefined;
   readonly #elsewhere: NatHostOptions['elsewhere'];
+  readonly #flowsMax: number | undefined;
 
   constructor(options: NatHostOptions) {
     this.#filter = options.filter;
@@ -146,6 +151,7 @@ export class NatHost {
     this.#nameOf = options.nameOf ?? (() => undefined);
     this.#hostName = options.hostName;
     this.#elsewhere = options.elsewhere;
+    this.#flowsMax = options.flowsMax;
   }
 
   namespaceOf(family: number): string {
@@ -153,8 +159,9 @@ export class NatHost {
   }
 
   /**
-   * Puts a policy in force for all families of this host. DNS names that cannot be resolved are in
-   * `failed`; they allow what they had before, or nothing. E_NETWORK, E_IO, E_IN_USE (lock).
+   * Puts a policy in force for all families of this host. DNS names that cannot be resolved, or not
+   * to all their addresses, are in `failed`; they allow what else they have or had, or nothing.
+   * E_NETWORK, E_IO, E_IN_USE (lock), E_STATE (gateways on another uplink).
    */
   apply(policy: NatPolicy): Promise<{ families: number[]; failed: Record<string, string> }> {
     return this.#locked(async () => {
@@ -262,8 +269,12 @@ export class NatHost {
   }
 
   #resolve(policy: NatPolicy, before: Resolved) {
-    const keepMs = (policy.dns_keep_s ?? 3600) * 1000;
-    return refresh(dnsNames(policy), before, keepMs, Date.now(), this.#resolver);
+    return refresh(dnsNames(policy), before, {
+      keepMs: (policy.dns_keep_s ?? 3600) * 1000,
+      nowMs: Date.now(),
+      allowPrivate: policy.dns_private === true,
+      resolver: this.#resolver,
+    });
   }
 
   /** Families with a VM on this host; true where the parent is one of them. */
@@ -461,7 +472,9 @@ export class NatHost {
     const present = await this.#table(this.#netns, HOST_TABLE);
     const guarded = present.some((it) => (it.chain as { name?: string })?.name === 'guard');
     const off = getSysctl(this.#netns, 'net/ipv4/ip_forward') === '0';
-    for (const one of hostTransactions(linked, guarded || off, present)) {
+    const all = getSysctl(this.#netns, 'net/netfilter/nf_conntrack_max');
+    const flowsMax = this.#flowsMax ?? Math.max(1, Math.floor(Number(all) / FLOWS_PART));
+    for (const one of hostTransactions(linked, { guard: guarded || off, flowsMax }, present)) {
       await nft(this.#netns, one);
     }
     if (off) setSysctl(this.#netns, 'net/ipv4/ip_forward', '1');

@@ -124,7 +124,7 @@ export class NetbackFilter {
    * one of them gets an identity, and one an interface.
    * @param replaces the VM that the interface is now and is no longer then
    * E_NOT_FOUND (interface), E_EXISTS (another interface has this identity, or this interface has
-   * another identity or another uplink's filter), E_IN_USE, E_ARGUMENT, E_BPF.
+   * another identity or the filter of another uplink that is there), E_IN_USE, E_ARGUMENT, E_BPF.
    */
   addVm(vm: FilteredVm, replaces?: Place): void {
     const identity = toNative(vm);
