@@ -11,6 +11,7 @@
 
 #include "common/fd.h"
 #include "kernel/netback/reasons.h"
+#include "netback/attached.h"
 #include "netback/link.h"
 #include "netback/lock.h"
 
@@ -345,38 +346,40 @@ Status NetbackFilter::CheckPlace(uint32_t ifindex, const Vm& vm) {
     // A claim of one who died before it had the interface; else it has gone already.
     bpf_map_delete_elem(by_wire_, &vm.wire_mac);
   }
+  return CheckPrograms(ifindex, vm.interface);
+}
+
+// That no program of anybody else's is in the filter's places on an interface.
+Status NetbackFilter::CheckPrograms(uint32_t ifindex, const std::string& name) const {
+  bpf_map_info stats = {};
+  uint32_t size = sizeof stats;
+  const int error = bpf_obj_get_info_by_fd(stats_, &stats, &size);
+  if (error != 0) return BpfError("look at map sf_stats", error);
+  Orphan orphan;
   for (const bpf_tc_attach_point point : {BPF_TC_INGRESS, BPF_TC_EGRESS}) {
     const uint32_t program = AttachedProgram(ifindex, point);
     if (program == 0) continue;
-    bool ours = false;
-    Status status = UsesOurMaps(program, &ours);
+    // All programs of a filter count in its sf_stats.
+    std::map<std::string, uint32_t> maps;
+    Status status = MapsOfProgram(program, &maps);
     if (!status.ok()) return status;
-    if (!ours) {
-      return Status::Error("E_EXISTS", vm.interface +
-                                           " belongs to the filter of another uplink, or another "
-                                           "program has the filter's place on it");
+    const auto found = maps.find("sf_stats");
+    const uint32_t id = found == maps.end() ? 0 : found->second;
+    if (id == stats.id || (orphan.left && id == orphan.stats)) continue;
+    if (point == BPF_TC_INGRESS) {
+      status = LeaveOrphan(program, ifindex, uplink_, &orphan);
+      if (!status.ok()) return status;
+      if (orphan.left) continue;
     }
+    if (!orphan.owner.empty()) {
+      return Status::Error("E_EXISTS", name + " belongs to the filter of " + orphan.owner +
+                                           "; take it away there first (snowflock net rm " +
+                                           orphan.owner + " " + name + ")");
+    }
+    return Status::Error("E_EXISTS", "another tc program has the filter's place on " + name +
+                                         "; see what it is (tc filter show dev " + name +
+                                         " ingress, and egress) and take it away");
   }
-  return Status::Ok();
-}
-
-// Whether a program counts in this filter's sf_stats, which all of its programs do.
-Status NetbackFilter::UsesOurMaps(uint32_t program_id, bool* ours) const {
-  *ours = false;
-  bpf_map_info stats = {};
-  uint32_t size = sizeof stats;
-  int error = bpf_obj_get_info_by_fd(stats_, &stats, &size);
-  if (error != 0) return BpfError("look at map sf_stats", error);
-  Fd program(bpf_prog_get_fd_by_id(program_id));
-  if (!program.valid()) return BpfError("open the program of an interface", errno);
-  std::array<uint32_t, 16> ids = {};
-  bpf_prog_info info = {};
-  info.nr_map_ids = ids.size();
-  info.map_ids = reinterpret_cast<uint64_t>(ids.data());
-  size = sizeof info;
-  error = bpf_obj_get_info_by_fd(program.get(), &info, &size);
-  if (error != 0) return BpfError("look at the program of an interface", error);
-  for (uint32_t i = 0; i < info.nr_map_ids && i < ids.size(); ++i) *ours |= ids[i] == stats.id;
   return Status::Ok();
 }
 

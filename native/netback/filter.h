@@ -62,7 +62,8 @@ class NetbackFilter {
   // Also sets the interface up. Again for an interface that is this VM's already: nothing changes
   // but the guest's MAC.
   // E_EXISTS: the wire MAC belongs to another interface, or the interface to another VM (but for
-  // the one named as `replaces`) or another uplink's filter. E_IN_USE, E_NOT_FOUND, E_ARGUMENT.
+  // the one named as `replaces`) or another uplink's filter, if that uplink is still there.
+  // E_IN_USE, E_NOT_FOUND, E_ARGUMENT.
   Status AddVm(const Vm& vm);
   // By name, which works after the interface has gone too; if it is there it is set down.
   // E_NOT_FOUND.
@@ -95,7 +96,7 @@ class NetbackFilter {
   Status Repair();
   Status AttachTap(uint32_t ifindex, const std::string& name);
   Status CheckPlace(uint32_t ifindex, const Vm& vm);
-  Status UsesOurMaps(uint32_t program_id, bool* ours) const;
+  Status CheckPrograms(uint32_t ifindex, const std::string& name) const;
   Status Ports(std::vector<netback_port>* out) const;
   Status DropPort(const netback_port& port);
 

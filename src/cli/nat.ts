@@ -36,7 +36,7 @@ function routing({ router, host_name: self }: Pick<NatView, 'router' | 'host_nam
 
 function warn(failed: Record<string, string>): void {
   for (const [name, why] of Object.entries(failed)) {
-    note(`${name} cannot be resolved (${why}): it allows what it had before, or nothing`);
+    note(`${name}: ${why}; it allows what else it has or had before, or nothing`);
   }
 }
 
@@ -71,8 +71,14 @@ function endpoint(text: string): { host: string; port: number } {
   return { host, port: Number(port) };
 }
 
+/** By number, by its root parent's name, or both. */
+interface Family {
+  number?: number;
+  name?: string;
+}
+
 interface ExplainOptions extends Uplink {
-  family?: number;
+  family?: Family;
   protocol: Flow['protocol'];
   file?: string;
 }
@@ -80,6 +86,8 @@ interface ExplainOptions extends Uplink {
 interface Known {
   policy: NatPolicy;
   resolved: Resolved;
+  /** By family number: names of root parents, as far as they are known. */
+  names: Record<string, string>;
   /** With the parent here or not; undefined where only a file is known. */
   families?: Map<number, boolean>;
   /** Another host that is the router. */
@@ -89,9 +97,11 @@ interface Known {
 async function known(options: ExplainOptions): Promise<Known> {
   if (options.file !== undefined) {
     const policy = loadPolicy(options.file);
-    const { resolved, failed } = await refresh(dnsNames(policy), {}, 0, Date.now());
+    const allowPrivate = policy.dns_private === true;
+    const now = { keepMs: 0, nowMs: Date.now(), allowPrivate };
+    const { resolved, failed } = await refresh(dnsNames(policy), {}, now);
     warn(failed);
-    return { policy, resolved };
+    return { policy, resolved, names: {} };
   }
   return await onHost(options, async (nat) => {
     const state = await nat.policy();
@@ -109,8 +119,22 @@ async function known(options: ExplainOptions): Promise<Known> {
   });
 }
 
+/** Those that are known here, in the order of their numbers, then those of which the policy has a name. */
+function familiesOf(policy: NatPolicy, names: Known['names'], here: readonly number[]): Family[] {
+  const keys = Object.keys(policy.families ?? {});
+  const listed = keys.filter((key) => /^\d+$/.test(key)).map(Number);
+  const numbers = new Set([...here, ...listed, ...Object.keys(names).map(Number)]);
+  const known = Object.values(names);
+  return [
+    ...[...numbers]
+      .sort((a, b) => a - b)
+      .map((number) => ({ number, ...(names[number] !== undefined && { name: names[number] }) })),
+    ...keys.filter((key) => !/^\d+$/.test(key) && !known.includes(key)).map((name) => ({ name })),
+  ];
+}
+
 async function explainFlow(source: string, destination: string, options: ExplainOptions) {
-  const { policy, resolved, families, router } = await known(options);
+  const { policy, resolved, names, families, router } = await known(options);
   const to = endpoint(destination);
   const inward = to.host === 'host';
   if (!isIPv4(source) || (!inward && vmidOfAddress(source) === undefined)) {
@@ -121,11 +145,21 @@ async function explainFlow(source: string, destination: string, options: Explain
   if ((protocol === 'icmp') !== (to.port === 0)) {
     throw new SnowflockError('E_ARGUMENT', 'TCP and UDP need a port (DST:PORT), ICMP has none');
   }
-  const byPort = Object.entries(policy.families ?? {})
-    .filter(([, it]) => it.inbound?.some((r) => r.port === to.port && r.protocol === protocol))
-    .map(([key]) => Number(key));
-  const only = inward ? byPort : [...(families?.keys() ?? [])];
-  const family = options.family ?? (only.length === 1 ? only[0] : undefined);
+  const all = familiesOf(policy, names, [...(families?.keys() ?? [])]);
+  const isHere = ({ number = -1 }: Family) => families?.get(number) === true;
+  const ruleOf = ({ number = -1, name }: Family) => policyOf(policy, number, name);
+  const byPort = all.filter((it) =>
+    ruleOf(it).inbound?.some((r) => r.port === to.port && r.protocol === protocol),
+  );
+  // Of several families with one name the first has the ports (ruleset.ts).
+  const only = inward
+    ? [byPort.find(isHere) ?? byPort[0]]
+    : all.filter(({ number = -1 }) => families?.has(number) === true);
+  const { family: asked } = options;
+  const [sole] = only.length === 1 ? only : [];
+  const isAsked = ({ number, name }: Family) =>
+    asked?.number === undefined ? name === asked?.name : number === asked.number;
+  const family = asked === undefined ? sole : (all.find(isAsked) ?? asked);
   if (family === undefined && !inward) {
     throw new SnowflockError('E_ARGUMENT', 'which family? --family names it (see `nat show`)');
   }
@@ -133,11 +167,11 @@ async function explainFlow(source: string, destination: string, options: Explain
     (all ?? []).map(({ address }) => address),
   );
   const context = {
-    policy: family === undefined ? {} : policyOf(policy, family),
+    policy: family === undefined ? {} : ruleOf(family),
     resolved,
     // Those of another host are not known here.
     hostAddresses: families === undefined || router !== undefined ? [] : hostAddresses,
-    parentHere: families === undefined || families.get(family ?? -1) === true,
+    parentHere: families === undefined || (family !== undefined && isHere(family)),
     ...(router !== undefined && { router }),
   };
   const addresses =
@@ -146,7 +180,10 @@ async function explainFlow(source: string, destination: string, options: Explain
       : Object.keys(resolved[to.host.toLowerCase()] ?? {}).slice(0, 1);
   const address = addresses[0];
   if (address === undefined) {
-    throw new SnowflockError('E_ARGUMENT', `${to.host} is no IPv4 address, and no rule names it`);
+    throw new SnowflockError(
+      'E_ARGUMENT',
+      `${to.host} is no IPv4 address, and no name that leads anywhere by a rule`,
+    );
   }
   const flow: Flow = {
     direction: inward ? 'in' : 'out',
@@ -155,7 +192,7 @@ async function explainFlow(source: string, destination: string, options: Explain
     protocol,
     port: to.port,
   };
-  return { family: family ?? null, ...flow, ...explain(flow, context) };
+  return { family: family?.number ?? null, ...flow, ...explain(flow, context) };
 }
 
 /** `snowflock nat`: the ways out of the isolated networks. No daemon is needed. */
@@ -172,8 +209,8 @@ its own; what no rule allows is refused and counted. Gateways and their state ar
 go on when the command has ended. With a daemon, sfld does this for its VMs (\`nat\` in host.json).
 
 Exit status: 0; of \`explain\` 1 for a flow that is refused; 2 an argument or policy that is wrong;
-4 no filter on the uplink; 5 no policy in force, or another process changes gateways for too long;
-16 the kernel or a command refused (the message says which).`,
+4 no filter on the uplink; 5 no policy in force, gateways on another uplink, or another process changes
+them for too long; 16 the kernel or a command refused (the message says which).`,
     );
   const command = (name: string, description: string): Command =>
     nat
@@ -222,11 +259,12 @@ Exit status: 0; of \`explain\` 1 for a flow that is refused; 2 an argument or po
   command('explain', 'say which rule decides about a flow, and why')
     .argument('<src>', "a guest's address; for `host:PORT` an address outside")
     .argument('<dst>', 'ADDRESS:PORT, NAME:PORT (a name of a rule), or host:PORT')
-    .option('--family <number>', 'of the guest', (text) => {
-      if (!/^\d+$/.test(text) || Number(text) > FAMILY_MAX) {
-        throw new InvalidArgumentError(`a number from 0 to ${FAMILY_MAX}`);
+    .option('--family <which>', "of the guest: its number, or its root parent's name", (text) => {
+      if (!/^\d+$/.test(text)) return { name: text };
+      if (Number(text) > FAMILY_MAX) {
+        throw new InvalidArgumentError(`numbers go from 0 to ${FAMILY_MAX}`);
       }
-      return Number(text);
+      return { number: Number(text) };
     })
     .option(
       '--protocol <name>',

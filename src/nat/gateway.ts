@@ -10,11 +10,11 @@
  * Invariants:
  *  - a gateway becomes a port of the filter last and stops being one first: what passes is filtered;
  *  - a half-made gateway (a process that was killed) is taken down and made anew;
- *  - one process at a time changes things: a lock on the folder.
+ *  - one process at a time changes things: a lock on a file that only root can open;
+ *  - all gateways of a host are ports of one uplink's filter; the policy's file says which.
  */
 
-import { spawn } from 'node:child_process';
-import { closeSync, mkdirSync, openSync, readFileSync } from 'node:fs';
+import { readFileSync } from 'node:fs';
 import { rm } from 'node:fs/promises';
 import { hostname } from 'node:os';
 import { join } from 'node:path';
@@ -23,6 +23,7 @@ import { readJson, writeJson } from '../common/files.js';
 import type { NetbackFilter } from '../netback-filter/filter.js';
 import type { GatewayMode } from '../netback-filter/policy.js';
 import { GATEWAY, ipNumber, ipText, MTU, VMID_GATEWAY, wireMac } from '../network/addresses.js';
+import { withLock } from './lock.js';
 import {
   command,
   getSysctl,
@@ -48,7 +49,11 @@ import {
 export const NAT_RUN_DIR = '/run/snowflock';
 const LINK_BASE = ipNumber('100.86.0.0');
 const LINKS_MAX = 32_768;
-const LOCK_LIMIT_S = 30;
+/**
+ * One gateway's share of the host's table of connections, so that a few cannot fill it. The kernel
+ * goes through all of a counter's flows up to once a tick, while new ones come: thus no larger.
+ */
+const FLOWS_PART = 16;
 /** Linux' GSO_MAX_SEGS. */
 const SEGMENTS_MAX = 65_535;
 
@@ -69,6 +74,8 @@ export interface NatHostOptions {
    * what a daemon said, or those that the policy has by number.
    */
   elsewhere?: () => ReadonlyMap<number, string | undefined>;
+  /** Flows that one gateway's guests may have at once. Default: a sixteenth of the host's table. */
+  flowsMax?: number;
 }
 
 /** The policy in force. */
@@ -81,6 +88,8 @@ interface State {
   /** As a daemon has told them: this host's name, families of other hosts. */
   host?: string;
   elsewhere?: number[];
+  /** Whose filter the gateways are ports of. */
+  uplink?: string;
 }
 
 export interface Counts {
@@ -134,6 +143,7 @@ export class NatHost {
   readonly #nameOf: (family: number) => string | undefined;
   readonly #hostName: string | undefined;
   readonly #elsewhere: NatHostOptions['elsewhere'];
+  readonly #flowsMax: number | undefined;
 
   constructor(options: NatHostOptions) {
     this.#filter = options.filter;
@@ -144,6 +154,7 @@ export class NatHost {
     this.#nameOf = options.nameOf ?? (() => undefined);
     this.#hostName = options.hostName;
     this.#elsewhere = options.elsewhere;
+    this.#flowsMax = options.flowsMax;
   }
 
   namespaceOf(family: number): string {
@@ -151,12 +162,13 @@ export class NatHost {
   }
 
   /**
-   * Puts a policy in force for all families of this host. DNS names that cannot be resolved are in
-   * `failed`; they allow what they had before, or nothing. E_NETWORK, E_IO, E_IN_USE (lock).
+   * Puts a policy in force for all families of this host. DNS names that cannot be resolved, or not
+   * to all their addresses, are in `failed`; they allow what else they have or had, or nothing.
+   * E_NETWORK, E_IO, E_IN_USE (lock), E_STATE (gateways on another uplink).
    */
   apply(policy: NatPolicy): Promise<{ families: number[]; failed: Record<string, string> }> {
     return this.#locked(async () => {
-      const before = await this.#state();
+      const before = await this.#ownState();
       const found = await this.#resolve(policy, before?.resolved ?? {});
       const { names = {}, host, elsewhere } = before ?? {};
       const told = { ...(host && { host }), ...(elsewhere && { elsewhere }) };
@@ -169,7 +181,7 @@ export class NatHost {
   /** Gateways for the families that have VMs here now, none for others. Nothing without a policy. */
   sync(): Promise<number[]> {
     return this.#locked(async () => {
-      const state = await this.#state();
+      const state = await this.#ownState();
       return state === undefined ? [] : await this.#sync(state);
     });
   }
@@ -177,7 +189,7 @@ export class NatHost {
   /** Asks for all DNS names again. What failed. */
   refresh(): Promise<Record<string, string>> {
     return this.#locked(async () => {
-      const state = await this.#state();
+      const state = await this.#ownState();
       if (state === undefined) return {};
       const { resolved, failed } = await this.#resolve(state.policy, state.resolved);
       await this.#sync({ ...state, resolved });
@@ -188,6 +200,7 @@ export class NatHost {
   /** Takes all gateways away, and the policy. */
   remove(): Promise<number[]> {
     return this.#locked(async () => {
+      await this.#ownState();
       const families = await this.#families();
       for (const family of families) await this.#takeDown(family);
       this.#filter.setGatewayMode('own');
@@ -198,13 +211,13 @@ export class NatHost {
   }
 
   /** The policy in force, or undefined. */
-  async policy(): Promise<Pick<State, 'policy' | 'resolved' | 'elsewhere'> | undefined> {
+  async policy(): Promise<Pick<State, 'policy' | 'resolved' | 'names' | 'elsewhere'> | undefined> {
     return await this.#state();
   }
 
   async view(): Promise<NatView> {
     const gateways: GatewayView[] = [];
-    const state = await this.#state();
+    const state = await this.#ownState();
     const part = state === undefined ? undefined : this.#part(state);
     for (const { family, slot } of await this.#links()) {
       const netns = this.#netnsOf(family);
@@ -240,9 +253,31 @@ export class NatHost {
     return { ...value, policy: parsePolicy(value.policy, file) };
   }
 
+  /**
+   * As long as there are gateways on another uplink: E_STATE. This filter does not know their VMs, and
+   * would have them taken down.
+   */
+  async #ownState(): Promise<State | undefined> {
+    const state = await this.#state();
+    const { uplink } = this.#filter;
+    const other = state?.uplink;
+    if (other === undefined || other === uplink) return state;
+    const lost = !(await this.#linkNames()).includes(other);
+    if (lost || (await this.#families()).length === 0) return state;
+    throw new SnowflockError(
+      'E_STATE',
+      `the gateways of this host are on ${other}, not on ${uplink}: name that one (--uplink ${other}), ` +
+        `or take them away first (snowflock nat rm --uplink ${other})`,
+    );
+  }
+
   #resolve(policy: NatPolicy, before: Resolved) {
-    const keepMs = (policy.dns_keep_s ?? 3600) * 1000;
-    return refresh(dnsNames(policy), before, keepMs, Date.now(), this.#resolver);
+    return refresh(dnsNames(policy), before, {
+      keepMs: (policy.dns_keep_s ?? 3600) * 1000,
+      nowMs: Date.now(),
+      allowPrivate: policy.dns_private === true,
+      resolver: this.#resolver,
+    });
   }
 
   /** Families with a VM on this host; true where the parent is one of them. */
@@ -336,11 +371,14 @@ export class NatHost {
       links.delete(family);
     }
     const linked: Linked[] = [];
+    // Also of families whose gateway is on the router: `explain` goes by them.
     const names: Record<string, string> = {};
-    for (const [family, parentHere] of [...wanted].sort(([a], [b]) => a - b)) {
+    for (const family of [...wanted.keys(), ...this.#localFamilies().keys()]) {
       const name = this.#nameOf(family) ?? elsewhere?.get(family) ?? state.names[family];
       if (name !== undefined) names[family] = name;
-      const policy = policyOf(state.policy, family, name);
+    }
+    for (const [family, parentHere] of [...wanted].sort(([a], [b]) => a - b)) {
+      const policy = policyOf(state.policy, family, names[family]);
       let slot = links.get(family);
       const fresh = slot === undefined;
       if (slot === undefined) {
@@ -364,7 +402,8 @@ export class NatHost {
       ...(this.#hostName !== undefined && { host: this.#hostName }),
       ...(elsewhere !== undefined && { elsewhere: [...elsewhere.keys()] }),
     };
-    await writeJson(this.#stateFile(), { ...state, ...told, names });
+    const { uplink } = this.#filter;
+    await writeJson(this.#stateFile(), { ...state, ...told, names, uplink });
     return [...wanted.keys()].sort((a, b) => a - b);
   }
 
@@ -436,7 +475,9 @@ export class NatHost {
     const present = await this.#table(this.#netns, HOST_TABLE);
     const guarded = present.some((it) => (it.chain as { name?: string })?.name === 'guard');
     const off = getSysctl(this.#netns, 'net/ipv4/ip_forward') === '0';
-    for (const one of hostTransactions(linked, guarded || off, present)) {
+    const all = getSysctl(this.#netns, 'net/netfilter/nf_conntrack_max');
+    const flowsMax = this.#flowsMax ?? Math.max(1, Math.floor(Number(all) / FLOWS_PART));
+    for (const one of hostTransactions(linked, { guard: guarded || off, flowsMax }, present)) {
       await nft(this.#netns, one);
     }
     if (off) setSysctl(this.#netns, 'net/ipv4/ip_forward', '1');
@@ -450,28 +491,8 @@ export class NatHost {
     await nft(this.#netns, [{ delete: { table: { family: 'ip', name: HOST_TABLE } } }]);
   }
 
-  async #locked<T>(work: () => Promise<T>): Promise<T> {
-    mkdirSync(this.#runDir, { recursive: true });
-    const path = this.#runDir;
-    const fd = openSync(path, 'r'); // the folder itself, so that no file is left
-    try {
-      await new Promise<void>((resolve, reject) => {
-        // The lock belongs to the open file, which this process keeps.
-        const args = ['--exclusive', '--timeout', String(LOCK_LIMIT_S), '3'];
-        const child = spawn('flock', args, { stdio: ['ignore', 'ignore', 'ignore', fd] });
-        child.on('error', (error) =>
-          reject(new SnowflockError('E_REQUIREMENT', `cannot run flock(1): ${error.message}`)),
-        );
-        child.on('close', (code) =>
-          code === 0
-            ? resolve()
-            : reject(new SnowflockError('E_IN_USE', `another process changes gateways (${path})`)),
-        );
-      });
-      return await work();
-    } finally {
-      closeSync(fd);
-    }
+  #locked<T>(work: () => Promise<T>): Promise<T> {
+    return withLock(this.#runDir, work);
   }
 }
 

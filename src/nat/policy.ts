@@ -101,6 +101,8 @@ export const NatPolicyFile = Type.Object(
     dns_refresh_s: Type.Optional(Type.Integer({ minimum: 5, maximum: 86_400 })),
     /** An address that a name no longer has stays allowed for so long. Default 3600. */
     dns_keep_s: Type.Optional(Type.Integer({ minimum: 0, maximum: 604_800 })),
+    /** Names of rules may lead to addresses of private networks too (resolve.ts). Default false. */
+    dns_private: Type.Optional(Type.Boolean()),
     /** Of families that `families` does not have. Absent: nothing is allowed. */
     default: Type.Optional(FamilyPolicy),
     /** By family number, or by the name of the root parent where a daemon knows it. */

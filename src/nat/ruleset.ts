@@ -439,10 +439,17 @@ export interface Linked {
   inbound: readonly { protocol: string; port: number }[];
 }
 
-/** The host's table; `links` in the order of family numbers. `guard`: forwarding was switched on for gateways, and is for them alone. */
+export interface HostRules {
+  /** Forwarding was switched on for gateways, and is for them alone. */
+  guard: boolean;
+  /** Each gateway may have so many flows of its guests in the host's table of connections. */
+  flowsMax: number;
+}
+
+/** The host's table; `links` in the order of family numbers. */
 export function hostTransactions(
   links: readonly Linked[],
-  guard: boolean,
+  { guard, flowsMax }: HostRules,
   present: readonly Json[],
 ): object[][] {
   const table = new Table(HOST_TABLE);
@@ -474,6 +481,12 @@ export function hostTransactions(
   }
   table.rule('postrouting', from(any), notTowards, { masquerade: null });
   table.rule('forward', from(any), towards(any), goTo('refuse-between'));
+  // The policy's limits are those of families; this one keeps a family from using up what the host
+  // and all families have together.
+  const flows = `flows-${flowsMax}`;
+  const many = meter(flows, meta('iifname'), { 'ct count': { val: flowsMax, inv: true } }, false);
+  table.lasting(flows, many, count(table.counter('over-flows')), goTo('refuse'));
+  table.rule('forward', from(any), begins, jump(flows));
   table.rule('forward', from(any), accept);
   table.rule('forward', towards(any), match(ct('state'), ['established', 'related'], 'in'), accept);
   table.rule('forward', towards(any), match(ct('status'), 'dnat', 'in'), accept);

@@ -80,7 +80,11 @@ function toNative(vm: FilteredVm): NativeVm {
 export class NetbackFilter {
   readonly #filter: NativeFilter;
 
-  private constructor(filter: NativeFilter) {
+  private constructor(
+    filter: NativeFilter,
+    /** Its interface. */
+    readonly uplink: string,
+  ) {
     this.#filter = filter;
   }
 
@@ -92,7 +96,9 @@ export class NetbackFilter {
    */
   static async attach(options: { uplink: string }): Promise<NetbackFilter> {
     try {
-      return new NetbackFilter(await netback().attach(nativePath('netback.bpf.o'), options.uplink));
+      const object = nativePath('netback.bpf.o');
+      const filter = await netback().attach(object, options.uplink);
+      return new NetbackFilter(filter, options.uplink);
     } catch (error) {
       throw nativeError(error);
     }
@@ -105,7 +111,8 @@ export class NetbackFilter {
   static async open(options: { uplink: string }): Promise<NetbackFilter> {
     try {
       const object = nativePath('netback.bpf.o');
-      return new NetbackFilter(await netback().attach(object, options.uplink, true));
+      const filter = await netback().attach(object, options.uplink, true);
+      return new NetbackFilter(filter, options.uplink);
     } catch (error) {
       throw nativeError(error);
     }
@@ -117,7 +124,7 @@ export class NetbackFilter {
    * one of them gets an identity, and one an interface.
    * @param replaces the VM that the interface is now and is no longer then
    * E_NOT_FOUND (interface), E_EXISTS (another interface has this identity, or this interface has
-   * another identity or another uplink's filter), E_IN_USE, E_ARGUMENT, E_BPF.
+   * another identity or the filter of another uplink that is there), E_IN_USE, E_ARGUMENT, E_BPF.
    */
   addVm(vm: FilteredVm, replaces?: Place): void {
     const identity = toNative(vm);

@@ -14,6 +14,7 @@ import { expectVm, fill, openDisk } from './bases.js';
 import { giveUp, serve } from './capture.js';
 import { Clones } from './clones.js';
 import { DataplaneSupervisor } from './dataplane.js';
+import { FamilyNumbers } from './family-numbers.js';
 import { noteEnd } from './fork.js';
 import { type Host, makeFolders } from './host.js';
 import { Leases } from './leases.js';
@@ -51,6 +52,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
   const lock = flockSync(join(config.stateDir, 'sfld.lock'), config.stateDir);
   const vms = await Store.open<VmRecord>(join(config.stateDir, 'vms'));
   const forks = await Store.open<ForkRecord>(join(config.stateDir, 'forks'));
+  const families = await FamilyNumbers.open(join(config.stateDir, 'families.json'), config.number);
   const cluster = new Cluster(config);
   const dataplane = new DataplaneSupervisor(
     {
@@ -86,6 +88,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
     resources: new Resources(config.resources),
     tickets: new TicketBook(),
     peers: new Peers([self, ...cluster.others().map((client) => new RemoteHost(client))]),
+    families,
     vms,
     forks,
     groups: new GroupReserve({ interfaceAddress: config.address }),

@@ -15,6 +15,7 @@ import type { GroupReserve } from '../mcdist/groups.js';
 import type { NetbackFilter } from '../netback-filter/filter.js';
 import type { TcpGuard } from '../network/tcp-guard.js';
 import type { DataplaneSupervisor } from './dataplane.js';
+import type { FamilyNumbers } from './family-numbers.js';
 import type { NatKeeper } from './nat.js';
 import type { Peers } from './peers.js';
 import type { ForkRecord, VmRecord } from './records.js';
@@ -50,6 +51,7 @@ export interface Host {
   readonly peers: Peers;
   /** Multicast groups of generations made here, listened to before they are used. */
   readonly groups: GroupReserve;
+  readonly families: FamilyNumbers;
   readonly vms: Store<VmRecord>;
   readonly forks: Store<ForkRecord>;
   readonly live: Map<string, LiveVm>;

@@ -145,7 +145,10 @@ export class NatKeeper {
               ? await this.#nat.refresh()
               : {};
         for (const [name, why] of Object.entries(failed)) {
-          this.#log.warn({ name, why }, 'a name in the NAT policy cannot be resolved');
+          this.#log.warn(
+            { name, why },
+            'a name in the NAT policy does not lead where it says, or nowhere',
+          );
         }
         if (this.#tell && router !== undefined && !isRouter) await this.#tellRouter(router);
         this.#tell = false;

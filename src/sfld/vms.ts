@@ -50,6 +50,8 @@ export interface RunRequest {
 /** Boots a VM, the first of a new family, and waits until its guest agent answers. */
 export async function runVm(host: Host, request: RunRequest): Promise<VmRecord> {
   const image = await findImage(host.config.imageDir, request.image);
+  const family = await host.families.take(new Set(host.vms.all().map((vm) => vm.family)));
+  // From here to the record nothing is awaited.
   if (host.vms.all().some((vm) => vm.name === request.name && vm.state !== 'ended')) {
     throw new SnowflockError('E_EXISTS', `a VM named ${request.name} exists`);
   }
@@ -66,7 +68,7 @@ export async function runVm(host: Host, request: RunRequest): Promise<VmRecord> 
       name: request.name,
       kind: 'parent',
       image: request.image,
-      family: newFamily(host),
+      family,
       family_host: host.config.name,
       vmid: 0,
       ram_bytes: request.ram_bytes,
@@ -478,13 +480,4 @@ export function findVm(host: Host, ref: string): LiveVm {
     throw new SnowflockError('E_NOT_FOUND', `no VM ${ref} on host ${host.config.name}`);
   }
   return liveVm(host, found.id);
-}
-
-/** Family ids are unique in the cluster: the host's number above, a random part below. */
-function newFamily(host: Host): number {
-  const taken = new Set(host.vms.all().map((vm) => vm.family));
-  for (;;) {
-    const family = (host.config.number << 14) | (randomBytes(2).readUInt16BE() & 0x3fff);
-    if (!taken.has(family)) return family;
-  }
 }

@@ -213,7 +213,9 @@ test('a flood is bounded before JavaScript; malformed packets are counted and ha
   await guest.receive(() => guest.frames.length >= 20);
   const answered = service.stats().offer ?? 0;
   expect(answered).toBeLessThan(100);
-  expect(host.stats()).toMatchObject({ dhcp_to_host: 2002, guest_malformed_ip: 2 });
+  await expect
+    .poll(() => host.stats(), { timeout: 10_000 })
+    .toMatchObject({ dhcp_to_host: 2002, guest_malformed_ip: 2 });
 });
 
 test('the service ends with its interface', async () => {

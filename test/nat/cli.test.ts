@@ -6,7 +6,7 @@ import { join } from 'node:path';
 import { pino } from 'pino';
 import { afterEach, beforeEach, expect, test } from 'vitest';
 import { projectRoot } from '../../src/common/native.js';
-import type { NatView } from '../../src/nat/gateway.js';
+import { NAT_RUN_DIR, type NatView } from '../../src/nat/gateway.js';
 import { NatKeeper } from '../../src/sfld/nat.js';
 import { NatLab, OTHERS, SERVER } from './lab.js';
 
@@ -107,7 +107,9 @@ test('net detach takes gateways with it: without the filter nothing else could',
 
 test('the daemon: a gateway comes with the first VM of a family and goes with the last', async () => {
   await lab.serve(80);
-  const { filter, ...place } = lab.place();
+  const { filter, ...inLab } = lab.place();
+  const place = { ...inLab, runDir: NAT_RUN_DIR }; // where the command looks
+  lab.nat = lab.newNat(0, place);
   const log = pino({ level: 'silent' });
   const families = {
     web: { ...POLICY.default, inbound: [{ name: 'in', protocol: 'tcp', port: 99 }] },
@@ -130,8 +132,29 @@ test('the daemon: a gateway comes with the first VM of a family and goes with th
   expect([await connect(named), await connect(other)]).toEqual(['ok', 'ECONNREFUSED']);
 
   // Another process does not know the names, and does as the daemon did.
-  await lab.newNat().sync();
+  await lab.newNat(0, place).sync();
   expect([await connect(named), await connect(other)]).toEqual(['ok', 'ECONNREFUSED']);
+
+  // `explain` says the same.
+  const explained = (from: string, to: string, ...more: string[]) => {
+    const { stdout, stderr } = snowflock('nat', 'explain', from, to, '--json', ...more);
+    if (stdout === '') throw new Error(stderr);
+    const { family, verdict, counter } = JSON.parse(stdout) as Record<string, unknown>;
+    return { family, verdict, counter };
+  };
+  const allowed = { family: 7, verdict: 'allow', counter: 'allow-web' };
+  const web = `${SERVER}:80`;
+  expect(explained('10.86.0.2', web, '--family', '7')).toEqual(allowed);
+  expect(explained('10.86.0.2', web, '--family', 'web')).toEqual(allowed);
+  const refused = { family: 8, verdict: 'refuse', counter: 'refused-outbound' };
+  expect(explained('10.86.0.2', web, '--family', '8')).toEqual(refused);
+  const into = { family: 7, verdict: 'allow', counter: 'inbound-in' };
+  expect(explained(OTHERS[0] ?? '', 'host:99')).toEqual(into);
+  // Of a file the names are known and no numbers.
+  const byFile = explained('10.86.0.2', web, '--family', 'web', '--file', file);
+  expect(byFile).toEqual({ ...allowed, family: null });
+  const portOfFile = explained(OTHERS[0] ?? '', 'host:99', '--file', file);
+  expect(portOfFile).toEqual({ ...into, family: null });
 
   filter.removeVm(named.tap);
   keeper.changed();

@@ -88,7 +88,7 @@ test('explain says what the kernel does, of flows in both directions', async () 
       })),
     };
     const policy: FamilyPolicy = round === 0 ? FIRST : generated;
-    await lab.apply({ families: { 7: policy } });
+    await lab.apply({ dns_private: true, families: { 7: policy } });
     const state = await lab.nat.policy();
     const context = {
       policy,

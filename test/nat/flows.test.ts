@@ -32,7 +32,8 @@ test('a stream runs through changes of the policy, of limits and of names withou
     address = i % 2 === 0 ? SERVER : '192.0.2.1';
     const named = { name: 'named', protocol: 'tcp', to: ['web.test'] };
     const limits = i % 2 === 0 ? {} : { per_clone: { bytes_per_s: 1e9, connections: 1000 + i } };
-    await lab.apply({ default: { allow: [...others(i), ...ALLOW, named], ...limits } });
+    const changed = { allow: [...others(i), ...ALLOW, named], ...limits };
+    await lab.apply({ dns_private: true, default: changed });
     await lab.nat.refresh();
     // It goes on after each of them.
     const after = await passed();

@@ -96,6 +96,39 @@ test('limits of connections hold: so many at once, and one that ends makes room'
   expect([await hold(one, 'k'), await hold(one, 'l')]).toEqual(['ok', 'ECONNREFUSED']);
 });
 
+test("no family uses up the host's own table of connections, whatever its policy", async () => {
+  lab = await NatLab.create();
+  const [one, two, other] = [lab.guest(7, 1), lab.guest(7, 2), lab.guest(8, 1)];
+  await lab.serve(80);
+  const apply = (flowsMax?: number) => {
+    lab.nat = lab.newNat(0, flowsMax === undefined ? {} : { flowsMax });
+    return lab.apply({ default: { allow: ALLOW } });
+  };
+  await apply(3);
+  const hold = async (guest: typeof one, name: string) =>
+    (await lab.peers.ask(guest.netns, 'hold', { name, to: SERVER, port: 80 })).outcome;
+  const held = [await hold(one, 'a'), await hold(two, 'b'), await hold(one, 'c')];
+  expect(held).toEqual(['ok', 'ok', 'ok']);
+  const over = async () => (await lab.nat.view()).host['over-flows']?.packets;
+  expect(await over()).toBe(0);
+  expect([await hold(one, 'd'), await hold(two, 'e')]).toEqual(['ECONNREFUSED', 'ECONNREFUSED']);
+  expect(await over()).toBe(2);
+  expect(await hold(other, 'f')).toBe('ok'); // each has its own share
+  // Flows that there are go on, and count on when the rules are made again.
+  expect((await lab.peers.ask(one.netns, 'say', { name: 'a' })).outcome).toBe('ok');
+  await apply(3);
+  expect(await hold(one, 'g')).toBe('ECONNREFUSED');
+
+  // Without a word about it: a sixteenth of the table.
+  await apply();
+  expect(await hold(one, 'h')).toBe('ok');
+  const { netns } = lab.host;
+  const all = Number(netns.exec('cat', '/proc/sys/net/netfilter/nf_conntrack_max'));
+  const rules = netns.exec('nft', 'list', 'table', 'ip', 'snowflock_nat');
+  expect(rules).toContain(`ct count over ${Math.floor(all / 16)} `);
+  expect(rules).not.toContain('ct count over 3 ');
+});
+
 test.each(['clone', 'family'])('new connections of a %s in a second are limited', async (who) => {
   lab = await NatLab.create();
   const guests = [lab.guest(7, 1), ...(who === 'family' ? [lab.guest(7, 2)] : [])];

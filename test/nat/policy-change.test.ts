@@ -128,7 +128,10 @@ test('a DNS name allows what it resolves to, and for a while what it had', async
   const { netns } = lab.guest(7, 1);
   await lab.serve(80);
   const to = ['WEB.test', 'gone.test'];
-  const policy = { default: { allow: [{ name: 'web', protocol: 'tcp', to, ports: [80] }] } };
+  const policy = {
+    dns_private: true, // SERVER
+    default: { allow: [{ name: 'web', protocol: 'tcp', to, ports: [80] }] },
+  };
   const connect = async (address: string | undefined) =>
     (await lab.peers.ask(netns, 'tcp', { to: address, port: 80 })).outcome;
   expect(await lab.apply(policy)).toEqual({ families: [7], failed: { 'gone.test': 'ENOTFOUND' } });
@@ -148,6 +151,35 @@ test('a DNS name allows what it resolves to, and for a while what it had', async
   await lab.nat.refresh();
   expect(await connect(SERVER)).toBe('ok');
   expect(await connect(OTHERS[0])).toBe('ECONNREFUSED');
+});
+
+test('whoever owns an allowed name cannot open the private network to guests with it', async () => {
+  const names = new Map([['web.test', [OTHERS[0] ?? '']]]);
+  lab = await NatLab.create((name) => Promise.resolve(names.get(name) ?? []));
+  const { netns } = lab.guest(7, 1);
+  await lab.serve(80);
+  const policy = {
+    default: { allow: [{ name: 'web', protocol: 'tcp', to: ['web.test'], ports: [80] }] },
+  };
+  const connect = async (address = '') =>
+    (await lab.peers.ask(netns, 'tcp', { to: address, port: 80 })).outcome;
+  expect((await lab.apply(policy)).failed).toEqual({});
+  expect(await connect(OTHERS[0])).toBe('ok');
+
+  names.set('web.test', [SERVER, '169.254.169.254', OTHERS[1] ?? '']);
+  const failed = await lab.nat.refresh();
+  expect(failed['web.test']).toContain(`(dns_private would allow them) left out: ${SERVER}`);
+  expect(failed['web.test']).toContain('no name may lead to left out: 169.254.169.254');
+  expect(await connect(SERVER)).toBe('ECONNREFUSED');
+  expect(await connect(OTHERS[1])).toBe('ok');
+
+  // What was allowed before does not stay when it no longer is.
+  expect((await lab.apply({ ...policy, dns_private: true })).failed['web.test']).not.toContain(
+    SERVER,
+  );
+  expect(await connect(SERVER)).toBe('ok');
+  await lab.apply(policy);
+  expect(await connect(SERVER)).toBe('ECONNREFUSED');
 });
 
 test('a family without VMs here has no gateway; with the last one nothing is left', async () => {

@@ -9,7 +9,7 @@ import { createInterface, type Interface } from 'node:readline';
 import { afterEach, beforeEach, expect, test } from 'vitest';
 import { projectRoot } from '../../src/common/native.js';
 import { NetbackFilter } from '../../src/netback-filter/filter.js';
-import { type Host, Lab } from './lab.js';
+import { Guest, type Host, Lab } from './lab.js';
 
 const FAMILY = 5;
 const CLAIMERS = 3;
@@ -128,7 +128,10 @@ test('one interface cannot be in the filters of two uplinks', async () => {
     host.netns.do(() => {
       host.attached.addVm({ tap, family: FAMILY, vmid: 1 });
       expect(() => other.addVm({ tap, family: FAMILY, vmid: 1 })).toThrow(
-        expect.objectContaining({ code: 'E_EXISTS', message: expect.stringContaining(tap) }),
+        expect.objectContaining({
+          code: 'E_EXISTS',
+          message: expect.stringContaining(`net rm eth0 ${tap}`),
+        }),
       );
       host.attached.removeVm(tap);
       other.addVm({ tap, family: FAMILY, vmid: 1 });
@@ -136,6 +139,51 @@ test('one interface cannot be in the filters of two uplinks', async () => {
     });
   } finally {
     other.close();
+  }
+});
+
+test.each([
+  ['whose uplink has gone', 'ip link del eth1'],
+  ['taken off its uplink by hand', 'tc qdisc del dev eth1 clsact'],
+])('interfaces of a filter %s can go to one that lives, and leave the old one', async (_, end) => {
+  host.netns.exec(...'ip link add eth1 address 02:00:00:00:05:03 type veth'.split(' '));
+  const old = await host.netns.do(() => NetbackFilter.attach({ uplink: 'eth1' }));
+  const open: { close(): void }[] = [old];
+  try {
+    const [stays, goes] = [0, 1].map((vmid) => {
+      const identity = { family: FAMILY, vmid };
+      const tap = lab.interfaceName();
+      const guest = new Guest(host, tap, identity, host.tap(tap));
+      open.unshift(guest);
+      host.netns.do(() => old.addVm({ tap, ...identity }));
+      return guest;
+    }) as [Guest, Guest];
+    stays.send(stays.frameTo(goes, 'before'));
+    await goes.receive((it) => it.includes('before'));
+
+    host.netns.exec(...end.split(' '));
+    const byHand = end.startsWith('tc');
+    const filter = byHand
+      ? await host.netns.do(() => NetbackFilter.attach({ uplink: 'eth1' }))
+      : host.attached;
+    if (byHand) open.push(filter);
+    // Another family now: who is in the old filter still must not reach it there.
+    host.netns.do(() => filter.addVm({ tap: goes.tap, family: FAMILY + 1, vmid: 1 }));
+    const { guest_no_such_vm: before = 0, guest_to_wire: wire = 0 } = old.stats();
+    stays.send(stays.frameTo(goes, 'after'));
+    const unknown = () => {
+      const { guest_no_such_vm: now = 0, guest_to_wire: out = 0 } = old.stats();
+      return now + out - before - wire;
+    };
+    await expect.poll(unknown, { timeout: 10_000 }).toBe(1);
+    expect(goes.frames.filter((it) => it.includes('after'))).toEqual([]);
+    // The new one's alone: what it sends is counted there.
+    goes.send(goes.frameTo(stays, 'to another family'));
+    const foreign = () => filter.stats().guest_foreign_family ?? 0;
+    await expect.poll(foreign, { timeout: 10_000 }).toBe(1);
+    host.netns.do(() => filter.removeVm(goes.tap));
+  } finally {
+    for (const one of open) one.close();
   }
 });
 

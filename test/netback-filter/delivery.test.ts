@@ -86,8 +86,10 @@ test('ARP for the own address is met with silence: probes and announcements', as
   );
   parent.send(parent.frameTo(sibling, 'after the probes'));
   await sibling.receive((it) => it.includes('after the probes'));
+  await expect
+    .poll(() => gained(before, lab.host(0).stats()), { timeout: 10_000 })
+    .toEqual({ arp_own_address: 2, guest_to_local: 1 });
   expect(sibling.frames).toHaveLength(1);
-  expect(gained(before, lab.host(0).stats())).toEqual({ arp_own_address: 2, guest_to_local: 1 });
 });
 
 test('fragments pass, also those without ports', async () => {

@@ -98,8 +98,10 @@ test('a new identity for a tap replaces the old one at once', async () => {
     peer.frameTo({ wireMac: now[0], ip: now[1] }, 'to the new one'),
   );
   await before.receive((it) => it.includes('to the new one'));
+  await expect
+    .poll(() => host.stats(), { timeout: 10_000 })
+    .toMatchObject({ guest_source_ip: 1, guest_to_local: 1, guest_to_wire: 1 });
   expect(before.frames).toHaveLength(1);
-  expect(host.stats()).toMatchObject({ guest_source_ip: 1, guest_to_local: 1, guest_to_wire: 1 });
   expect(
     host.attached
       .vms()
