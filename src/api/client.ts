@@ -1,12 +1,19 @@
 import { type ClientRequest, request as httpRequest } from 'node:http';
 import type { Duplex } from 'node:stream';
 import { asSnowflockError, isErrorCode, SnowflockError } from '../common/errors.js';
+import type { DhcpCounters } from '../dhcp/counters.js';
 import type { DisjointRegions, Region } from '../sfld/disjoint.js';
 import type { ReplicaSummary, VmCounters, VmSummary } from '../sfld/peers.js';
-import type { Addressing, CloneResult, Disjoint, ShownFork as ForkRecord } from '../sfld/records.js';
+import type {
+  Addressing,
+  CloneResult,
+  Disjoint,
+  ShownFork as ForkRecord,
+} from '../sfld/records.js';
 
 export type {
   CloneResult,
+  DhcpCounters,
   Disjoint,
   DisjointRegions,
   ForkRecord,
@@ -32,7 +39,7 @@ export class SnowflockClient {
     this.#socket = socket;
   }
 
-  host(): Promise<{ name: string; hosts: string[]; driver: string }> {
+  host(): Promise<{ name: string; hosts: string[]; driver: string; dhcp: DhcpCounters }> {
     return this.#call('GET', '/v1/host');
   }
 
