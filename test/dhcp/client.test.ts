@@ -41,7 +41,9 @@ function serve(host: Host, tap: string, vmid: number, relay = false) {
         onEvent: (event, state) => {
           events.push(event);
           const step = state === undefined ? event : `${event} ${state}`;
-          if (steps.at(-1) !== step) steps.push(step);
+          // It repeats a renewal to the server alone as one to all.
+          const repeated = step === steps.at(-1) || steps.at(-1) === `${event} renewing`;
+          if (state !== 'rebinding' ? step !== steps.at(-1) : !repeated) steps.push(step);
           changed();
         },
       }),
@@ -156,7 +158,7 @@ test('udhcpc renews by unicast, gives up its address at the NAK after a fork, an
   lab.onDestroy(() => wire.process.kill('SIGKILL'));
   const script = '#!/bin/sh\n[ -z "$ip" ] || ip address replace "$ip/$mask" dev "$interface"\n';
   await withScript(script, async (path) => {
-    const words = `netns exec ${guest.netns.name} busybox udhcpc -i eth0 -f -R -t 5 -T 1 -s ${path}`;
+    const words = `netns exec ${guest.netns.name} busybox udhcpc -i eth0 -f -R -t 5 -T 10 -s ${path}`;
     const client = spawn('ip', words.split(' '), {
       stdio: ['ignore', 'ignore', 'pipe'],
     });
