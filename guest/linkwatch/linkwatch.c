@@ -29,7 +29,9 @@ static bool ask(int link, unsigned interface) {
     struct nlmsghdr head;
     struct ifinfomsg info;
   } request = {
-      .head = {.nlmsg_len = sizeof request, .nlmsg_type = RTM_GETLINK, .nlmsg_flags = NLM_F_REQUEST},
+      .head = {.nlmsg_len = sizeof request,
+               .nlmsg_type = RTM_GETLINK,
+               .nlmsg_flags = NLM_F_REQUEST},
       .info = {.ifi_family = AF_UNSPEC, .ifi_index = (int)interface},
   };
   return send(link, &request, sizeof request, 0) == sizeof request;

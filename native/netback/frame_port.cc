@@ -169,8 +169,8 @@ class FramePort : public Napi::ObjectWrap<FramePort> {
   Napi::Value Lost(const Napi::CallbackInfo& info) {
     tpacket_stats stats = {};
     socklen_t size = sizeof stats;
-    const bool known = handles_ != nullptr && ::getsockopt(fd_.get(), SOL_PACKET, PACKET_STATISTICS,
-                                                           &stats, &size) == 0;
+    const bool known = handles_ != nullptr &&
+                       ::getsockopt(fd_.get(), SOL_PACKET, PACKET_STATISTICS, &stats, &size) == 0;
     return Napi::Number::New(info.Env(), known ? stats.tp_drops : 0);
   }
 
