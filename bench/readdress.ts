@@ -112,6 +112,20 @@ const bench: Bench = {
         }
         return { clone, fork: made, runningAt: askedAt + clone.running_ms };
       };
+      /** With what there is to find out why. */
+      const late = async (vm: string, text: string) => {
+        const dhcp = await client.counters(vm).then(
+          (counters) => JSON.stringify(counters.dhcp),
+          (error: unknown) => String(error),
+        );
+        const said = daemons.map(
+          ({ host, logPath }) => `${host.name}: ${readFileSync(logPath, 'utf8').slice(-2000)}`,
+        );
+        return new SnowflockError(
+          'E_TIMEOUT',
+          `${vm} said only: ${text.slice(-500)}\nits DHCP server: ${dhcp}\n${said.join('\n')}`,
+        );
+      };
       /** Milliseconds after `since` at which each text was there. */
       const said = async (vm: string, since: number, ...texts: string[]): Promise<number[]> => {
         const file = consoleOf(daemons, vm);
@@ -121,9 +135,7 @@ const bench: Bench = {
           const text = readFileSync(file, 'latin1');
           const now = performance.now() - since;
           for (const one of texts) if (!at.has(one) && text.includes(one)) at.set(one, now);
-          if (now > LIMIT_MS) {
-            throw new SnowflockError('E_TIMEOUT', `${vm} said only: ${text.slice(-500)}`);
-          }
+          if (now > LIMIT_MS) throw await late(vm, text);
           await sleep(LOOK_EVERY_MS);
         }
         return texts.map((text) => at.get(text) ?? Number.NaN);
@@ -134,7 +146,7 @@ const bench: Bench = {
         const { fork: now } = await client.fork(peers);
         if (now.clones.every((one) => one.reply_ms !== null)) break;
         if (performance.now() - began > LIMIT_MS) {
-          throw new SnowflockError('E_TIMEOUT', 'the peer took no address');
+          throw await late(peer.vm, readFileSync(consoleOf(daemons, peer.vm), 'latin1'));
         }
       }
       await shell(client, peer.vm, guest.listen);

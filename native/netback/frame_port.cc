@@ -27,6 +27,7 @@ class FramePort : public Napi::ObjectWrap<FramePort> {
     exports.Set("FramePort", DefineClass(env, "FramePort",
                                          {
                                              InstanceMethod("send", &FramePort::Send),
+                                             InstanceMethod("lost", &FramePort::Lost),
                                              InstanceMethod("close", &FramePort::Close),
                                          }));
   }
@@ -161,6 +162,16 @@ class FramePort : public Napi::ObjectWrap<FramePort> {
       throw js_error(env, Status::Errno("E_NETWORK", "send a frame"));
     }
     return Napi::Boolean::New(env, sent >= 0);
+  }
+
+  // Frames that a packet socket's full buffer lost since the last call; the kernel's count begins
+  // anew with each look at it (packet(7), PACKET_STATISTICS).
+  Napi::Value Lost(const Napi::CallbackInfo& info) {
+    tpacket_stats stats = {};
+    socklen_t size = sizeof stats;
+    const bool known = handles_ != nullptr &&
+                       ::getsockopt(fd_.get(), SOL_PACKET, PACKET_STATISTICS, &stats, &size) == 0;
+    return Napi::Number::New(info.Env(), known ? stats.tp_drops : 0);
   }
 
   void Close(const Napi::CallbackInfo&) { Shut(); }

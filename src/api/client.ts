@@ -1,6 +1,7 @@
 import { type ClientRequest, request as httpRequest } from 'node:http';
 import type { Duplex } from 'node:stream';
 import { asSnowflockError, isErrorCode, SnowflockError } from '../common/errors.js';
+import type { DhcpCounters } from '../dhcp/counters.js';
 import type { DisjointRegions, Region } from '../sfld/disjoint.js';
 import type { ReplicaSummary, VmCounters, VmSummary } from '../sfld/peers.js';
 import type {
@@ -12,6 +13,7 @@ import type {
 
 export type {
   CloneResult,
+  DhcpCounters,
   Disjoint,
   DisjointRegions,
   ForkRecord,
@@ -42,6 +44,7 @@ export class SnowflockClient {
     name: string;
     hosts: string[];
     driver: string;
+    dhcp: DhcpCounters;
     groups: { listening: number; used: number; busy: number; failures: number };
   }> {
     return this.#call('GET', '/v1/host');

@@ -42,6 +42,7 @@ import {
   u32,
 } from '../../packages/dhcp-packet/src/index.js';
 import { BROADCAST, GATEWAY, MTU, macBytes, NETMASK } from '../network/addresses.js';
+import type { DropReason } from './counters.js';
 
 /** What the server tells its VM. */
 export interface DhcpIdentity {
@@ -73,7 +74,8 @@ export type ClientState = 'selecting' | 'init-reboot' | 'renewing' | 'rebinding'
 /** What became of a packet. `clientState` of a REQUEST that was answered. */
 export type DhcpOutcome =
   | { kind: 'offer' | 'ack' | 'nak'; reply: DhcpReply; clientState?: ClientState }
-  | { kind: 'released' | 'declined' | 'ignored' };
+  | { kind: 'released' | 'declined' }
+  | { kind: 'ignored'; reason: DropReason };
 
 export interface DhcpReply {
   bytes: Uint8Array;
@@ -104,6 +106,8 @@ const RELAY_PORT = 67;
 /** RFC 2132, 9.10. */
 const MIN_MAX_MESSAGE_BYTES = 576;
 const IP_AND_UDP_BYTES = 28;
+
+const ignored = (reason: DropReason): DhcpOutcome => ({ kind: 'ignored', reason });
 
 export class DhcpMachine {
   #identity: DhcpIdentity;
@@ -142,14 +146,14 @@ export class DhcpMachine {
    */
   handle(packet: DhcpPacket, nowMs: number, unicast = false): DhcpOutcome {
     const { options } = packet;
+    if (packet.giaddr !== NONE && !this.#relay) return ignored('relayed');
     if (
       packet.op !== 1 ||
-      (packet.giaddr !== NONE && !this.#relay) ||
       packet.hardwareType !== ETHERNET ||
       packet.hardwareAddress.length !== 6 ||
       !this.#isGuest(packet.hardwareAddress)
     ) {
-      return { kind: 'ignored' };
+      return ignored('not_guest');
     }
     const server = readAddress(options, Option.SERVER_ID);
     const requested = readAddress(options, Option.REQUESTED_ADDRESS);
@@ -159,10 +163,10 @@ export class DhcpMachine {
         if (this.state(nowMs) !== 'bound') this.#state = 'offered';
         return { kind: 'offer', reply: this.#reply(packet, MessageType.OFFER) };
       case MessageType.REQUEST: {
-        if (server !== undefined && server !== GATEWAY) return { kind: 'ignored' };
+        if (server !== undefined && server !== GATEWAY) return ignored('other_server');
         // Renewing and rebinding clients say in ciaddr what the others say in option 50.
         const wanted = requested ?? packet.ciaddr;
-        if (wanted === NONE) return { kind: 'ignored' };
+        if (wanted === NONE) return ignored('no_address');
         const clientState = clientStateOf(packet, unicast);
         if (wanted !== address || (packet.ciaddr !== NONE && packet.ciaddr !== address)) {
           return { kind: 'nak', reply: this.#nak(packet, wanted), clientState };
@@ -172,18 +176,20 @@ export class DhcpMachine {
         return { kind: 'ack', reply: this.#reply(packet, MessageType.ACK), clientState };
       }
       case MessageType.INFORM:
-        if (packet.ciaddr !== address) return { kind: 'ignored' };
+        if (packet.ciaddr !== address) return ignored('other_address');
         return { kind: 'ack', reply: this.#reply(packet, MessageType.ACK, false) };
       case MessageType.DECLINE:
-        if (server !== GATEWAY || requested !== address) return { kind: 'ignored' };
+        if (server !== GATEWAY) return ignored('other_server');
+        if (requested !== address) return ignored('other_address');
         this.#state = 'declined';
         return { kind: 'declined' };
       case MessageType.RELEASE:
-        if (server !== GATEWAY || packet.ciaddr !== address) return { kind: 'ignored' };
+        if (server !== GATEWAY) return ignored('other_server');
+        if (packet.ciaddr !== address) return ignored('other_address');
         this.#state = 'released';
         return { kind: 'released' };
       default:
-        return { kind: 'ignored' };
+        return ignored('no_type');
     }
   }
 

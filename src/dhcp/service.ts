@@ -1,14 +1,28 @@
-import { DhcpPacketError, decode } from '../../packages/dhcp-packet/src/index.js';
+import {
+  type DhcpPacket,
+  DhcpPacketError,
+  decode,
+  Option,
+  readU8,
+} from '../../packages/dhcp-packet/src/index.js';
 import { SnowflockError } from '../common/errors.js';
 import { GATEWAY, macBytes, VMID_GATEWAY, wireMac } from '../network/addresses.js';
 import { FramePort } from '../network/frame-port.js';
 import { native, netback } from '../network/native.js';
+import {
+  type DhcpCounters,
+  type DropReason,
+  newCounters,
+  type ReceivedType,
+  receivedType,
+} from './counters.js';
 import { parseClientFrame, serverFrame } from './frame.js';
 import {
   type ClientState,
   type DhcpIdentity,
   DhcpMachine,
   type DhcpOutcome,
+  type DhcpReply,
   type DhcpState,
 } from './server.js';
 
@@ -22,6 +36,14 @@ const keyOf = (hardwareAddress: Uint8Array) => String.fromCharCode(...hardwareAd
 
 export type DhcpEvent = DhcpOutcome['kind'] | 'malformed' | 'lost';
 
+/** What became of a packet, and what it was. */
+interface Handled {
+  event: DhcpEvent;
+  clientState?: ClientState | undefined;
+  type?: ReceivedType | undefined;
+  dropped?: DropReason;
+}
+
 export interface DhcpServiceOptions {
   /** Name of the VM's interface, in this process's network namespace. */
   tap: string;
@@ -30,6 +52,8 @@ export interface DhcpServiceOptions {
   identity: DhcpIdentity;
   /** Answer relayed packets, which come from the relay's MAC address. For tests. Default false. */
   relay?: boolean;
+  /** Counted in as well, beside the service's own counters: those of all VMs of a host. */
+  totals?: DhcpCounters;
   /** For benches: VMs that are asked for through relays, and as many packets as there are. */
   load?: { others: readonly DhcpIdentity[]; receiveBytes: number };
   /** After each packet (its answer is out): what became of it, and the state of a REQUEST. */
@@ -52,13 +76,16 @@ export class DhcpService {
   readonly #port: FramePort;
   readonly #options: DhcpServiceOptions;
   readonly #counts = new Map<DhcpEvent, number>();
+  readonly #counters: readonly DhcpCounters[];
+  readonly #own = newCounters();
   readonly #requests = new Map<ClientState, number>();
   readonly #watchers = new Set<(event: DhcpEvent) => void>();
 
   /** E_NOT_FOUND (interface), E_NETWORK. */
   constructor(options: DhcpServiceOptions) {
     this.#options = options;
-    const { onEnd, load, relay = false } = options;
+    const { onEnd, load, totals, relay = false } = options;
+    this.#counters = totals === undefined ? [this.#own] : [this.#own, totals];
     this.#machine = new DhcpMachine(options.identity, { relay });
     this.#guestKey = keyOf(macBytes(options.identity.guestMac));
     this.#mac = macBytes(wireMac({ family: options.family, vmid: VMID_GATEWAY }));
@@ -96,6 +123,12 @@ export class DhcpService {
     return Object.fromEntries(this.#requests);
   }
 
+  /** Packets in and out by type, and those without effect by reason, so far. */
+  counters(): DhcpCounters {
+    this.#countFlood();
+    return structuredClone(this.#own);
+  }
+
   /** Calls back after each packet until the returned function is called. */
   watch(watcher: (event: DhcpEvent) => void): () => void {
     this.#watchers.add(watcher);
@@ -103,50 +136,72 @@ export class DhcpService {
   }
 
   stop(): void {
+    this.#countFlood();
     this.#port.close();
   }
 
+  #countFlood(): void {
+    const lost = this.#port.lost();
+    for (const one of this.#counters) one.dropped.flood += lost;
+  }
+
   #receive(frame: Buffer): void {
-    const [event, clientState] = this.#answer(frame);
+    const { event, clientState, type, dropped } = this.#handle(frame);
     this.#counts.set(event, (this.#counts.get(event) ?? 0) + 1);
     if (clientState !== undefined) {
       this.#requests.set(clientState, (this.#requests.get(clientState) ?? 0) + 1);
+    }
+    for (const one of this.#counters) {
+      if (type !== undefined) one.received[type]++;
+      if (dropped !== undefined) one.dropped[dropped]++;
+      if (event === 'offer' || event === 'ack' || event === 'nak') one.sent[event]++;
     }
     this.#options.onEvent?.(event, clientState);
     for (const watcher of this.#watchers) watcher(event);
   }
 
-  #answer(frame: Buffer): [event: DhcpEvent, clientState?: ClientState | undefined] {
+  #handle(frame: Buffer): Handled {
     const datagram = parseClientFrame(frame);
-    if (datagram === undefined) return ['malformed'];
+    if (datagram === undefined) return { event: 'malformed', dropped: 'malformed' };
     const foreign = keyOf(datagram.sourceMac) !== this.#guestKey;
-    if (foreign && this.#options.relay !== true) return ['ignored'];
+    if (foreign && this.#options.relay !== true) {
+      return { event: 'ignored', dropped: 'foreign_mac' };
+    }
+    let packet: DhcpPacket;
+    let type: ReceivedType | undefined;
     let outcome: DhcpOutcome;
     try {
-      const packet = decode(datagram.payload);
+      packet = decode(datagram.payload);
+      type = receivedType(readU8(packet.options, Option.MESSAGE_TYPE));
       const machine =
         (this.#others.size > 0 ? this.#others.get(keyOf(packet.hardwareAddress)) : undefined) ??
         this.#machine;
       outcome = machine.handle(packet, Date.now(), datagram.unicast);
     } catch (error) {
-      if (error instanceof DhcpPacketError) return ['malformed'];
+      if (error instanceof DhcpPacketError) return { event: 'malformed', dropped: 'malformed' };
       throw error;
     }
-    if (!('reply' in outcome)) return [outcome.kind];
-    const { reply } = outcome;
+    if (outcome.kind === 'ignored') return { event: 'ignored', type, dropped: outcome.reason };
+    if (!('reply' in outcome)) return { event: outcome.kind, type };
+    const sent = this.#send(outcome.reply, datagram.sourceMac);
+    if (!sent) return { event: 'lost', type, dropped: 'not_sent' };
+    return { event: outcome.kind, clientState: outcome.clientState, type };
+  }
+
+  #send(reply: DhcpReply, to: Uint8Array): boolean {
     const bytes = serverFrame({
       sourceMac: this.#mac,
-      destinationMac: reply.broadcast ? EVERYBODY.mac : datagram.sourceMac,
+      destinationMac: reply.broadcast ? EVERYBODY.mac : to,
       source: GATEWAY,
       destination: reply.broadcast ? EVERYBODY.address : reply.address,
       port: reply.port,
       payload: reply.bytes,
     });
     try {
-      return this.#port.send(bytes) ? [outcome.kind, outcome.clientState] : ['lost'];
+      return this.#port.send(bytes);
     } catch (error) {
       // The interface is down or about to go: the client asks again, or the port ends.
-      if (error instanceof SnowflockError && error.code === 'E_NETWORK') return ['lost'];
+      if (error instanceof SnowflockError && error.code === 'E_NETWORK') return false;
       throw error;
     }
   }

@@ -41,6 +41,14 @@ export class FramePort {
     return native(() => this.#port.send(frame));
   }
 
+  /**
+   * Frames that a packet socket's full buffer lost since the last call. 0 for other descriptors and
+   * when the port is closed.
+   */
+  lost(): number {
+    return native(() => this.#port.lost());
+  }
+
   /** Also closes the descriptor. Closing twice is no error. */
   close(): void {
     this.#port.close();

@@ -54,6 +54,7 @@ export interface NativeFilter {
 
 export interface NativeFramePort {
   send(frame: Uint8Array): boolean;
+  lost(): number;
   close(): void;
 }
 

@@ -256,9 +256,10 @@ export class Clones {
       report.running_ms = elapsed();
       report.ok = true;
       record.state = 'running';
-      await host.vms.save(record);
       const settled =
         record.addressing === 'dhcp' ? readdress(host.log, live, fork.request.inherited) : ready;
+      settled.catch(() => {}); // looked at below
+      await host.vms.save(record);
       void settled.then(
         () => onReply({ parentHost: fork.request.parent.host, vmid, replyMs: elapsed() }),
         (error: unknown) =>

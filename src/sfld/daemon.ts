@@ -7,6 +7,7 @@ import type { ClusterConfig } from '../cluster/config.js';
 import { asSnowflockError } from '../common/errors.js';
 import { readJson } from '../common/files.js';
 import type { Logger } from '../common/log.js';
+import { newCounters } from '../dhcp/counters.js';
 import { driverByName } from '../hypervisor/index.js';
 import { GroupReserve } from '../mcdist/groups.js';
 import { NetbackFilter } from '../netback-filter/filter.js';
@@ -92,6 +93,7 @@ export async function startDaemon(config: ClusterConfig, log: Logger): Promise<D
     vms,
     forks,
     groups: new GroupReserve({ interfaceAddress: config.address }),
+    dhcp: newCounters(),
     live: new Map(),
     closing: false,
   };

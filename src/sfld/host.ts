@@ -8,6 +8,7 @@ import type { ClusterConfig } from '../cluster/config.js';
 import { SnowflockError } from '../common/errors.js';
 import type { Logger } from '../common/log.js';
 import { nativePath } from '../common/native.js';
+import type { DhcpCounters } from '../dhcp/counters.js';
 import type { DhcpService } from '../dhcp/service.js';
 import type { HypervisorDriver, Vm } from '../hypervisor/driver.js';
 import type { BuiltImage } from '../image/manifest.js';
@@ -54,6 +55,8 @@ export interface Host {
   readonly families: FamilyNumbers;
   readonly vms: Store<VmRecord>;
   readonly forks: Store<ForkRecord>;
+  /** Of the DHCP servers of all VMs here since the daemon began. */
+  readonly dhcp: DhcpCounters;
   readonly live: Map<string, LiveVm>;
   /** The daemon is ending: nothing is begun any more. */
   closing: boolean;

@@ -3,6 +3,7 @@ import { chmod, unlink } from 'node:fs/promises';
 import Fastify, { type FastifyInstance } from 'fastify';
 import Type, { type Static } from 'typebox';
 import { asSnowflockError, SnowflockError } from '../common/errors.js';
+import type { DhcpCounters } from '../dhcp/counters.js';
 import { REGIONS_MAX, setDisjoint } from './disjoint.js';
 import {
   checkpointVm,
@@ -83,6 +84,12 @@ export async function listenLocal(host: Host, socket: string): Promise<FastifyIn
   return app;
 }
 
+/** With what its VMs' servers have not yet counted. */
+function dhcpTotals(host: Host): DhcpCounters {
+  for (const { dhcp } of host.live.values()) dhcp.counters();
+  return host.dhcp;
+}
+
 function routes(host: Host, app: FastifyInstance): void {
   app.get('/v1/host', async () => ({
     name: host.config.name,
@@ -93,6 +100,7 @@ function routes(host: Host, app: FastifyInstance): void {
     dataplane_restarts: host.dataplane.restarts,
     free: host.resources.free(),
     groups: host.groups.stats(),
+    dhcp: dhcpTotals(host),
   }));
   app.get('/v1/vms', () => listAll(host));
   app.get('/v1/replicas', () => allReplicas(host));

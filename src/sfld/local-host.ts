@@ -142,6 +142,7 @@ export class LocalHost implements HostPort {
       replica_present: replica?.present ?? 0,
       replica_zero: replica?.zero ?? 0,
       pages_fetched: stats.pagesFetched ?? 0,
+      dhcp: host.live.get(vm)?.dhcp.counters() ?? null,
     };
   }
 }

@@ -4,6 +4,7 @@
  */
 import type { PeerClient } from '../cluster/client.js';
 import { SnowflockError } from '../common/errors.js';
+import type { DhcpCounters } from '../dhcp/counters.js';
 import type { Holding } from './holdings.js';
 import type { CloneName, Standing } from './orphans.js';
 import type { EndReport, PrepareRequest, StartReport } from './records.js';
@@ -38,6 +39,8 @@ export interface VmCounters {
   replica_zero: number;
   /** Pages this VM itself waited for. */
   pages_fetched: number;
+  /** Of its DHCP server. */
+  dhcp: DhcpCounters | null;
 }
 
 /** A replica as `snowflock replicas` shows it. */

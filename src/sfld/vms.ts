@@ -305,6 +305,7 @@ function dhcpOf(host: Host, record: VmRecord): DhcpService {
   return new DhcpService({
     tap: record.tap,
     family: record.family,
+    totals: host.dhcp,
     identity: {
       address: addressOfVmid(record.vmid),
       guestMac: GUEST_MAC,

@@ -1,6 +1,9 @@
 /** Guests that follow DHCP alone: in a clone they get its own address, and old connections end. */
 import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import type { DhcpCounters } from '../../src/dhcp/counters.js';
+import { snowflock, snowflockJson } from '../cli/snowflock.js';
 import { Lab, MIB, sh, until } from './lab.js';
 
 const ADDRESS = 'ip -4 -o address show dev eth0';
@@ -71,5 +74,18 @@ describe('a guest whose address comes by DHCP alone', () => {
     await until('both told to be at their addresses', LIMIT_MS, async () =>
       (await lab.client.fork(fork.id)).fork.clones.every((one) => one.reply_ms !== null),
     );
+  });
+
+  it('has what its host`s DHCP servers did counted', async () => {
+    const socket = join(lab.daemon(0).host.dirs.run, 'sfld.sock');
+    const own = await snowflockJson<DhcpCounters>(['dhcp', vm, '--socket', socket]);
+    expect(own.received.discover).toBeGreaterThan(0);
+    expect(own.sent).toMatchObject({ offer: own.received.discover, nak: 0 });
+    const host = await snowflockJson<DhcpCounters>(['dhcp', '--socket', socket]);
+    expect(host.sent.ack).toBeGreaterThanOrEqual(own.sent.ack);
+    const { stdout } = await snowflock(['dhcp', '--prometheus', '--socket', socket]);
+    expect(stdout).toContain(`snowflock_dhcp_sent_total{host="h1",type="ack"} ${host.sent.ack}\n`);
+    const table = (await snowflock(['dhcp', vm, '--socket', socket])).stdout;
+    expect(table).toMatch(/ \d+ +received +discover/);
   });
 });

@@ -1,4 +1,4 @@
-/** tcpdump on an interface of a namespace, with a filter that takes only what must not be there. */
+/** tcpdump on an interface of a namespace: for frames that must not be there, or that must. */
 import { type ChildProcess, spawn } from 'node:child_process';
 import { once } from 'node:events';
 import type { Namespace } from './lab.js';
@@ -26,9 +26,14 @@ export class Capture {
     process.on('exit', () => this.#changed());
   }
 
-  /** Resolves when frames are being captured: those that come in and match `expression`. */
-  static async start(name: string, netns: Namespace, expression: string): Promise<Capture> {
-    const options = '-i eth0 -Q in -n -U --immediate-mode -B 16384 -w -'.split(' ');
+  /** Resolves when frames are being captured: those that match `expression`. */
+  static async start(
+    name: string,
+    netns: Namespace,
+    expression: string,
+    direction: 'in' | 'inout' = 'in',
+  ): Promise<Capture> {
+    const options = `-i eth0 -Q ${direction} -n -U --immediate-mode -B 16384 -w -`.split(' ');
     const capture = new Capture(
       name,
       spawn('ip', ['netns', 'exec', netns.name, 'tcpdump', ...options, expression], {
@@ -41,6 +46,11 @@ export class Capture {
 
   async seen(text: string): Promise<void> {
     await this.#until(() => this.frames.some((it) => it.includes(text)), `no frame with ${text}`);
+  }
+
+  /** `holds` is looked at whenever a frame has come. */
+  async until(what: string, holds: (frames: readonly Buffer[]) => boolean): Promise<void> {
+    await this.#until(() => holds(this.frames), what);
   }
 
   /** Ends tcpdump; how many frames the kernel had no room for. */
