@@ -1,6 +1,6 @@
 import { stat } from 'node:fs/promises';
 import { join } from 'node:path';
-import { asSnowflockError, SnowflockError } from '../common/errors.js';
+import { asSnowflockError } from '../common/errors.js';
 import { readSourceFile } from '../disk-server/source-file.js';
 import { JOURNAL, Journal } from './journal.js';
 import { readJournal } from './journal-read.js';
@@ -21,6 +21,7 @@ import {
 } from './slice-files.js';
 import type { CheckFinding } from './store-api.js';
 import { Tree } from './tree.js';
+import { allocatedBytes } from './usage.js';
 
 /**
  * `disk check` and `disk repair`.
@@ -404,7 +405,7 @@ async function lookAtOthers({ directory, tree, folder, found }: Look): Promise<v
     } else if (!ORDINARY.test(name)) {
       say('note', 'is nothing of a store', false);
     } else if (OF_REPLICA.test(name) && !bases.has(generation)) {
-      const held = await replicaBytes(join(directory, replicaFiles(generation)[0]));
+      const held = await allocatedBytes(join(directory, replicaFiles(generation)[0]));
       if (held === 0) {
         say('leak', 'is of a replica that no disk lies on, and that holds nothing', true);
       } else {
@@ -413,16 +414,5 @@ async function lookAtOthers({ directory, tree, folder, found }: Look): Promise<v
         say('leak', `no disk lies on this replica, which holds ${held} bytes; ${advice}`, false);
       }
     }
-  }
-}
-
-/** What its pages take; 0 as well if there is none. E_IO. */
-async function replicaBytes(path: string): Promise<number> {
-  try {
-    return 512 * (await stat(path)).blocks;
-  } catch (error) {
-    const { code } = error as NodeJS.ErrnoException;
-    if (code === 'ENOENT') return 0;
-    throw new SnowflockError('E_IO', `cannot look at ${path}: ${code}`, { cause: error });
   }
 }

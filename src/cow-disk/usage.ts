@@ -103,7 +103,7 @@ async function replicaUsage(directory: string, tree: Tree): Promise<StoreUsage['
 }
 
 /** Of a file; 0 if it is not there (merged, or made durable, meanwhile). E_IO. */
-async function allocatedBytes(path: string): Promise<number> {
+export async function allocatedBytes(path: string): Promise<number> {
   try {
     return 512 * (await stat(path)).blocks;
   } catch (error) {
